@@ -1,0 +1,52 @@
+"""The arguments a row may give: diffusers' own names, and the Arrow types that are read for each."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+TEXT, INTEGER, NUMBER, TEXT_OR_INTEGER, ANY = "text", "a whole number", "a number", "text or a whole number", "any"
+
+ARGUMENTS: dict[str, str] = {
+    "id": TEXT_OR_INTEGER,
+    "prompt": TEXT,
+    "negative_prompt": TEXT,
+    "seed": INTEGER,
+    "num_images_per_prompt": INTEGER,
+    "height": INTEGER,
+    "width": INTEGER,
+    "num_inference_steps": INTEGER,
+    "guidance_scale": NUMBER,
+    "sampler": TEXT_OR_INTEGER,
+    # known to diffusers, taken by no family here yet: a column of that name is refused rather than ignored
+    "prompt_2": TEXT,
+    "prompt_3": TEXT,
+    "negative_prompt_2": TEXT,
+    "true_cfg_scale": NUMBER,
+    "image": ANY,
+    "mask_image": ANY,
+    "control_image": ANY,
+    "strength": NUMBER,
+}
+PRESETS: dict[str, dict[str, str]] = {
+    "diffusiondb": {
+        "prompt": "prompt",
+        "seed": "seed",
+        "num_inference_steps": "step",
+        "guidance_scale": "cfg",
+        "sampler": "sampler",
+        "width": "width",
+        "height": "height",
+    },
+}
+
+
+def accepts(kind: str, type_: pa.DataType) -> bool:
+    """Whether a column of this Arrow type can hold the argument. pandas turns integers with gaps into floats."""
+    if pa.types.is_dictionary(type_):
+        type_ = type_.value_type
+    if kind == ANY or pa.types.is_null(type_):
+        return True
+    text = pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
+    whole = pa.types.is_integer(type_)
+    number = whole or pa.types.is_floating(type_)
+    return {TEXT: text, INTEGER: number, NUMBER: number, TEXT_OR_INTEGER: text or whole}[kind]

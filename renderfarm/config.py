@@ -1,0 +1,306 @@
+"""The job file: one YAML, frozen pydantic models, every field explained.
+
+`load_job` is the only way in: it reads, substitutes `{{ ds }}`, applies `--set`, validates, and turns every mistake
+into one `InvalidJob` that names file, field and the nearest valid word. `${ENV}` stays as written in what is stored
+and is expanded only where a value is used (`expand_env`).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from renderfarm.errors import InvalidJob
+from renderfarm.seeds import MAX_SEED
+
+MAX_JOB_BYTES = 1 << 20
+BUILTIN_MODELS = ("builtin:shapes", "builtin:fake")
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ManifestSpec(Strict):
+    path: str | list[str]
+    """Parquet file, directory, glob, or a list of these; relative to the job file."""
+    columns: str | dict[str, str | None] | None = None
+    """A preset (`diffusiondb`), or a map from renderfarm's column name to the manifest's own: `{prompt: caption}`.
+    A null (`{image: null}`) makes a column that has an argument's name an ordinary one."""
+    where: dict[str, Any] | None = None
+    """Render only rows whose columns have these values (a value or a list); `row` takes ranges: `{row: "0-199,300"}`."""
+
+
+class ModelSpec(Strict):
+    id: str
+    """`builtin:shapes`, a folder in diffusers' format, or a hub id `org/name`."""
+    revision: str | None = None
+    """A full commit hash; required for a hub id, so that the weights cannot change under the job."""
+
+
+class Render(Strict):
+    """Defaults for every row; a row's own column wins. None: the model family's default."""
+
+    negative_prompt: str | None = None
+    num_images_per_prompt: Annotated[int, Field(ge=1, le=10_000)] | None = None
+    """Images per row; image k has seed + k."""
+    height: Annotated[int, Field(ge=1, le=8192)] | None = None
+    """Pixels; a multiple of the model's factor."""
+    width: Annotated[int, Field(ge=1, le=8192)] | None = None
+    """Pixels; a multiple of the model's factor."""
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = None
+    sampler: str | None = None
+    """One of `renderfarm samplers`."""
+    override: tuple[Literal["height", "width", "num_inference_steps", "guidance_scale", "sampler"], ...] = ()
+    """Arguments for which the job's value wins over the row's column, e.g. `[height, width]`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_seed(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "seed" in data:
+            raise ValueError(
+                "render.seed would give every row the same noise; use the top-level `seed` (different noise per row), "
+                "or `seed_policy: same` if the same noise is what you want"
+            )
+        return data
+
+    @model_validator(mode="after")
+    def _override_needs_value(self) -> Render:
+        for name in self.override:
+            if getattr(self, name) is None:
+                raise ValueError(f"render.override names {name}, but render.{name} is not given")
+        return self
+
+
+class Workers(Strict):
+    min: Annotated[int, Field(ge=1)] = 1
+    """The job starts with the first worker ready, and asks for at least so many."""
+    max: Annotated[int, Field(ge=1)] = 1
+    """Never more workers than this."""
+    batch_size: Annotated[int, Field(ge=1, le=512)] = 8
+    """B: samples per denoiser call. Constant; part of the render profile, because it decides pixels."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one, else cpu."""
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
+    """Torch threads per worker on a CPU; part of the render profile. Use more workers rather than more threads."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Workers:
+        if self.min > self.max:
+            raise ValueError(f"workers.min ({self.min}) is larger than workers.max ({self.max})")
+        return self
+
+
+class Output(Strict):
+    path: str
+    """Folder or URL of the dataset; relative to the job file. `{{ ds }}` becomes the logical date."""
+    layout: Literal["files"] = "files"
+    """files: one folder per part, images beside a metadata.parquet (Hugging Face imagefolder)."""
+    format: Literal["png"] = "png"
+    part_rows: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = "auto"
+    """Manifest rows per part (the unit of commit). auto: so many that a part has about 64 images."""
+
+
+class Failure(Strict):
+    tolerate: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of failed images with which `run` still exits 0."""
+    attempts: Annotated[int, Field(ge=1, le=20)] = 3
+    """How many workers may be lost on one lease before the job stops."""
+
+
+class Job(Strict):
+    """One render job."""
+
+    version: Literal[1] = 1
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    """Letters, digits, `.`, `_`, `-`."""
+    manifest: ManifestSpec
+    model: ModelSpec
+    render: Render = Render()
+    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
+    """Start of every derived seed."""
+    seed_policy: Literal["derive", "same"] = "derive"
+    """derive: each row its own noise. same: every row uses the job's seed + k, as benchmark generators do."""
+    workers: Workers = Workers()
+    output: Output
+    failure: Failure = Failure()
+
+    @field_validator("manifest", mode="before")
+    @classmethod
+    def _manifest_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str | list) else value
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model_id(cls, value: Any) -> Any:
+        return {"id": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _no_credentials(self) -> Job:
+        paths = self.manifest.path if isinstance(self.manifest.path, list) else [self.manifest.path]
+        for text in (*paths, self.output.path, self.model.id):
+            if re.match(r"^[a-z0-9+]+://[^/@]*:[^/@]*@", text):
+                raise ValueError("a URL holds credentials; remove them and use the environment's own credential chain")
+        return self
+
+
+def expand_env(text: str) -> str:
+    """Replace `${NAME}` by the environment's value; an unset one is an error, never an empty string."""
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in os.environ:
+            raise InvalidJob(f"the job uses ${{{match[1]}}}, but that environment variable is not set; set it and run again")
+        return os.environ[match[1]]
+
+    return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", value, text)
+
+
+def load_job(path: str | Path, sets: list[str] | None = None, out: str | None = None, logical_date: str | None = None) -> Job:
+    """Read and validate a job file.
+
+    `sets` are `field.sub=value` with YAML values; `out` replaces `output.path`; `logical_date` (YYYY-MM-DD) fills
+    `{{ ds }}` and `{{ ds_nodash }}`. Raises InvalidJob with one message.
+    """
+    path = Path(path)
+    data = _read_yaml(path)
+    for item in sets or []:
+        _set(data, item)
+    if out is not None:
+        output = data.get("output")
+        data["output"] = {**(output if isinstance(output, dict) else {}), "path": _absolute(out, Path.cwd())}
+    data = _fill_dates(data, logical_date, path)
+    try:
+        job = Job.model_validate(data)
+    except ValidationError as error:
+        raise InvalidJob(_explain(error, path)) from None
+    return _resolve(job, path.parent.absolute())
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_JOB_BYTES:
+            raise InvalidJob(f"{path}: larger than 1 MiB; a job file holds settings, prompts go into the manifest")
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InvalidJob(f"{path}: no such job file; give the path of a YAML file such as jobs/demo.yaml") from None
+    except OSError as error:
+        raise InvalidJob(f"{path}: cannot read the job file: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InvalidJob(f"{path}: not a text file; a job is a YAML file in UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise InvalidJob(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(data, dict):
+        raise InvalidJob(f"{path}: a job file is a YAML mapping with at least name, manifest, model and output")
+    return data
+
+
+def _set(data: dict[str, Any], item: str) -> None:
+    name, equals, text = item.partition("=")
+    if not equals or not name:
+        raise InvalidJob(f"--set {item}: write it as field.sub=value, for example --set render.num_inference_steps=8")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InvalidJob(f"--set {item}: the value is not valid YAML") from None
+    *parents, last = name.split(".")
+    place = data
+    for depth, parent in enumerate(parents):
+        inner = place.get(parent)
+        if inner is None:
+            inner = {}
+        elif isinstance(inner, str) and depth == 0 and parent in ("manifest", "model"):
+            inner = {"path" if parent == "manifest" else "id": inner}
+        if not isinstance(inner, dict):
+            raise InvalidJob(f"--set {item}: {parent} is not a block in the job file")
+        place[parent] = inner = dict(inner)
+        place = inner
+    place[last] = value
+
+
+def _fill_dates(data: dict[str, Any], logical_date: str | None, path: Path) -> dict[str, Any]:
+    try:
+        day = dt.date.fromisoformat(logical_date) if logical_date else None
+    except ValueError:
+        raise InvalidJob(f"--logical-date {logical_date}: write it as YYYY-MM-DD") from None
+    words = {"ds": day.isoformat(), "ds_nodash": day.strftime("%Y%m%d")} if day else {}
+
+    def word(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in ("ds", "ds_nodash"):
+            raise InvalidJob(f"{path}: {{{{ {name} }}}} is not known; use {{{{ ds }}}} or {{{{ ds_nodash }}}}")
+        if not words:
+            raise InvalidJob(f"{path}: uses {{{{ {name} }}}}; give --logical-date YYYY-MM-DD")
+        return words[name]
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, str):
+            return re.sub(r"\{\{\s*(\w+)\s*\}\}", word, value)
+        if isinstance(value, dict):
+            return {key: fill(inner) for key, inner in value.items()}
+        return [fill(inner) for inner in value] if isinstance(value, list) else value
+
+    return {key: fill(value) if key in ("manifest", "output", "name") else value for key, value in data.items()}
+
+
+def _explain(error: ValidationError, path: Path) -> str:
+    lines = []
+    for problem in error.errors():
+        # union members and validators add steps such as `list[str]` to the location; only names and indices help
+        place = ".".join(str(step) for step in problem["loc"] if isinstance(step, int) or re.fullmatch(r"\w+", str(step)))
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = f"unknown field{_nearest(problem['loc'])}"
+        elif problem["type"] == "missing":
+            message = "is required"
+        elif problem["type"] == "literal_error":
+            message += f", not {problem['input']!r}"
+        lines.append(f"{path}: {place or 'job'}: {message}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _nearest(location: tuple[int | str, ...]) -> str:
+    model: Any = Job
+    for step in location[:-1]:
+        model = model.model_fields[step].annotation if isinstance(step, str) and step in model.model_fields else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            return ""
+    names = list(model.model_fields)
+    close = difflib.get_close_matches(str(location[-1]), names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known fields: {', '.join(names)}"
+
+
+def is_url(text: str) -> bool:
+    return re.match(r"^[a-z0-9+]+://", text) is not None
+
+
+def _absolute(text: str, base: Path) -> str:
+    """Local paths become absolute (against `base`); URLs and `${ENV}` starts stay as they are."""
+    if is_url(text) or text.startswith("${"):
+        return text
+    return os.path.normpath(base / Path(text).expanduser())
+
+
+def _resolve(job: Job, base: Path) -> Job:
+    paths = job.manifest.path if isinstance(job.manifest.path, list) else [job.manifest.path]
+    absolute = [_absolute(path, base) for path in paths]
+    model_id = job.model.id
+    if model_id.startswith((".", "/", "~")):
+        model_id = _absolute(model_id, base)
+    return job.model_copy(
+        update={
+            "manifest": job.manifest.model_copy(update={"path": absolute if len(absolute) > 1 else absolute[0]}),
+            "model": job.model.model_copy(update={"id": model_id}),
+            "output": job.output.model_copy(update={"path": _absolute(job.output.path, base)}),
+        }
+    )

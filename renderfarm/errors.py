@@ -1,0 +1,77 @@
+"""Every error that renderfarm raises, and what happens to it.
+
+    RenderfarmError
+    ├── InvalidInput        this row cannot be rendered: an error row at once, never retried
+    │   ├── OutOfMemory     this shape does not fit the device; the advice is in the message
+    │   └── NonFiniteOutput the model gave NaN or infinity for this sample
+    ├── Transient           may succeed later (store busy, network): retried with backoff, charged to no row
+    ├── WorkerLost          the worker died or hangs: its lease goes to another one
+    ├── AlreadyExists       a key that was to be created is there; read it back and adopt it
+    └── Fatal               the job cannot go on
+        ├── InvalidJob      job file, manifest or option is wrong (exit code 2)
+        └── ProfileMismatch a worker would render other pixels than the job's profile promises
+
+Foreign errors are translated at one boundary each: torch and diffusers in `models`, files and stores in `storage`,
+Parquet in `manifest`, pydantic and YAML in `config`, Ray in `engines.ray`. All of them survive pickling.
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_INTERNAL = 1
+EXIT_USAGE = 2
+EXIT_ROWS_FAILED = 3
+EXIT_STOPPED = 4
+EXIT_CANCELLED = 5
+EXIT_INTERRUPTED = 75
+
+
+class RenderfarmError(Exception):
+    """Base of all; `str(error)` is one message for a person, saying what to do."""
+
+    exit_code = EXIT_INTERNAL
+    retryable = True
+
+
+class InvalidInput(RenderfarmError):
+    """This row cannot be rendered, now or later."""
+
+    retryable = False
+
+
+class OutOfMemory(InvalidInput):
+    """The slot group does not fit the device at the job's batch size."""
+
+    retryable = True
+
+
+class NonFiniteOutput(InvalidInput):
+    """The model gave NaN or infinity; never painted as black."""
+
+
+class Transient(RenderfarmError):
+    """May succeed when tried again."""
+
+
+class WorkerLost(RenderfarmError):
+    """A worker died; nothing is known of the lease but what the store shows."""
+
+
+class AlreadyExists(RenderfarmError):
+    """The key exists: someone else's bytes, or our own whose reply was lost."""
+
+
+class Fatal(RenderfarmError):
+    """The job stops."""
+
+    exit_code = EXIT_STOPPED
+
+
+class InvalidJob(Fatal):
+    """A job file, manifest, option or output that cannot work as given."""
+
+    exit_code = EXIT_USAGE
+
+
+class ProfileMismatch(Fatal):
+    """This worker's render profile differs from the job's frozen one."""

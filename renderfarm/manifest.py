@@ -1,0 +1,313 @@
+"""The manifest: Parquet files in, rows with canonical column names out, in bounded memory.
+
+`open_manifest` reads footers only and checks everything a footer can show; `Manifest.stream` yields the wanted row
+ranges in order. In the tables it yields, the ordinal is `row`, an argument has diffusers' name, and a column of the
+user's own is prefixed (`EXTRA`), so that no name of his can be taken for one of ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from renderfarm.arguments import ARGUMENTS, PRESETS, accepts
+from renderfarm.config import ManifestSpec, expand_env
+from renderfarm.errors import Fatal, InvalidJob, Transient
+
+ROW = "row"
+EXTRA = "input:"
+BATCH_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class ManifestFile:
+    """One file's place and identity. `footer_sha256` covers schema, row groups and statistics."""
+
+    path: str
+    bytes: int
+    rows: int
+    footer_sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Files in order, the column read for each argument, and the user's own columns."""
+
+    files: tuple[ManifestFile, ...]
+    columns: dict[str, str]
+    extras: pa.Schema
+    where: dict[str, Any] | None = None
+
+    @property
+    def rows(self) -> int:
+        return sum(file.rows for file in self.files)
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        """What must not change under a job: names (without folders), sizes, row counts, footers' hashes."""
+        return [{**vars(file), "path": file.path.rsplit("/", 1)[-1]} for file in self.files]
+
+    def where_is(self, ordinal: int) -> str:
+        """`FILE, row N` (N counts from 0 in that file) for messages."""
+        for file in self.files:
+            if ordinal < file.rows:
+                return f"{file.path.rsplit('/', 1)[-1]}, row {ordinal}"
+            ordinal -= file.rows
+        return f"row {ordinal}"
+
+    def stream(self, ranges: Iterable[tuple[int, int]]) -> Iterator[pa.Table]:
+        """One table per `[start, stop)` range of ordinals; ranges ascend and do not overlap. `where` is applied."""
+        source = _Cursor(self)
+        for start, stop in ranges:
+            yield self._select(source.take(start, stop))
+
+    def _select(self, table: pa.Table) -> pa.Table:
+        if self.where is None:
+            return table
+        keep = pa.array(np.ones(len(table), dtype=bool))
+        for name, wanted in self.where.items():
+            column = table.column(_find_column(name, table))
+            if name == ROW:
+                test = pa.array(_in_ranges(column.to_numpy(), str(wanted)))
+            else:
+                values = wanted if isinstance(wanted, list) else [wanted]
+                try:
+                    test = pc.fill_null(pc.is_in(column, value_set=pa.array(values).cast(column.type)), False)
+                except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError):
+                    raise InvalidJob(f"manifest.where: {name} has type {column.type}, which {wanted!r} does not fit") from None
+            keep = pc.and_(keep, test)
+        return table.filter(keep)
+
+
+def _find_column(name: str, table: pa.Table) -> str:
+    for candidate in (name, EXTRA + name):
+        if candidate in table.column_names:
+            return candidate
+    known = [column.removeprefix(EXTRA) for column in table.column_names]
+    raise InvalidJob(f"manifest.where: no column {name!r}{_did_you_mean(name, known)}")
+
+
+def _in_ranges(ordinals: np.ndarray, text: str) -> np.ndarray:
+    """`1-3,5,7-20:2` as OpenJD writes it: both ends belong to a range, `:2` is the stride."""
+    keep = np.zeros(len(ordinals), dtype=bool)
+    for piece in text.split(","):
+        try:
+            span, _, stride = piece.strip().partition(":")
+            first, _, last = span.partition("-")
+            start, end, step = int(first), int(last or first), int(stride or 1)
+            if step < 1:
+                raise ValueError
+        except ValueError:
+            raise InvalidJob(f"manifest.where.row: {piece.strip()!r} is not a range; write rows as 0-199,300,400-500:2") from None
+        keep |= (ordinals >= start) & (ordinals <= end) & ((ordinals - start) % step == 0)
+    return keep
+
+
+class _Cursor:
+    """Reads forward through the files and hands out row ranges; skips row groups that nobody wants."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.file_index, self.file_start = 0, 0
+        self.parquet: pq.ParquetFile | None = None
+        self.group_starts: list[int] = []
+        self.batches: Iterator[pa.RecordBatch] | None = None
+        self.position = 0  # ordinal of the next row that `batches` yields
+        self.left: pa.Table | None = None  # rows read beyond the last range
+
+    def take(self, start: int, stop: int) -> pa.Table:
+        pieces, need = [], start
+        while need < stop:
+            table, first = self._next_rows(need)
+            inside = table.slice(need - first, min(stop, first + len(table)) - need)
+            pieces.append(inside)
+            need += len(inside)
+            rest = first + len(table) - need
+            self.left = table.slice(len(table) - rest) if rest else None
+        return pa.concat_tables(pieces)
+
+    def _next_rows(self, need: int) -> tuple[pa.Table, int]:
+        """A table that holds row `need`, and the ordinal of its first row."""
+        if self.left is not None:
+            first = self.position - len(self.left)
+            if need < self.position:
+                return self.left, first
+            self.left = None
+        while True:
+            self._seek(need)
+            assert self.batches is not None
+            file = self.manifest.files[self.file_index]
+            try:
+                batch = next(self.batches)
+            except StopIteration:
+                raise Fatal(f"{file.path} ends before its footer says; it was changed or damaged: restore it and run again") from None
+            except (pa.ArrowException, OSError, ValueError) as error:
+                raise Fatal(f"{file.path}: damaged near row {self.position - self.file_start}: {error}; restore the file and run again") from None
+            first, self.position = self.position, self.position + len(batch)
+            if need < self.position:
+                return self._canonical(pa.Table.from_batches([batch]), first), first
+
+    def _seek(self, need: int) -> None:
+        """Open the file with row `need`, at the row group with it, unless reading on gets there."""
+        files = self.manifest.files
+        while need >= self.file_start + files[self.file_index].rows:
+            self.file_start += files[self.file_index].rows
+            self.file_index += 1
+            self.parquet = self.batches = None
+        if self.parquet is None:
+            self.parquet = _open_parquet(files[self.file_index].path)
+            metadata = self.parquet.metadata
+            self.group_starts = [0]
+            for group in range(metadata.num_row_groups):
+                self.group_starts.append(self.group_starts[-1] + metadata.row_group(group).num_rows)
+        group = int(np.searchsorted(self.group_starts, need - self.file_start, side="right")) - 1
+        group_start = self.file_start + self.group_starts[group]
+        if self.batches is None or self.position < group_start:
+            groups = list(range(group, self.parquet.metadata.num_row_groups))
+            columns = [*self.manifest.columns.values(), *self.manifest.extras.names]
+            self.batches = self.parquet.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns, use_threads=False)
+            self.position = group_start
+
+    def _canonical(self, table: pa.Table, first: int) -> pa.Table:
+        columns = {ROW: pa.array(np.arange(first, first + len(table), dtype=np.int64))}
+        columns |= {argument: table.column(name) for argument, name in self.manifest.columns.items()}
+        columns |= {EXTRA + field.name: table.column(field.name).cast(field.type) for field in self.manifest.extras}
+        return pa.table(columns)
+
+
+def open_manifest(spec: ManifestSpec, supported: frozenset[str]) -> Manifest:
+    """Find the files, read their footers, map their columns. `supported`: the arguments the model takes.
+
+    Raises InvalidJob for whatever can be known without reading a row.
+    """
+    paths = _find_files(spec)
+    files, schema = [], None
+    for path in paths:
+        parquet = _open_parquet(path)
+        found = parquet.schema_arrow
+        if schema is None:
+            schema, columns = found, _map_columns(spec, found, path, supported)
+        _check_types(found, schema, columns, path)
+        files.append(_describe(path, parquet))
+    assert schema is not None
+    if sum(file.rows for file in files) == 0:
+        raise InvalidJob(f"{files[0].path}: the manifest has no rows")
+    extras = pa.schema([_plain(field) for field in schema if field.name not in columns.values()])
+    return Manifest(tuple(files), columns, extras, spec.where)
+
+
+def _plain(field: pa.Field) -> pa.Field:
+    """Extension types travel as what they store; dictionary-encoded text as text."""
+    type_ = field.type
+    if isinstance(type_, pa.ExtensionType):
+        type_ = type_.storage_type
+    return pa.field(field.name, type_.value_type if pa.types.is_dictionary(type_) else type_)
+
+
+def _find_files(spec: ManifestSpec) -> list[str]:
+    found: list[str] = []
+    for given in spec.path if isinstance(spec.path, list) else [spec.path]:
+        path = expand_env(given)
+        fs, inner = fsspec.core.url_to_fs(path)
+        try:
+            if fs.isdir(inner):
+                inside = [name for name in fs.find(inner) if name.endswith(".parquet")]
+                matches = [name for name in inside if not any(step[0] in "._" for step in name.removeprefix(inner).strip("/").split("/"))]
+                if not matches:
+                    raise InvalidJob(f"manifest {path}: the folder holds no .parquet file")
+            elif any(sign in inner for sign in "*?["):
+                matches = fs.glob(inner)
+                if not matches:
+                    raise InvalidJob(f"manifest {path}: no file matches")
+            elif fs.exists(inner):
+                matches = [inner]
+            else:
+                raise InvalidJob(f"manifest {path}: no such file; paths are relative to the job file")
+        except OSError as error:
+            raise InvalidJob(f"manifest {path}: cannot be read: {error.strerror or error}") from None
+        found += sorted(fs.unstrip_protocol(name) if "://" in path else name for name in matches)
+    return found
+
+
+def _open_parquet(path: str) -> pq.ParquetFile:
+    try:
+        file = fsspec.open(path, "rb").open()
+        # streaming settings: a row group of millions of rows must not be buffered whole
+        return pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+    except FileNotFoundError:
+        raise InvalidJob(f"manifest {path}: the file is gone") from None
+    except (pa.ArrowException, ValueError) as error:
+        raise InvalidJob(f"manifest {path}: not a readable Parquet file ({str(error).splitlines()[0]}); write it again") from None
+    except OSError as error:
+        if error.strerror is None:  # pyarrow reports damaged thrift as a bare OSError
+            raise InvalidJob(f"manifest {path}: not a readable Parquet file ({error}); write it again") from None
+        raise Transient(f"manifest {path}: {error.strerror}") from error
+
+
+def _describe(path: str, parquet: pq.ParquetFile) -> ManifestFile:
+    fs, inner = fsspec.core.url_to_fs(path)
+    size = int(fs.size(inner))
+    tail = fs.cat_file(inner, start=size - 8, end=size)
+    footer = fs.cat_file(inner, start=size - 8 - int.from_bytes(tail[:4], "little"), end=size)
+    return ManifestFile(path, size, parquet.metadata.num_rows, hashlib.sha256(footer).hexdigest())
+
+
+def _map_columns(spec: ManifestSpec, schema: pa.Schema, path: str, supported: frozenset[str]) -> dict[str, str]:
+    """Which of the file's columns is read for which argument."""
+    names = schema.names
+    if len(set(names)) != len(names):
+        raise InvalidJob(f"{path}: two columns have the same name; rename one")
+    columns = {name: name for name in names if name in ARGUMENTS}
+    if isinstance(spec.columns, str):
+        if spec.columns not in PRESETS:
+            raise InvalidJob(f"manifest.columns: no preset {spec.columns!r}; known: {', '.join(PRESETS)}")
+        columns = {argument: name for argument, name in PRESETS[spec.columns].items() if name in names}
+    for argument, name in (spec.columns if isinstance(spec.columns, dict) else {}).items():
+        if argument not in ARGUMENTS:
+            raise InvalidJob(f"manifest.columns: {argument!r} is not an argument{_did_you_mean(argument, list(ARGUMENTS))}")
+        if name is None:
+            columns.pop(argument, None)
+        elif name not in names:
+            raise InvalidJob(f"{path}: no column {name!r} for {argument}{_did_you_mean(name, names)}")
+        else:
+            columns = {a: n for a, n in columns.items() if n != name} | {argument: name}
+    if "prompt" not in columns:
+        raise InvalidJob(
+            f"{path}: no column `prompt` (it has: {', '.join(names)}); "
+            f"if the prompts are in another one, say so in the job: manifest: {{path: …, columns: {{prompt: {names[0] if names else 'caption'}}}}}"
+        )
+    for argument, name in columns.items():
+        if argument not in supported:
+            raise InvalidJob(
+                f"{path}: column {name!r} is the argument `{argument}`, which this model does not take here; "
+                f"drop it, or let it travel as a plain column: manifest: {{columns: {{{argument}: null}}}}"
+            )
+    return columns
+
+
+def _check_types(found: pa.Schema, first: pa.Schema, columns: dict[str, str], path: str) -> None:
+    for name in first.names:
+        if name not in found.names:
+            raise InvalidJob(f"{path}: column {name!r} is missing, which the first file has; files of one manifest share their columns")
+    for argument, name in columns.items():
+        type_ = found.field(name).type
+        if not accepts(ARGUMENTS[argument], type_):
+            raise InvalidJob(f"{path}: column {name!r} has type {type_}, but {argument} must be {ARGUMENTS[argument]}; cast the column")
+    for field in first:
+        if field.name not in columns.values() and found.field(field.name).type != field.type:
+            raise InvalidJob(
+                f"{path}: column {field.name!r} has type {found.field(field.name).type}, in the first file {field.type}; cast one of them"
+            )
+
+
+def _did_you_mean(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(known)}"

@@ -1,0 +1,45 @@
+"""What the slot loop needs of a model family. Shapes: B slots, H×W pixels, h×w latents, L text positions."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from renderfarm.records import Sample
+
+
+class SlotModel(Protocol):
+    """A loaded pipeline, used by one thread only.
+
+    A *state* is one sample's own scheduler, generator, latents and place in its timesteps: everything that its
+    pixels depend on besides the weights. A sample is finished when `step` says so; then `decode` gives its pixels.
+    """
+
+    batch_size: int
+    device: str
+
+    def profile(self) -> dict[str, Any]:
+        """Everything besides the row that decides pixels, as JSON values."""
+
+    def slot_group(self, sample: Sample) -> Hashable:
+        """What must be equal for samples to share denoiser calls."""
+
+    def texts(self, sample: Sample) -> tuple[str, ...]:
+        """The texts whose embeddings `start` needs, in its order."""
+
+    def encode_texts(self, texts: Sequence[str]) -> list[Any]:
+        """Embeddings of at most B texts, computed at the constant shape B×L."""
+
+    def count_tokens(self, prompt: str) -> tuple[int, bool]:
+        """Tokens of the whole prompt (with specials), and whether the model sees only a beginning of it."""
+
+    def start(self, sample: Sample, embeddings: Sequence[Any]) -> Any:
+        """A new state."""
+
+    def step(self, states: Sequence[Any]) -> list[bool]:
+        """One denoiser call for 1 to B states of one slot group, at the constant shape B; True: finished."""
+
+    def decode(self, state: Any) -> np.ndarray:
+        """H×W×3 uint8 of a finished state. Raises NonFiniteOutput instead of painting NaN as black."""

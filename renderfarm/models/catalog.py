@@ -1,0 +1,122 @@
+"""What a model is, read from its folder's JSON files; nothing here imports torch.
+
+Adding a family: one module beside this one, one line in FAMILIES.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from renderfarm.config import ModelSpec, expand_env
+from renderfarm.errors import Fatal, InvalidJob
+from renderfarm.samplers import SAMPLERS
+
+# `_class_name` in model_index.json → module of the family
+FAMILIES = {"StableDiffusionPipeline": "stable_diffusion"}
+
+_TEXT_TO_IMAGE = frozenset(
+    ("id", "prompt", "negative_prompt", "seed", "num_images_per_prompt", "height", "width", "num_inference_steps", "guidance_scale", "sampler")
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model's identity, defaults and limits. Sizes in pixels; a size must be a multiple of `factor`."""
+
+    id: str
+    family: str
+    folder: str | None
+    revision: str | None
+    factor: int
+    height: int
+    width: int
+    max_side: int
+    num_inference_steps: int
+    guidance_scale: float
+    sampler: str
+    arguments: frozenset[str] = _TEXT_TO_IMAGE
+
+
+def describe(spec: ModelSpec) -> ModelInfo:
+    """Find the model (downloading a pinned hub model if it is not in the cache) and read what it is."""
+    model_id = expand_env(spec.id)
+    if model_id == "builtin:fake":
+        return ModelInfo(model_id, "fake", None, None, 8, 64, 64, 4096, 20, 5.0, "euler")
+    folder = _find_folder(model_id, spec.revision)
+    index = _read_json(folder / "model_index.json", f"model {model_id}: {folder} is not a model in diffusers' format")
+    class_name = index.get("_class_name", "")
+    family = FAMILIES.get(class_name)
+    if family is None:
+        raise InvalidJob(f"model {model_id}: {class_name or 'its pipeline'} is not supported yet; supported: {', '.join(FAMILIES)}")
+    unet = _read_json(folder / "unet/config.json", f"model {model_id}: unet/config.json is missing or damaged")
+    vae = _read_json(folder / "vae/config.json", f"model {model_id}: vae/config.json is missing or damaged")
+    if unet.get("time_cond_proj_dim") is not None:
+        raise InvalidJob(f"model {model_id}: its UNet takes the guidance scale as an embedding (LCM), which is not supported yet")
+    scale = 2 ** (len(vae["block_out_channels"]) - 1)
+    side = int(unet["sample_size"]) * scale
+    builtin = model_id == "builtin:shapes"
+    return ModelInfo(
+        id=model_id,
+        family=family,
+        folder=str(folder),
+        revision=spec.revision,
+        factor=math.lcm(8, scale),  # StableDiffusionPipeline.check_inputs wants multiples of 8
+        height=side,
+        width=side,
+        max_side=4 * side,
+        num_inference_steps=20 if builtin else 50,  # the pipeline's own default
+        guidance_scale=5.0 if builtin else 7.5,
+        sampler=_default_sampler(folder, index),
+    )
+
+
+def _find_folder(model_id: str, revision: str | None) -> Path:
+    if model_id == "builtin:shapes":
+        return Path(__file__).parent.parent / "shapes" / "model"
+    if model_id.startswith("builtin:"):
+        raise InvalidJob(f"model {model_id}: there is no such builtin; builtin:shapes is")
+    if os.path.isabs(model_id):
+        if not os.path.isdir(model_id):
+            raise InvalidJob(f"model {model_id}: no such folder")
+        return Path(model_id)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_id):
+        raise InvalidJob(f"model {model_id!r}: give builtin:shapes, a folder (./path or /path), or a hub id org/name with its revision")
+    if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+        raise InvalidJob(f"model {model_id}: a hub model needs its full commit, so that it cannot change: model: {{id: {model_id}, revision: <40 hex digits>}}")
+    return _from_hub(model_id, revision)
+
+
+def _from_hub(model_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    wanted: dict[str, Any] = {"revision": revision, "allow_patterns": ["*.json", "*.txt", "*.model", "*.safetensors"]}
+    try:
+        return Path(snapshot_download(model_id, local_files_only=True, **wanted))
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        return Path(snapshot_download(model_id, **wanted))
+    except Exception as error:  # the hub client raises dozens of kinds; each means that the model is not to be had
+        raise Fatal(f"model {model_id}: cannot be downloaded at {revision}: {error}") from error
+
+
+def _read_json(path: Path, problem: str) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return data
+    except (OSError, ValueError):
+        raise InvalidJob(f"{problem} ({path.name})") from None
+
+
+def _default_sampler(folder: Path, index: dict[str, Any]) -> str:
+    """The table's name for the scheduler that the model comes with; DDIM for one that the table does not have."""
+    class_name = index.get("scheduler", [None, None])[1]
+    kin = [sampler for sampler in SAMPLERS.values() if sampler.scheduler == class_name]
+    return min(kin, key=lambda sampler: len(sampler.overrides)).name if kin else "ddim"

@@ -1,0 +1,68 @@
+"""The render profile: what decides pixels besides the row; and the flags that make it hold."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from renderfarm.config import Workers
+from renderfarm.models.catalog import ModelInfo
+
+
+def prepare_torch(workers: Workers) -> str:
+    """Set every flag that exactness needs, one by one, and return the device ("cpu" or "cuda")."""
+    device = workers.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(workers.threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()
+    return device
+
+
+def describe_profile(info: ModelInfo, workers: Workers, device: str) -> dict[str, Any]:
+    """The part of the profile that all families share."""
+    on_cpu = device == "cpu"
+    return {
+        "model": info.id,
+        "model_revision": info.revision,
+        "weights": weight_hashes(Path(info.folder)) if info.folder else {},
+        "batch_size": workers.batch_size,
+        "dtype": workers.dtype,
+        "device": device,
+        "device_model": platform.machine() if on_cpu else torch.cuda.get_device_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability() if on_cpu else None,
+        "threads": workers.threads if on_cpu else None,
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every weight and configuration file that a pipeline may read."""
+    wanted = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json", ".txt", ".model"))
+    return {path.relative_to(folder).as_posix(): _file_sha256(path) for path in wanted}
+
+
+def _file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,104 @@
+"""The values that travel: rows, samples, parts, leases, receipts. Frozen, ordered where order means something."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True, order=True)
+class SampleKey:
+    """One image to make. Seed and name derive from this alone, never from worker, attempt, time or batch place."""
+
+    row: int
+    image_index: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample with every argument resolved (row > job > family default); `args` are diffusers' argument names."""
+
+    key: SampleKey
+    row_id: str
+    prompt: str
+    negative_prompt: str | None
+    seed: int
+    height: int
+    width: int
+    num_inference_steps: int
+    guidance_scale: float
+    sampler: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RowError:
+    """How a sample ended that has no image: one row of the error table."""
+
+    key: SampleKey
+    row_id: str
+    error_class: str
+    error_message: str
+    retryable: bool
+    prompt_sha256: str | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """`stop - start` consecutive manifest rows: the unit of commit."""
+
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return f"part-{self.index:08d}"
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Whole consecutive parts for one worker, with their manifest rows (canonical column names, `row` first)."""
+
+    number: int
+    parts: tuple[Part, ...]
+    rows: pa.Table
+    attempt: int = 1
+
+
+@dataclass(frozen=True)
+class PartReceipt:
+    """What a committed part holds. `adopted`: somebody had committed it before us."""
+
+    part: int
+    images: int
+    errors: int
+    bytes: int
+    adopted: bool = False
+    retryable_errors: int = 0
+    error_classes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A worker's small answer to a lease."""
+
+    lease: int
+    parts: tuple[PartReceipt, ...]
+    seconds: float
+    denoiser_calls: int = 0
+    useful_slots: int = 0
+    total_slots: int = 0
+
+
+@dataclass(frozen=True)
+class WorkerReady:
+    """What a worker says of itself when its pipeline is loaded."""
+
+    worker: str
+    profile_sha256: str
+    device: str
+    load_seconds: float

@@ -1,0 +1,95 @@
+"""The sampler table: the names people use, and the diffusers scheduler behind each.
+
+One line per sampler. `overrides` are applied on top of the model's own scheduler configuration, as
+`Scheduler.from_config(pipe.scheduler.config, **overrides)` does. Importing this module imports no torch;
+`make_scheduler` does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from renderfarm.errors import InvalidInput
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """`draws`: takes fresh noise at its steps, from the sample's own generator (ancestral and SDE kinds)."""
+
+    name: str
+    scheduler: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    draws: bool = False
+    min_steps: int = 1
+
+
+_KARRAS = {"use_karras_sigmas": True}
+_SDE = {"algorithm_type": "sde-dpmsolver++"}
+_TABLE = (
+    Sampler("ddpm", "DDPMScheduler", draws=True),
+    Sampler("ddim", "DDIMScheduler"),
+    Sampler("pndm", "PNDMScheduler", {"skip_prk_steps": True}, ("plms", "k_plms")),
+    Sampler("dpm", "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}, ("dpm-solver",)),
+    Sampler("dpm++2m", "DPMSolverMultistepScheduler", aliases=("dpmpp_2m", "dpmsolver++")),
+    Sampler("dpm++2m-karras", "DPMSolverMultistepScheduler", _KARRAS, ("dpmpp_2m_karras",)),
+    Sampler("dpm++2m-sde", "DPMSolverMultistepScheduler", _SDE, ("dpmpp_2m_sde",), draws=True),
+    Sampler("dpm++2m-sde-karras", "DPMSolverMultistepScheduler", {**_SDE, **_KARRAS}, ("dpmpp_2m_sde_karras",), draws=True),
+    Sampler("dpm++2s", "DPMSolverSinglestepScheduler", aliases=("dpmpp_2s", "dpm++singlestep"), min_steps=2),
+    Sampler("dpm++sde", "DPMSolverSinglestepScheduler", _SDE, ("dpmpp_sde",), draws=True, min_steps=2),
+    Sampler("euler", "EulerDiscreteScheduler", aliases=("k_euler",)),
+    Sampler("euler-karras", "EulerDiscreteScheduler", _KARRAS),
+    Sampler("euler-a", "EulerAncestralDiscreteScheduler", aliases=("k_euler_a", "k_euler_ancestral", "euler_ancestral"), draws=True),
+    Sampler("heun", "HeunDiscreteScheduler", aliases=("k_heun",)),
+    Sampler("heun-karras", "HeunDiscreteScheduler", _KARRAS),
+    Sampler("dpm2", "KDPM2DiscreteScheduler", aliases=("k_dpm_2",)),
+    Sampler("dpm2-karras", "KDPM2DiscreteScheduler", _KARRAS),
+    Sampler("dpm2-a", "KDPM2AncestralDiscreteScheduler", aliases=("k_dpm_2_a", "k_dpm_2_ancestral", "dpm_2_ancestral"), draws=True),
+    Sampler("dpm2-a-karras", "KDPM2AncestralDiscreteScheduler", _KARRAS, draws=True),
+    Sampler("lms", "LMSDiscreteScheduler", aliases=("k_lms",)),
+    Sampler("lms-karras", "LMSDiscreteScheduler", _KARRAS),
+    Sampler("unipc", "UniPCMultistepScheduler"),
+    Sampler("deis", "DEISMultistepScheduler"),
+    Sampler("lcm", "LCMScheduler", draws=True),
+    Sampler("tcd", "TCDScheduler", draws=True),
+)  # fmt: skip
+SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in _TABLE}
+
+# DiffusionDB's column `sampler`: https://huggingface.co/datasets/poloclub/diffusiondb, "Data Fields"
+DIFFUSIONDB_CODES = {1: "ddim", 2: "pndm", 3: "euler", 4: "euler-a", 5: "heun", 6: "dpm2", 7: "dpm2-a", 8: "lms"}
+
+
+
+def _spelling(name: str) -> str:
+    """`DPM++ 2M Karras`, `dpmpp_2m_karras` and `dpm++2m-karras` are one name."""
+    return re.sub(r"[\s_\-]+", "", name.lower().replace("dpmpp", "dpm++"))
+
+
+_BY_SPELLING = {_spelling(word): sampler for sampler in _TABLE for word in (sampler.name, *sampler.aliases)}
+
+
+def find_sampler(name: str | int) -> Sampler:
+    """The sampler of a name, an alias, or a DiffusionDB code. Raises InvalidInput with the nearest name."""
+    if isinstance(name, int):
+        if name in DIFFUSIONDB_CODES:
+            return SAMPLERS[DIFFUSIONDB_CODES[name]]
+        raise InvalidInput(
+            f"sampler code {name} has no exact equivalent: DiffusionDB's codes 1 to 8 name samplers, "
+            "9 means an unknown other one; give the row one of `renderfarm samplers`"
+        )
+    if found := _BY_SPELLING.get(_spelling(name)):
+        return found
+    close = difflib.get_close_matches(_spelling(name), list(_BY_SPELLING), n=1, cutoff=0.4)
+    hint = f"; did you mean {_BY_SPELLING[close[0]].name!r}?" if close else ""
+    raise InvalidInput(f"unknown sampler {name!r}{hint} (`renderfarm samplers` lists them)")
+
+
+def make_scheduler(name: str, config: Any) -> Any:
+    """A fresh diffusers scheduler for one sample, from the model's own scheduler configuration."""
+    import diffusers
+
+    sampler = SAMPLERS[name]
+    return getattr(diffusers, sampler.scheduler).from_config(config, **sampler.overrides)

@@ -1,0 +1,192 @@
+"""A manifest row becomes samples: precedence row > job > model, seeds, and every check that needs no accelerator.
+
+A row that cannot be rendered gives one error per image that it planned; nothing is rounded, clipped or guessed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from renderfarm.config import Job
+from renderfarm.errors import InvalidInput, RenderfarmError
+from renderfarm.manifest import EXTRA, ROW
+from renderfarm.models.catalog import ModelInfo
+from renderfarm.records import RowError, Sample, SampleKey
+from renderfarm.samplers import find_sampler
+from renderfarm.seeds import MAX_SEED, sample_seed
+
+MAX_PROMPT_CHARACTERS = 20_000
+MAX_IMAGES_PER_ROW = 10_000
+
+
+@dataclass(frozen=True)
+class ExpandedRow:
+    """A row's samples, or its errors; exactly one of the two is non-empty."""
+
+    ordinal: int
+    row_id: str
+    samples: tuple[Sample, ...]
+    errors: tuple[RowError, ...]
+
+
+def expand_rows(rows: pa.Table, job: Job, model: ModelInfo) -> Iterator[ExpandedRow]:
+    """One `ExpandedRow` per row of a streamed manifest table, in order."""
+    arguments = [name for name in rows.column_names if not name.startswith(EXTRA)]
+    columns = {name: _values(rows.column(name)) for name in arguments}
+    for index in range(len(rows)):
+        yield expand_row({name: column[index] for name, column in columns.items()}, job, model)
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    """Python values; a cell that cannot be decoded becomes the exception that says why."""
+    try:
+        return column.to_pylist()
+    except (UnicodeDecodeError, pa.ArrowException, ValueError):
+        return [_value(cell) for cell in column]
+
+
+def _value(cell: pa.Scalar) -> Any:
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError as error:
+        return InvalidInput(f"is not valid UTF-8 text (byte {error.start})")
+    except (pa.ArrowException, ValueError) as error:
+        return InvalidInput(f"cannot be read: {error}")
+
+
+def expand_row(values: dict[str, Any], job: Job, model: ModelInfo) -> ExpandedRow:
+    """`values`: the row's cells by argument name, and its ordinal as `row`."""
+    ordinal = int(values[ROW])
+    prompt = values.get("prompt")
+    row_id = str(ordinal) if values.get("id") is None or isinstance(values["id"], Exception) else str(values["id"])
+    count = 1
+    try:
+        count = _images(values, job)
+        samples = tuple(_samples(values, ordinal, row_id, count, job, model))
+    except InvalidInput as error:
+        errors = (row_error(SampleKey(ordinal, k), row_id, prompt, error) for k in range(count))
+        return ExpandedRow(ordinal, row_id, (), tuple(errors))
+    return ExpandedRow(ordinal, row_id, samples, ())
+
+
+def row_error(key: SampleKey, row_id: str, prompt: Any, error: RenderfarmError) -> RowError:
+    digest = hashlib.sha256(prompt.encode()).hexdigest() if isinstance(prompt, str) else None
+    return RowError(key, row_id, type(error).__name__, str(error), error.retryable, digest)
+
+
+def _images(values: dict[str, Any], job: Job) -> int:
+    given = _integer(values, "num_images_per_prompt")
+    count = given if given is not None else job.render.num_images_per_prompt or 1
+    if not 1 <= count <= MAX_IMAGES_PER_ROW:
+        raise InvalidInput(f"num_images_per_prompt is {count}; it must be between 1 and {MAX_IMAGES_PER_ROW:,}")
+    return count
+
+
+def _samples(values: dict[str, Any], ordinal: int, row_id: str, count: int, job: Job, model: ModelInfo) -> Iterator[Sample]:
+    prompt = _prompt(values)
+    negative = _text(values, "negative_prompt")
+    height = _side(_choose(_integer, values, "height", job, model.height), "height", model)
+    width = _side(_choose(_integer, values, "width", job, model.width), "width", model)
+    steps = _choose(_integer, values, "num_inference_steps", job, model.num_inference_steps)
+    if not 1 <= steps <= 1000:
+        raise InvalidInput(f"num_inference_steps is {steps}; it must be between 1 and 1000")
+    guidance = _choose(_number, values, "guidance_scale", job, model.guidance_scale)
+    if not 0 <= guidance <= 1000:
+        raise InvalidInput(f"guidance_scale is {guidance}; it must be between 0 and 1000")
+    sampler = find_sampler(_choose(_sampler, values, "sampler", job, model.sampler))
+    if steps < sampler.min_steps:
+        raise InvalidInput(f"num_inference_steps is {steps}; sampler {sampler.name} needs at least {sampler.min_steps}")
+    row_seed = _integer(values, "seed")
+    if row_seed is not None and not 0 <= row_seed <= MAX_SEED - count:
+        raise InvalidInput(f"seed is {row_seed}; it must be between 0 and 2^63 - 1 (leave it out for a derived one)")
+    for k in range(count):
+        yield Sample(
+            key=SampleKey(ordinal, k),
+            row_id=row_id,
+            prompt=prompt,
+            negative_prompt=negative if negative is not None else job.render.negative_prompt,
+            seed=sample_seed(job.seed_policy, job.seed, row_id, row_seed, k),
+            height=height,
+            width=width,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            sampler=sampler.name,
+        )
+
+
+def _choose(read: Any, values: dict[str, Any], name: str, job: Job, default: Any) -> Any:
+    """Row > job > model; an argument that the job overrides ignores the row's."""
+    given = getattr(job.render, name)
+    if name in job.render.override:
+        return given
+    value = read(values, name)
+    return value if value is not None else given if given is not None else default
+
+
+def _cell(values: dict[str, Any], name: str) -> Any:
+    value = values.get(name)
+    if isinstance(value, InvalidInput):
+        raise InvalidInput(f"{name} {value}")
+    return value
+
+
+def _text(values: dict[str, Any], name: str) -> str | None:
+    value = _cell(values, name)
+    if value is None:
+        return None
+    if "\x00" in value:
+        raise InvalidInput(f"{name} holds a NUL character; remove it")
+    if len(value) > MAX_PROMPT_CHARACTERS:
+        raise InvalidInput(f"{name} has {len(value):,} characters; the limit is {MAX_PROMPT_CHARACTERS:,}: shorten it")
+    return str(value)
+
+
+def _prompt(values: dict[str, Any]) -> str:
+    prompt = _text(values, "prompt")
+    if prompt is None:
+        raise InvalidInput("prompt is null; give the row a prompt or leave the row out")
+    if not prompt.strip():
+        raise InvalidInput("prompt is empty; give the row a prompt or leave the row out")
+    return prompt
+
+
+def _number(values: dict[str, Any], name: str) -> float | None:
+    value = _cell(values, name)
+    if value is None:
+        return None
+    if not math.isfinite(value):
+        raise InvalidInput(f"{name} is {value}; give a finite number")
+    return float(value)
+
+
+def _integer(values: dict[str, Any], name: str) -> int | None:
+    """A whole number; floats from pandas are taken where they are whole, and a NaN there means a gap."""
+    value = _cell(values, name)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if value != value // 1 or math.isinf(value):
+        raise InvalidInput(f"{name} is {value}; it must be a whole number")
+    return int(value)
+
+
+def _sampler(values: dict[str, Any], name: str) -> str | int | None:
+    value: str | int | None = _cell(values, name)
+    return value
+
+
+def _side(value: int, name: str, model: ModelInfo) -> int:
+    if value <= 0:
+        raise InvalidInput(f"{name} is {value}; it must be a positive number of pixels")
+    if value % model.factor:
+        below, above = value // model.factor * model.factor, -(-value // model.factor) * model.factor
+        near = f"{below} or {above}" if below else f"{above}"
+        raise InvalidInput(f"{name} is {value}; it must be a multiple of {model.factor} for this model: {near}")
+    if value > model.max_side:
+        raise InvalidInput(f"{name} is {value}; this model's limit is {model.max_side} pixels")
+    return value

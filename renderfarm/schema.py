@@ -1,0 +1,66 @@
+"""The tables' columns. What a reader of the dataset may rely on."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pyarrow as pa
+
+IMAGE_COLUMNS = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("image_index", pa.int32(), nullable=False),
+        pa.field("file_name", pa.string()),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("negative_prompt", pa.string()),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("num_inference_steps", pa.int32(), nullable=False),
+        pa.field("guidance_scale", pa.float64(), nullable=False),
+        pa.field("sampler", pa.string(), nullable=False),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("model_revision", pa.string()),
+        pa.field("profile_sha256", pa.string(), nullable=False),
+        pa.field("prompt_tokens", pa.int32()),
+        pa.field("prompt_truncated", pa.bool_()),
+        pa.field("format", pa.string(), nullable=False),
+        pa.field("bytes", pa.int64(), nullable=False),
+        pa.field("file_sha256", pa.string(), nullable=False),
+        pa.field("pixel_sha256", pa.string(), nullable=False),
+    ]
+)
+ERROR_COLUMNS = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("image_index", pa.int32(), nullable=False),
+        pa.field("error_class", pa.string(), nullable=False),
+        pa.field("error_message", pa.string(), nullable=False),
+        pa.field("retryable", pa.bool_(), nullable=False),
+        pa.field("prompt_sha256", pa.string()),
+    ]
+)
+ERRORS_KEY = b"renderfarm.errors"  # Parquet footer metadata of a commit object: its part's error rows, as JSON
+
+
+def output_name(column: str) -> str:
+    """The name under which a manifest's own column reaches the table."""
+    return f"input_{column}" if column in IMAGE_COLUMNS.names else column
+
+
+def image_schema(extras: pa.Schema) -> pa.Schema:
+    """The image table's columns, then the manifest's own."""
+    fields = [pa.field(output_name(field.name), field.type) for field in extras]
+    return pa.schema([*IMAGE_COLUMNS, *fields])
+
+
+def errors_to_json(table: pa.Table) -> bytes:
+    return json.dumps(table.to_pylist(), separators=(",", ":"), sort_keys=True).encode()
+
+
+def errors_from_json(text: bytes) -> pa.Table:
+    rows: list[dict[str, Any]] = json.loads(text)
+    return pa.Table.from_pylist(rows, schema=ERROR_COLUMNS)
