@@ -4,6 +4,7 @@
     ├── InvalidInput        this row cannot be rendered: an error row at once, never retried
     │   ├── OutOfMemory     this shape does not fit the device; the advice is in the message
     │   └── NonFiniteOutput the model gave NaN or infinity for this sample
+    ├── RenderFailed        torch or diffusers failed on this sample in a way that nobody foresaw
     ├── Transient           may succeed later (store busy, network): retried with backoff, charged to no row
     ├── WorkerLost          the worker died or hangs: its lease goes to another one
     ├── AlreadyExists       a key that was to be created is there; read it back and adopt it
@@ -47,6 +48,10 @@ class OutOfMemory(InvalidInput):
 
 class NonFiniteOutput(InvalidInput):
     """The model gave NaN or infinity; never painted as black."""
+
+
+class RenderFailed(RenderfarmError):
+    """An unforeseen failure while rendering; the message carries the original error."""
 
 
 class Transient(RenderfarmError):

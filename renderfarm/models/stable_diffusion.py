@@ -20,7 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from renderfarm.config import Workers
 from renderfarm.errors import Fatal, NonFiniteOutput
 from renderfarm.models.catalog import ModelInfo
-from renderfarm.models.profile import describe_profile, prepare_torch
+from renderfarm.models.torch_setup import describe_profile, prepare_torch, translated
 from renderfarm.records import Sample
 from renderfarm.samplers import make_scheduler
 
@@ -70,6 +70,7 @@ class StableDiffusion:
     def texts(self, sample: Sample) -> tuple[str, ...]:
         return (sample.prompt, sample.negative_prompt or "") if self._guided(sample) else (sample.prompt,)
 
+    @translated
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> list[torch.Tensor]:
         padded = [*texts, *[""] * (self.batch_size - len(texts))]
@@ -103,6 +104,7 @@ class StableDiffusion:
             negative_LD=embeddings[1] if len(embeddings) > 1 else None,
         )
 
+    @translated
     @torch.inference_mode()
     def step(self, states: Sequence[State]) -> list[bool]:
         guided = states[0].negative_LD is not None
@@ -130,6 +132,7 @@ class StableDiffusion:
             state.next_step += 1
         return [state.next_step == len(state.timesteps) for state in states]
 
+    @translated
     @torch.inference_mode()
     def decode(self, state: State) -> np.ndarray:
         vae = self.pipe.vae

@@ -1,19 +1,41 @@
-"""The render profile: what decides pixels besides the row; and the flags that make it hold."""
+"""Torch, set up for exactness, and described: the flags, the render profile, the translation of torch's errors."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import platform
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import diffusers
 import torch
 import transformers
 
 from renderfarm.config import Workers
+from renderfarm.errors import OutOfMemory
 from renderfarm.models.catalog import ModelInfo
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def translated(function: Callable[P, R]) -> Callable[P, R]:
+    """Turn torch's out-of-memory error into ours, with advice; B never changes silently."""
+
+    @wraps(function)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                "the device has too little memory for this size at the job's batch size; lower workers.batch_size "
+                "(in a new output: it decides pixels), height or width, or use workers.dtype: bfloat16"
+            ) from error
+
+    return inner
 
 
 def prepare_torch(workers: Workers) -> str:
@@ -38,7 +60,7 @@ def describe_profile(info: ModelInfo, workers: Workers, device: str) -> dict[str
     """The part of the profile that all families share."""
     on_cpu = device == "cpu"
     return {
-        "model": info.id,
+        "model": Path(info.id).name if info.id.startswith("/") else info.id,
         "model_revision": info.revision,
         "weights": weight_hashes(Path(info.folder)) if info.folder else {},
         "batch_size": workers.batch_size,

@@ -1,0 +1,171 @@
+"""What is done, and how it becomes done.
+
+    _renderfarm/job.json       the frozen job: what decides pixels and layout (create-if-absent)
+    _renderfarm/profile.json   the render profile, by the first worker ready (create-if-absent)
+    _renderfarm/parts/…        one key a part, its counts in its name, so that one listing tells what is done;
+                               derived: a missing entry costs one request, never an image
+    data/…, errors/…           the commit objects (see layouts)
+
+Order of a part: images, commit object, error view, index entry. Whoever loses the create of the commit object reads
+back what is stored and reports that, whether it is somebody else's or its own whose reply was lost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from renderfarm.errors import AlreadyExists, InvalidJob, ProfileMismatch
+from renderfarm.layouts import files
+from renderfarm.records import Part, PartReceipt
+from renderfarm.schema import IMAGE_COLUMNS
+from renderfarm.storage import Store
+
+FORMAT_VERSION = 1
+JOB, PROFILE, PROGRESS, PARTS, RUNS = (
+    f"_renderfarm/{name}" for name in ("job.json", "profile.json", "progress.json", "parts", "runs")
+)
+
+
+def to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def read_json(store: Store, key: str) -> dict[str, Any]:
+    """Raises KeyError where there is none."""
+    value: dict[str, Any] = json.loads(store.read(key))
+    return value
+
+
+# ---------------------------------------------------------------------------------------------- the frozen job
+
+
+def freeze_job(store: Store, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Store what decides pixels and layout, or check that it is what the output was begun with.
+
+    Returns the stored value. Raises InvalidJob that prints every difference.
+    """
+    wanted = {"format_version": FORMAT_VERSION, **wanted}
+    try:
+        store.put_if_absent(JOB, to_json(wanted))
+        return wanted
+    except AlreadyExists:
+        stored = read_json(store, JOB)
+    if differences := list(_differences(stored, json.loads(to_json(wanted)), "")):
+        raise InvalidJob(
+            f"{store.url} was begun with other settings, and these decide pixels or layout:\n"
+            + "\n".join(f"  {line}" for line in differences)
+            + "\nrestore them to continue, or give another output (--out)"
+        )
+    return stored
+
+
+def _differences(old: Any, new: Any, path: str) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted({*old, *new}):
+            found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [line for k, pair in enumerate(zip(old, new, strict=True)) for line in _differences(*pair, f"{path}[{k}]")]
+    return [] if old == new else [f"{path}: {json.dumps(old)} there, {json.dumps(new)} now"]
+
+
+def publish_profile(store: Store, profile: dict[str, Any]) -> str:
+    """Publish this worker's profile, or check that it is the published one. Returns its SHA-256."""
+    data = to_json(profile)
+    try:
+        store.put_if_absent(PROFILE, data)
+    except AlreadyExists:
+        if differences := _differences(read_json(store, PROFILE), json.loads(data), ""):
+            raise ProfileMismatch(
+                "this worker would render other pixels than the output's profile promises:\n"
+                + "\n".join(f"  {line}" for line in differences)
+                + "\nrun where these are equal, or give another output (--out)"
+            ) from None
+    return profile_sha256(profile)
+
+
+def profile_sha256(profile: dict[str, Any]) -> str:
+    return hashlib.sha256(to_json(profile)).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------- parts
+
+
+def find_commit(store: Store, part: Part) -> PartReceipt | None:
+    """The receipt of a part that somebody has committed, or None. Mends its view and index entry if they are missing."""
+    for key, read in ((files.commit_key(part), files.read_table), (files.errors_key(part), _errors_only)):
+        try:
+            images, errors = read(store.read(key))
+        except KeyError:
+            continue
+        return _finish(store, part, images, errors, adopted=True)
+    return None
+
+
+def publish(store: Store, part: Part, images: pa.Table, errors: pa.Table) -> PartReceipt:
+    """Commit a part whose images are in the store already."""
+    if len(images):
+        key, data = files.commit_key(part), files.table_bytes(images, errors)
+    else:
+        key, data = files.errors_key(part), files.errors_bytes(errors)
+    try:
+        store.put_if_absent(key, data)
+    except AlreadyExists:
+        found = find_commit(store, part)
+        assert found is not None, f"{key} exists but cannot be read back"
+        return found
+    return _finish(store, part, images, errors, adopted=False)
+
+
+def _finish(store: Store, part: Part, images: pa.Table, errors: pa.Table, *, adopted: bool) -> PartReceipt:
+    if len(images) and len(errors) and not store.exists(files.errors_key(part)):
+        store.put(files.errors_key(part), files.errors_bytes(errors))
+    classes = {str(item["values"]): int(item["counts"]) for item in pc.value_counts(errors.column("error_class")).to_pylist()}
+    receipt = PartReceipt(
+        part=part.index,
+        images=len(images),
+        errors=len(errors),
+        bytes=pc.sum(images.column("bytes")).as_py() or 0 if len(images) else 0,
+        adopted=adopted,
+        error_classes=classes,
+    )
+    entry = f"{PARTS}/{part.name}.i{receipt.images}.e{receipt.errors}.b{receipt.bytes}.json"
+    store.put(entry, to_json({"error_classes": classes}))
+    return receipt
+
+
+def _errors_only(data: bytes) -> tuple[pa.Table, pa.Table]:
+    return IMAGE_COLUMNS.empty_table(), files.read_errors(data)
+
+
+_ENTRY = re.compile(r"part-(\d+)\.i(\d+)\.e(\d+)\.b(\d+)\.json$")
+
+
+def committed_parts(store: Store) -> dict[int, PartReceipt]:
+    """What the index lists, by part: one listing, no reads."""
+    found = {}
+    for key in store.list(PARTS):
+        if match := _ENTRY.search(key):
+            part, images, errors, size = (int(text) for text in match.groups())
+            found[part] = PartReceipt(part, images, errors, size, adopted=True)
+    return found
+
+
+def error_classes(store: Store) -> dict[str, int]:
+    """How many errors of each class the committed parts hold; reads the index entries that have any."""
+    counts: dict[str, int] = {}
+    for key in store.list(PARTS):
+        match = _ENTRY.search(key)
+        if match and int(match[3]):
+            for name, count in read_json(store, key)["error_classes"].items():
+                counts[name] = counts.get(name, 0) + count
+    return counts
+
+

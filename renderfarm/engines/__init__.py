@@ -1,0 +1,1 @@
+"""Engines: who runs workers, and where. The driver sees only the protocol in `base`."""

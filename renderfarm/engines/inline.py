@@ -1,0 +1,62 @@
+"""The engine without Ray: one worker in this process. For debugging, notebooks, tests, machines without Ray."""
+
+from __future__ import annotations
+
+import queue
+from concurrent.futures import ThreadPoolExecutor
+
+from renderfarm.config import Job
+from renderfarm.engines.base import Done, Event, Failed, Ready
+from renderfarm.errors import RenderfarmError, RenderFailed
+from renderfarm.models.catalog import ModelInfo
+from renderfarm.records import Lease
+from renderfarm.worker import LEASES_IN_FLIGHT, Worker, WorkerSpec
+
+
+class InlineEngine:
+    max_workers = 1
+
+    def __init__(self, job: Job, model: ModelInfo) -> None:
+        self.job, self.model = job, model
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self.threads = ThreadPoolExecutor(LEASES_IN_FLIGHT, thread_name_prefix="lease")
+        self.worker: Worker | None = None
+
+    def start_worker(self, name: str) -> None:
+        self.worker = Worker(WorkerSpec(name, self.job, self.model))
+        self.threads.submit(self._ready, name, self.worker)
+
+    def _ready(self, name: str, worker: Worker) -> None:
+        try:
+            self.events.put(Ready(name, worker.ready()))
+        except Exception as error:  # the boundary: whatever start-up raises becomes an event
+            self.events.put(Failed(name, None, _ours(error)))
+
+    def submit(self, worker: str, lease: Lease) -> None:
+        assert self.worker is not None
+        self.threads.submit(self._render, worker, self.worker, lease)
+
+    def _render(self, name: str, worker: Worker, lease: Lease) -> None:
+        try:
+            self.events.put(Done(name, lease, worker.render(lease)))
+        except Exception as error:  # the lease boundary
+            self.events.put(Failed(name, lease, _ours(error)))
+
+    def next_events(self, timeout_s: float) -> list[Event]:
+        try:
+            return [self.events.get(timeout=timeout_s)]
+        except queue.Empty:
+            return []
+
+    def shutdown(self) -> None:
+        self.threads.shutdown()
+        if self.worker is not None:
+            self.worker.close()
+
+
+def _ours(error: Exception) -> RenderfarmError:
+    if isinstance(error, RenderfarmError):
+        return error
+    ours = RenderFailed(f"{type(error).__name__}: {error}")
+    ours.__cause__ = error
+    return ours

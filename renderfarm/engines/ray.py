@@ -1,0 +1,146 @@
+"""The engine on Ray core: one threaded actor per worker. Only this module and `submit` import ray.
+
+Actors and calls are never retried by Ray (`max_restarts=0`, `max_task_retries=0`): a lost call is not a lost part, so
+the driver decides. `ray.data` must not be imported (it registers Arrow types that run code from a Parquet file).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from renderfarm.config import Job
+from renderfarm.engines.base import Done, Event, Failed, Ready
+from renderfarm.errors import Fatal, RenderFailed, RenderfarmError, WorkerLost
+from renderfarm.models.catalog import ModelInfo
+from renderfarm.records import Lease, Receipt, WorkerReady
+from renderfarm.worker import LEASES_IN_FLIGHT, Worker, WorkerSpec
+
+
+class _Actor:
+    """A worker in an actor; `max_concurrency` threads call it, one per lease in flight."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.worker = Worker(spec)
+
+    def ready(self) -> WorkerReady:
+        return self.worker.ready()
+
+    def render(self, lease: Lease) -> Receipt:
+        return self.worker.render(lease)
+
+
+class RayEngine:
+    """`address` None starts a private Ray on this machine; else it joins that cluster."""
+
+    def __init__(self, job: Job, model: ModelInfo, address: str | None = None) -> None:
+        self.job, self.model = job, model
+        self.max_workers = job.workers.max
+        self._folder: str | None = None
+        self._actors: dict[str, Any] = {}
+        self._calls: dict[Any, tuple[str, Lease | None]] = {}
+        self._own = not ray.is_initialized()
+        if self._own:
+            self._connect(address)
+        gpu = _uses_gpu(job)
+        if gpu is None:
+            raise Fatal("workers.device is cuda, but no node of this Ray has a GPU; use device: auto or cpu")
+        self._options = {"num_gpus": 1, "num_cpus": 1} if gpu else {"num_gpus": 0, "num_cpus": job.workers.threads}
+        self._check_room()
+
+    def _connect(self, address: str | None) -> None:
+        common: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+        try:
+            if address is not None:
+                ray.init(address=address, **common)
+                return
+            self._folder = tempfile.mkdtemp(prefix="rf-")
+            ray.init(
+                address="local",
+                _temp_dir=self._folder,
+                include_dashboard=False,
+                num_cpus=max(os.cpu_count() or 1, self.job.workers.max * self.job.workers.threads),
+                object_store_memory=256 << 20,  # rows of leases only; no image enters it
+                **common,
+            )
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            raise Fatal(f"cannot start or join Ray at {address or 'local'}: {error}; is the address right?") from error
+
+    def _check_room(self) -> None:
+        have = ray.cluster_resources()
+        for name, key in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
+            if self._options[name] > have.get(key, 0):
+                raise Fatal(f"a worker needs {self._options[name]} {key}, but this Ray has {have.get(key, 0):g}; lower workers.threads or add nodes")
+
+    def start_worker(self, name: str) -> None:
+        actor_class: Any = ray.remote(_Actor)
+        actor = actor_class.options(
+            max_concurrency=LEASES_IN_FLIGHT,
+            max_restarts=0,
+            max_task_retries=0,
+            enable_task_events=False,
+            **self._options,
+        ).remote(WorkerSpec(name, self.job, self.model))
+        self._actors[name] = actor
+        self._calls[actor.ready.remote()] = (name, None)
+
+    def submit(self, worker: str, lease: Lease) -> None:
+        self._calls[self._actors[worker].render.remote(lease)] = (worker, lease)
+
+    def next_events(self, timeout_s: float) -> list[Event]:
+        if not self._calls:
+            return []
+        done, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
+        return [self._event(ref) for ref in done]
+
+    def _event(self, ref: Any) -> Event:
+        worker, lease = self._calls.pop(ref)
+        try:
+            answer = ray.get(ref)
+        except (ray.exceptions.RayError, RenderfarmError) as error:
+            ours = _ours(error)
+            if isinstance(ours, WorkerLost):
+                self._kill(worker)
+            return Failed(worker, lease, ours)
+        return Ready(worker, answer) if lease is None else Done(worker, lease, answer)
+
+    def _kill(self, worker: str) -> None:
+        """Make sure that a worker called lost is gone: Ray's "dead" may still be running."""
+        actor = self._actors.pop(worker, None)
+        if actor is not None:
+            with contextlib.suppress(Exception):  # it is gone already, which is what was wanted
+                ray.kill(actor)
+
+    def shutdown(self) -> None:
+        for worker in list(self._actors):
+            self._kill(worker)
+        if self._own:
+            ray.shutdown()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _uses_gpu(job: Job) -> bool | None:
+    """Whether workers take a GPU; None: asked for, and there is none."""
+    has = ray.cluster_resources().get("GPU", 0) > 0
+    return {"auto": has, "cpu": False, "cuda": True if has else None}[job.workers.device]
+
+
+def _ours(error: Exception) -> RenderfarmError:
+    """Ray's errors as ours, most specific first."""
+    if isinstance(error, ray.exceptions.RayTaskError):
+        cause = error.cause
+        if isinstance(cause, RenderfarmError):
+            return cause
+        return RenderFailed(f"{type(cause).__name__}: {cause}")
+    if isinstance(error, RenderfarmError):
+        return error
+    if isinstance(error, ray.exceptions.RayActorError | ray.exceptions.WorkerCrashedError | ray.exceptions.OutOfMemoryError):
+        return WorkerLost(str(error).splitlines()[0])
+    return RenderFailed(f"{type(error).__name__}: {error}")

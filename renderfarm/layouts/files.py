@@ -1,0 +1,64 @@
+"""Layout `files`: data/part-…/IMAGE.png beside data/part-…/metadata.parquet, as Hugging Face's imagefolder reads it.
+
+The commit of a part is its metadata.parquet: it names every image of the part, and its footer carries the part's
+error rows. Images are put before it; one that no table names belongs to an attempt that lost, and no reader sees it.
+"""
+
+from __future__ import annotations
+
+import io
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from renderfarm.encode import EncodedImage
+from renderfarm.records import Part, SampleKey
+from renderfarm.schema import ERROR_COLUMNS, ERRORS_KEY, errors_from_json, errors_to_json
+
+TABLES = "data/*/metadata.parquet"
+
+
+def commit_key(part: Part) -> str:
+    return f"data/{part.name}/metadata.parquet"
+
+
+def image_name(key: SampleKey, image: EncodedImage, format_: str) -> str:
+    """Names come from the ordinal and the pixels, never from user ids; another attempt's pixels get another name."""
+    return f"{key.row:010d}-{key.image_index:04d}-{image.pixel_sha256[:8]}.{format_}"
+
+
+def image_key(part: Part, file_name: str) -> str:
+    return f"data/{part.name}/{file_name}"
+
+
+def table_bytes(images: pa.Table, errors: pa.Table) -> bytes:
+    """The commit object. Same tables, same bytes."""
+    if len(errors):
+        images = images.replace_schema_metadata({ERRORS_KEY: errors_to_json(errors)})
+    return _parquet(images)
+
+
+def errors_key(part: Part) -> str:
+    return f"errors/{part.name}.parquet"
+
+
+def errors_bytes(errors: pa.Table) -> bytes:
+    return _parquet(errors)
+
+
+def _parquet(table: pa.Table) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def read_table(data: bytes) -> tuple[pa.Table, pa.Table]:
+    """A commit object's (images, errors)."""
+    table = pq.read_table(io.BytesIO(data))
+    packed = (table.schema.metadata or {}).get(ERRORS_KEY)
+    errors = errors_from_json(packed) if packed else ERROR_COLUMNS.empty_table()
+    return table.replace_schema_metadata(None), errors
+
+
+def read_errors(data: bytes) -> pa.Table:
+    return pq.read_table(io.BytesIO(data))

@@ -1,0 +1,18 @@
+"""From a model's description to the loaded model. The family's module is imported only here."""
+
+from __future__ import annotations
+
+from renderfarm.config import Workers
+from renderfarm.models.base import SlotModel
+from renderfarm.models.catalog import ModelInfo
+
+
+def load_model(info: ModelInfo, workers: Workers) -> SlotModel:
+    """Load the pipeline onto its device. Raises Fatal when it cannot be loaded."""
+    if info.family == "fake":
+        from renderfarm.models.fake import Fake
+
+        return Fake(info, workers)
+    from renderfarm.models.stable_diffusion import StableDiffusion
+
+    return StableDiffusion(info, workers)

@@ -1,0 +1,185 @@
+"""The slot loop: B places, one denoiser call a step, samples come and go; no engine, no files, no torch.
+
+    submit(samples) ─▶ queue per slot group ─▶ [ slot 0 | slot 1 | … | slot B-1 ] ─▶ decode ─▶ future
+
+One thread, started here, does all work on the model, because a second torch thread slows the first. Steps,
+samplers, guidance and seeds mix in a batch; only the slot group (size, guidance on or off) separates. The group with
+the most work goes first, so that partial batches wait for mates from later leases and filler comes only when nothing
+else is left to do.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from renderfarm.errors import RenderFailed, RenderfarmError
+from renderfarm.models.base import SlotModel
+from renderfarm.records import Sample
+
+MAX_CACHED_TEXTS = 2048
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A finished sample: H×W×3 uint8 pixels, and how its prompt fared in the tokenizer."""
+
+    pixels: np.ndarray
+    prompt_tokens: int
+    prompt_truncated: bool
+
+
+@dataclass
+class Counters:
+    """`useful_slots / total_slots` is the share of denoiser work that was not filler."""
+
+    denoiser_calls: int = 0
+    useful_slots: int = 0
+    total_slots: int = 0
+    encoded_texts: int = 0
+
+
+@dataclass
+class _Job:
+    sample: Sample
+    future: Future[Rendered]
+    state: Any = None
+
+
+@dataclass
+class _Group:
+    waiting: deque[_Job] = field(default_factory=deque)
+    active: list[_Job] = field(default_factory=list)
+
+    def work(self) -> int:
+        return len(self.waiting) + len(self.active)
+
+
+class SlotLoop:
+    """Owns the model and the one thread that touches it."""
+
+    def __init__(self, load: Callable[[], SlotModel]) -> None:
+        self.counters = Counters()
+        self.ready: Future[SlotModel] = Future()
+        self._inbox: queue.SimpleQueue[list[_Job] | None] = queue.SimpleQueue()
+        self._groups: dict[Hashable, _Group] = {}
+        self._embeddings: OrderedDict[str, Any] = OrderedDict()
+        self._thread = threading.Thread(target=self._run, args=(load,), name="render", daemon=True)
+        self._thread.start()
+
+    def submit(self, samples: Sequence[Sample]) -> list[Future[Rendered]]:
+        """Queue samples; each future ends with a `Rendered` or a RenderfarmError."""
+        jobs = [_Job(sample, Future()) for sample in samples]
+        if jobs:
+            self._inbox.put(jobs)
+        return [job.future for job in jobs]
+
+    def close(self) -> None:
+        """Let queued work finish, then end the thread."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _run(self, load: Callable[[], SlotModel]) -> None:
+        try:
+            self._model = load()
+        except BaseException as error:  # whatever loading raises belongs to whoever waits for the model
+            self.ready.set_exception(error)
+            return
+        self.ready.set_result(self._model)
+        open_ = True
+        while open_ or self._groups:
+            open_ = self._take_in(open_)
+            if self._groups:
+                self._advance()
+
+    def _take_in(self, open_: bool) -> bool:
+        """Move new jobs into their groups; wait for some only if there is nothing else to do."""
+        while open_:
+            try:
+                jobs = self._inbox.get(block=not self._groups)
+            except queue.Empty:
+                return True
+            if jobs is None:
+                return False
+            for job in jobs:
+                self._groups.setdefault(self._model.slot_group(job.sample), _Group()).waiting.append(job)
+        return False
+
+    def _advance(self) -> None:
+        """One step of the group that fills most slots; among equals the one that is on its way."""
+        key = max(self._groups, key=lambda k: (min(self._groups[k].work(), self._model.batch_size), len(self._groups[k].active)))
+        group = self._groups[key]
+        self._fill(group)
+        if group.active:
+            self._step(group)
+        if not group.work():
+            del self._groups[key]
+
+    def _fill(self, group: _Group) -> None:
+        free = self._model.batch_size - len(group.active)
+        entering = [group.waiting.popleft() for _ in range(min(free, len(group.waiting)))]
+        if not entering:
+            return
+        try:
+            self._encode(entering, group.waiting)
+        except Exception as error:  # one boundary for what torch may raise: these samples fail, the loop goes on
+            _fail(entering, error)
+            return
+        for job in entering:
+            try:
+                job.state = self._model.start(job.sample, [self._embeddings[t] for t in self._model.texts(job.sample)])
+                group.active.append(job)
+            except Exception as error:  # as above, for one sample
+                _fail([job], error)
+
+    def _encode(self, entering: list[_Job], waiting: deque[_Job]) -> None:
+        """Have the embeddings of all entering samples cached; fill the last chunk of B with texts needed soon."""
+        size = self._model.batch_size
+        needed = list(dict.fromkeys(text for job in entering for text in self._model.texts(job.sample)))
+        missing = [text for text in needed if text not in self._embeddings]
+        if missing and len(missing) % size:
+            soon = dict.fromkeys(text for job, _ in zip(waiting, range(4 * size), strict=False) for text in self._model.texts(job.sample))
+            later = [text for text in soon if text not in self._embeddings and text not in missing]
+            missing += later[: -len(missing) % size]
+        for start in range(0, len(missing), size):
+            chunk = missing[start : start + size]
+            self._embeddings.update(zip(chunk, self._model.encode_texts(chunk), strict=True))
+            self.counters.encoded_texts += len(chunk)
+        for text in needed:
+            self._embeddings.move_to_end(text)
+        while len(self._embeddings) > max(MAX_CACHED_TEXTS, len(needed)):
+            self._embeddings.popitem(last=False)
+
+    def _step(self, group: _Group) -> None:
+        try:
+            finished = self._model.step([job.state for job in group.active])
+        except Exception as error:  # which of the B samples is to blame cannot be known: all of them fail, retryably
+            _fail(group.active, error)
+            group.active = []
+            return
+        self.counters.denoiser_calls += 1
+        self.counters.useful_slots += len(group.active)
+        self.counters.total_slots += self._model.batch_size
+        done = [job for job, is_finished in zip(group.active, finished, strict=True) if is_finished]
+        group.active = [job for job, is_finished in zip(group.active, finished, strict=True) if not is_finished]
+        for job in done:
+            try:
+                pixels = self._model.decode(job.state)
+                job.future.set_result(Rendered(pixels, *self._model.count_tokens(job.sample.prompt)))
+            except Exception as error:  # as above, for one sample
+                _fail([job], error)
+
+
+def _fail(jobs: list[_Job], error: Exception) -> None:
+    if not isinstance(error, RenderfarmError):
+        original, error = error, RenderFailed(f"{type(error).__name__}: {error}")
+        error.__cause__ = original
+    for job in jobs:
+        job.future.set_exception(error)

@@ -1,0 +1,161 @@
+"""One lease, start to end: rows → samples → pixels → files → one commit per part.
+
+A worker holds one `SlotLoop` and a small pool of threads that encode and put images beside it. Several leases may be
+in `render` at once (each in a thread of its own), so that the slots stay full while one part is being published.
+No engine appears here: `engines.inline` calls it in this process, `engines.ray` in an actor.
+"""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from renderfarm import commit
+from renderfarm.config import Job, expand_env
+from renderfarm.encode import encode
+from renderfarm.errors import RenderfarmError
+from renderfarm.layouts import files
+from renderfarm.manifest import EXTRA, ROW
+from renderfarm.models.catalog import ModelInfo
+from renderfarm.models.load import load_model
+from renderfarm.records import Lease, Part, PartReceipt, Receipt, RowError, Sample, SampleKey, WorkerReady
+from renderfarm.samples import expand_rows, row_error
+from renderfarm.schema import ERROR_COLUMNS, IMAGE_COLUMNS, output_name
+from renderfarm.slots import Rendered, SlotLoop
+from renderfarm.storage import open_store
+
+ENCODERS = 2
+LEASES_IN_FLIGHT = 3
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """Everything a worker needs to know, small enough to send."""
+
+    name: str
+    job: Job
+    model: ModelInfo
+
+
+class Worker:
+    """Loads the model at once, in its render thread; `ready` waits for it."""
+
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec, self.job = spec, spec.job
+        self.store = open_store(expand_env(self.job.output.path))
+        self.started = time.monotonic()
+        self.slots = SlotLoop(lambda: load_model(spec.model, self.job.workers))
+        self.encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
+        self.profile_sha256 = ""
+
+    def ready(self) -> WorkerReady:
+        """Wait until the pipeline is loaded and publish or match the render profile."""
+        model = self.slots.ready.result()
+        self.profile_sha256 = commit.publish_profile(self.store, model.profile())
+        return WorkerReady(self.spec.name, self.profile_sha256, model.device, time.monotonic() - self.started)
+
+    def render(self, lease: Lease) -> Receipt:
+        """Render and commit every part of a lease that nobody has committed."""
+        started, before = time.monotonic(), self.slots.counters.denoiser_calls
+        receipts = tuple(self._render_part(part, lease.rows) for part in lease.parts)
+        counters = self.slots.counters
+        return Receipt(
+            lease=lease.number,
+            parts=receipts,
+            seconds=time.monotonic() - started,
+            denoiser_calls=counters.denoiser_calls - before,
+            useful_slots=counters.useful_slots,
+            total_slots=counters.total_slots,
+        )
+
+    def close(self) -> None:
+        self.slots.close()
+        self.encoders.shutdown()
+
+    def _render_part(self, part: Part, lease_rows: pa.Table) -> PartReceipt:
+        if found := commit.find_commit(self.store, part):
+            return found
+        ordinals = lease_rows.column(ROW).to_numpy()
+        rows = lease_rows.filter(pa.array((ordinals >= part.start) & (ordinals < part.stop)))
+        expanded = list(expand_rows(rows, self.job, self.spec.model))
+        samples = [sample for row in expanded for sample in row.samples]
+        errors = [error for row in expanded for error in row.errors]
+        planned = sorted([*(s.key for s in samples), *(e.key for e in errors)])
+
+        outcomes = [self._publish_when_rendered(part, s, f) for s, f in zip(samples, self.slots.submit(samples), strict=True)]
+        records: list[dict[str, Any]] = []
+        for outcome in outcomes:
+            result = outcome.result()
+            (errors if isinstance(result, RowError) else records).append(result)  # type: ignore[attr-defined]
+        ended = sorted([*(SampleKey(r["row"], r["image_index"]) for r in records), *(e.key for e in errors)])
+        assert ended == planned, f"{part.name}: samples planned and ended differ; nothing was committed"
+        return commit.publish(self.store, part, self._image_table(records, rows), _error_table(errors))
+
+    def _publish_when_rendered(self, part: Part, sample: Sample, rendered: Future[Rendered]) -> Future[dict[str, Any] | RowError]:
+        """Encode and put the image in the pool as soon as its pixels are there."""
+        outcome: Future[dict[str, Any] | RowError] = Future()
+
+        def finish() -> None:
+            try:
+                outcome.set_result(self._put_image(part, sample, rendered.result()))
+            except RenderfarmError as error:
+                if rendered.exception() is error:  # the sample's own end; a store's error is the lease's
+                    outcome.set_result(row_error(sample.key, sample.row_id, sample.prompt, error))
+                else:
+                    outcome.set_exception(error)
+            except BaseException as error:  # must reach the lease: an unset future would wait for ever
+                outcome.set_exception(error)
+
+        rendered.add_done_callback(lambda _: self.encoders.submit(finish))
+        return outcome
+
+    def _put_image(self, part: Part, sample: Sample, rendered: Rendered) -> dict[str, Any]:
+        format_ = self.job.output.format
+        image = encode(rendered.pixels, format_)
+        name = files.image_name(sample.key, image, format_)
+        self.store.put(files.image_key(part, name), image.data)
+        return {
+            "row": sample.key.row,
+            "row_id": sample.row_id,
+            "image_index": sample.key.image_index,
+            "file_name": name,
+            "prompt": sample.prompt,
+            "negative_prompt": sample.negative_prompt,
+            "seed": sample.seed,
+            "height": sample.height,
+            "width": sample.width,
+            "num_inference_steps": sample.num_inference_steps,
+            "guidance_scale": sample.guidance_scale,
+            "sampler": sample.sampler,
+            "model": self.spec.model.id,
+            "model_revision": self.spec.model.revision,
+            "profile_sha256": self.profile_sha256,
+            "prompt_tokens": rendered.prompt_tokens,
+            "prompt_truncated": rendered.prompt_truncated,
+            "format": format_,
+            "bytes": len(image.data),
+            "file_sha256": image.file_sha256,
+            "pixel_sha256": image.pixel_sha256,
+        }
+
+    def _image_table(self, records: list[dict[str, Any]], rows: pa.Table) -> pa.Table:
+        """Our columns, sorted by sample, then the manifest's own for each row."""
+        records = sorted(records, key=lambda record: (record["row"], record["image_index"]))
+        table = pa.Table.from_pylist(records, schema=IMAGE_COLUMNS)
+        place = {ordinal: index for index, ordinal in enumerate(rows.column(ROW).to_pylist())}
+        source = rows.take(pa.array([place[record["row"]] for record in records], pa.int64()))
+        for name in source.column_names:
+            if name.startswith(EXTRA):
+                table = table.append_column(output_name(name.removeprefix(EXTRA)), source.column(name))
+        return table.combine_chunks()
+
+
+def _error_table(errors: list[RowError]) -> pa.Table:
+    rows = [{**vars(error), "row": error.key.row, "image_index": error.key.image_index} for error in sorted(errors, key=lambda e: e.key)]
+    for row in rows:
+        del row["key"]
+    return pa.Table.from_pylist(rows, schema=ERROR_COLUMNS)
