@@ -27,8 +27,8 @@ from renderfarm.schema import IMAGE_COLUMNS
 from renderfarm.storage import Store
 
 FORMAT_VERSION = 1
-JOB, PROFILE, PROGRESS, PARTS, RUNS = (
-    f"_renderfarm/{name}" for name in ("job.json", "profile.json", "progress.json", "parts", "runs")
+JOB, PROFILE, PROGRESS, PARTS, RUNS, ANNOUNCED = (
+    f"_renderfarm/{name}" for name in ("job.json", "profile.json", "progress.json", "parts", "runs", "announced")
 )
 
 
@@ -122,6 +122,18 @@ def publish(store: Store, part: Part, images: pa.Table, errors: pa.Table) -> Par
         assert found is not None, f"{key} exists but cannot be read back"
         return found
     return _finish(store, part, images, errors, adopted=False)
+
+
+def announce(store: Store, part: Part, row: int) -> None:
+    """Say which row is rendered next, so that a death after this names it."""
+    store.put(f"{ANNOUNCED}/{part.name}.json", to_json({"row": row}))
+
+
+def announced_row(store: Store, part: Part) -> int | None:
+    try:
+        return int(read_json(store, f"{ANNOUNCED}/{part.name}.json")["row"])
+    except KeyError:
+        return None
 
 
 def _finish(store: Store, part: Part, images: pa.Table, errors: pa.Table, *, adopted: bool) -> PartReceipt:

@@ -21,7 +21,10 @@ from renderfarm.errors import InvalidJob
 from renderfarm.seeds import MAX_SEED
 
 MAX_JOB_BYTES = 1 << 20
-BUILTIN_MODELS = ("builtin:shapes", "builtin:fake")
+BUILTIN_MODELS = {
+    "builtin:shapes": "drawn shapes, 64 px: real and tiny, for demos and tests",
+    "builtin:fake": "random pixels without torch, for fault drills and load measurements",
+}
 
 
 class Strict(BaseModel):

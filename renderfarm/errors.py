@@ -3,6 +3,7 @@
     RenderfarmError
     ├── InvalidInput        this row cannot be rendered: an error row at once, never retried
     │   ├── OutOfMemory     this shape does not fit the device; the advice is in the message
+    │   ├── WorkerCrashed   the row killed the workers that rendered it
     │   └── NonFiniteOutput the model gave NaN or infinity for this sample
     ├── RenderFailed        torch or diffusers failed on this sample in a way that nobody foresaw
     ├── Transient           may succeed later (store busy, network): retried with backoff, charged to no row
@@ -48,6 +49,12 @@ class OutOfMemory(InvalidInput):
 
 class NonFiniteOutput(InvalidInput):
     """The model gave NaN or infinity; never painted as black."""
+
+
+class WorkerCrashed(InvalidInput):
+    """This row killed the process that rendered it, again and again."""
+
+    retryable = True
 
 
 class RenderFailed(RenderfarmError):

@@ -61,12 +61,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Lease:
-    """Whole consecutive parts for one worker, with their manifest rows (canonical column names, `row` first)."""
+    """Whole consecutive parts for one worker, with their manifest rows (canonical column names, `row` first).
+
+    `losses`: workers that died on it. `announced`: render one row at a time and say which, so that the next death
+    names its row. `killers`: rows so named; they end as errors.
+    """
 
     number: int
     parts: tuple[Part, ...]
     rows: pa.Table
-    attempt: int = 1
+    losses: int = 0
+    transient_failures: int = 0
+    announced: bool = False
+    killers: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,6 @@ class PartReceipt:
     errors: int
     bytes: int
     adopted: bool = False
-    retryable_errors: int = 0
     error_classes: dict[str, int] = field(default_factory=dict)
 
 

@@ -91,8 +91,8 @@ def _images(values: dict[str, Any], job: Job) -> int:
 def _samples(values: dict[str, Any], ordinal: int, row_id: str, count: int, job: Job, model: ModelInfo) -> Iterator[Sample]:
     prompt = _prompt(values)
     negative = _text(values, "negative_prompt")
-    height = _side(_choose(_integer, values, "height", job, model.height), "height", model)
-    width = _side(_choose(_integer, values, "width", job, model.width), "width", model)
+    height = check_side(_choose(_integer, values, "height", job, model.height), "height", model)
+    width = check_side(_choose(_integer, values, "width", job, model.width), "width", model)
     steps = _choose(_integer, values, "num_inference_steps", job, model.num_inference_steps)
     if not 1 <= steps <= 1000:
         raise InvalidInput(f"num_inference_steps is {steps}; it must be between 1 and 1000")
@@ -180,7 +180,8 @@ def _sampler(values: dict[str, Any], name: str) -> str | int | None:
     return value
 
 
-def _side(value: int, name: str, model: ModelInfo) -> int:
+def check_side(value: int, name: str, model: ModelInfo) -> int:
+    """The value, if the model can paint this height or width; else InvalidInput with the nearest that it can."""
     if value <= 0:
         raise InvalidInput(f"{name} is {value}; it must be a positive number of pixels")
     if value % model.factor:

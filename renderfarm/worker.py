@@ -8,7 +8,8 @@ No engine appears here: `engines.inline` calls it in this process, `engines.ray`
 from __future__ import annotations
 
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import pyarrow as pa
 from renderfarm import commit
 from renderfarm.config import Job, expand_env
 from renderfarm.encode import encode
-from renderfarm.errors import RenderfarmError
+from renderfarm.errors import RenderfarmError, WorkerCrashed
 from renderfarm.layouts import files
 from renderfarm.manifest import EXTRA, ROW
 from renderfarm.models.catalog import ModelInfo
@@ -30,6 +31,7 @@ from renderfarm.storage import open_store
 
 ENCODERS = 2
 LEASES_IN_FLIGHT = 3
+KILLER = "the workers that rendered this row died each time; look at its arguments, or at the device's memory"
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Worker:
     def render(self, lease: Lease) -> Receipt:
         """Render and commit every part of a lease that nobody has committed."""
         started, before = time.monotonic(), self.slots.counters.denoiser_calls
-        receipts = tuple(self._render_part(part, lease.rows) for part in lease.parts)
+        receipts = tuple(self._render_part(part, lease) for part in lease.parts)
         counters = self.slots.counters
         return Receipt(
             lease=lease.number,
@@ -76,26 +78,46 @@ class Worker:
         self.slots.close()
         self.encoders.shutdown()
 
-    def _render_part(self, part: Part, lease_rows: pa.Table) -> PartReceipt:
+    def _render_part(self, part: Part, lease: Lease) -> PartReceipt:
         if found := commit.find_commit(self.store, part):
             return found
-        ordinals = lease_rows.column(ROW).to_numpy()
-        rows = lease_rows.filter(pa.array((ordinals >= part.start) & (ordinals < part.stop)))
-        expanded = list(expand_rows(rows, self.job, self.spec.model))
-        samples = [sample for row in expanded for sample in row.samples]
-        errors = [error for row in expanded for error in row.errors]
+        ordinals = lease.rows.column(ROW).to_numpy()
+        rows = lease.rows.filter(pa.array((ordinals >= part.start) & (ordinals < part.stop)))
+        samples: list[Sample] = []
+        errors: list[RowError] = []
+        for row in expand_rows(rows, self.job, self.spec.model):
+            errors += row.errors
+            if row.ordinal in lease.killers:
+                errors += [row_error(s.key, s.row_id, s.prompt, WorkerCrashed(KILLER)) for s in row.samples]
+            else:
+                samples += row.samples
         planned = sorted([*(s.key for s in samples), *(e.key for e in errors)])
 
-        outcomes = [self._publish_when_rendered(part, s, f) for s, f in zip(samples, self.slots.submit(samples), strict=True)]
         records: list[dict[str, Any]] = []
-        for outcome in outcomes:
+        for outcome in self._render_samples(part, samples, lease.announced):
             result = outcome.result()
-            (errors if isinstance(result, RowError) else records).append(result)  # type: ignore[attr-defined]
+            if isinstance(result, RowError):
+                errors.append(result)
+            else:
+                records.append(result)
         ended = sorted([*(SampleKey(r["row"], r["image_index"]) for r in records), *(e.key for e in errors)])
         assert ended == planned, f"{part.name}: samples planned and ended differ; nothing was committed"
         return commit.publish(self.store, part, self._image_table(records, rows), _error_table(errors))
 
-    def _publish_when_rendered(self, part: Part, sample: Sample, rendered: Future[Rendered]) -> Future[dict[str, Any] | RowError]:
+    def _render_samples(self, part: Part, samples: list[Sample], announced: bool) -> Iterator[Future[dict[str, Any] | RowError]]:
+        """An outcome per sample: all at once, or row by row with an announcement that survives the worker's death."""
+        if not announced:
+            outcomes = [self._put_when_rendered(part, s, f) for s, f in zip(samples, self.slots.submit(samples), strict=True)]
+            yield from outcomes
+            return
+        for sample in samples:
+            commit.announce(self.store, part, sample.key.row)
+            (rendered,) = self.slots.submit([sample])
+            outcome = self._put_when_rendered(part, sample, rendered)
+            wait([outcome])
+            yield outcome
+
+    def _put_when_rendered(self, part: Part, sample: Sample, rendered: Future[Rendered]) -> Future[dict[str, Any] | RowError]:
         """Encode and put the image in the pool as soon as its pixels are there."""
         outcome: Future[dict[str, Any] | RowError] = Future()
 

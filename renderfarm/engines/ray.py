@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 from typing import Any
 
 import ray
@@ -95,6 +96,7 @@ class RayEngine:
 
     def next_events(self, timeout_s: float) -> list[Event]:
         if not self._calls:
+            time.sleep(timeout_s)
             return []
         done, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
         return [self._event(ref) for ref in done]

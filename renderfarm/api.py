@@ -1,0 +1,75 @@
+"""The Python API: `run` a job from its file or its value."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from renderfarm.config import Job, load_job
+from renderfarm.driver import Driver, Observer, RunSummary
+from renderfarm.engines.base import Engine
+from renderfarm.errors import InvalidJob
+from renderfarm.preparation import Prepared, prepare
+from renderfarm.reading import Output
+from renderfarm.report.card import write_card
+from renderfarm.report.contact_sheet import KEY as SHEET
+from renderfarm.report.contact_sheet import write_contact_sheet
+
+EngineName = Literal["ray", "inline"]
+
+
+def run(
+    job: Job | str | Path,
+    *,
+    engine: EngineName = "ray",
+    address: str | None = None,
+    observe: Observer = lambda progress: None,
+    stop: threading.Event | None = None,
+) -> RunSummary:
+    """Render what the job's output does not hold yet; run it again and it continues.
+
+    `engine="inline"` renders in this process with one worker; `address` joins a Ray cluster instead of starting one.
+    Setting `stop` ends the run after the leases in flight. Raises InvalidJob or Fatal; a bad row raises nothing.
+    """
+    prepared = prepare(job if isinstance(job, Job) else load_job(job))
+    if engine == "ray" and prepared.store.url.startswith("memory://"):
+        raise InvalidJob("memory:// is this process's memory, which Ray's workers do not share; use --engine inline or a folder")
+    driver = Driver(prepared, stop or threading.Event(), observe)
+    driver.begin()
+    _write_views(prepared)
+    summary = driver.run(_engine_maker(prepared, engine, address))
+    _write_views(prepared)
+    return summary
+
+
+def _engine_maker(prepared: Prepared, engine: EngineName, address: str | None) -> Callable[[], Engine]:
+    def make() -> Engine:
+        if engine == "inline":
+            from renderfarm.engines.inline import InlineEngine
+
+            return InlineEngine(prepared.job, prepared.model)
+        from renderfarm.engines.ray import RayEngine
+
+        return RayEngine(prepared.job, prepared.model, address)
+
+    return make
+
+
+def _write_views(prepared: Prepared) -> None:
+    """The card, at the start so that an interrupted output opens too, and again at the end with a contact sheet."""
+    committed = prepared.committed()
+    sheet = write_contact_sheet(Output(prepared.store.url)) if committed else None
+    write_card(
+        prepared.store,
+        prepared.frozen(),
+        name=prepared.job.name,
+        rows=prepared.manifest.rows,
+        images=sum(receipt.images for receipt in committed.values()),
+        errors=sum(receipt.errors for receipt in committed.values()),
+        finished=len(committed) == len(prepared.grid),
+        sheet=SHEET if sheet else None,
+    )
+
+

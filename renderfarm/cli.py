@@ -1,0 +1,270 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from renderfarm.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_ROWS_FAILED, EXIT_USAGE, RenderfarmError
+
+app = typer.Typer(
+    name="renderfarm",
+    help="A Parquet table of prompts in, a verified image dataset out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out_console = Console(soft_wrap=True, highlight=False)
+console = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+class EngineChoice(StrEnum):
+    ray = "ray"
+    inline = "inline"
+
+
+JobFile = Annotated[Path, typer.Argument(help="The job's YAML file.", show_default=False)]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="Change a field: render.num_inference_steps=8. May be repeated.")]
+Out = Annotated[str | None, typer.Option("--out", help="Output folder instead of the job's.")]
+LogicalDate = Annotated[str | None, typer.Option("--logical-date", help="YYYY-MM-DD for {{ ds }} in the job's paths.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, last.")]
+
+
+@app.command()
+def run(
+    job: JobFile,
+    sets: Sets = None,
+    out: Out = None,
+    engine: Annotated[EngineChoice, typer.Option(help="inline: one worker in this process.")] = EngineChoice.ray,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster to join (auto, or ray://…); else a private local Ray.")] = None,
+    logical_date: LogicalDate = None,
+    as_json: AsJson = False,
+) -> None:
+    """Render what the output does not hold yet. Run it again and it continues."""
+    from renderfarm.api import run as run_job
+    from renderfarm.config import load_job
+    from renderfarm.report.live import Watcher
+
+    loaded = load_job(job, sets, out, logical_date)
+    stop = _stop_on_signals()
+    with Watcher(console, quiet=as_json) as watcher:
+        summary = run_job(loaded, engine=engine.value, address=address, observe=watcher, stop=stop)
+    if as_json:
+        _print_json(summary.to_dict())
+    else:
+        _print_summary(summary.to_dict())
+    raise typer.Exit(summary.exit_code)
+
+
+def _stop_on_signals() -> threading.Event:
+    """The first Ctrl-C or SIGTERM lets leases in flight finish; the second one ends at once."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        console.print("stopping: parts in flight are being finished (again: stop at once; nothing committed is lost)")
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+    return stop
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    state = summary["state"]
+    if state == "INTERRUPTED":
+        out_console.print("interrupted: run the same command again to continue")
+    elif not summary["new_images"] and not summary["new_errors"]:
+        out_console.print("nothing to do: every part is committed")
+    else:
+        out_console.print(
+            f"{summary['new_images']:,} images in {summary['seconds']:.0f} s ({summary['images_per_second']:.1f} images/s while rendering)"
+        )
+    out_console.print(f"{state.lower()}: {summary['images']:,} images, {summary['errors']:,} errors, {summary['rows']:,} rows in {summary['out']}")
+    for name, count in summary["error_classes"].items():
+        out_console.print(f"  {name}: {count:,}  (reasons in {summary['out']}/errors/)")
+
+
+@app.command()
+def validate(
+    job: JobFile,
+    sets: Sets = None,
+    out: Out = None,
+    logical_date: LogicalDate = None,
+    limit: Annotated[int, typer.Option(help="Problems to print.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Check the job file and every row of its manifest; nothing is rendered or written."""
+    from renderfarm.config import load_job
+    from renderfarm.preparation import prepare
+    from renderfarm.validation import validate_rows
+
+    found = validate_rows(prepare(load_job(job, sets, out, logical_date)))
+    if as_json:
+        _print_json({**vars(found), "ok": found.ok})
+    else:
+        for problem in found.problems[:limit]:
+            out_console.print(problem, markup=False)
+        if len(found.problems) > limit:
+            out_console.print(f"… (--limit shows more than {limit})")
+        out_console.print(f"{found.rows:,} rows, {found.images:,} images, {found.bad_rows:,} bad rows, {found.duplicate_ids:,} duplicate ids")
+    raise typer.Exit(EXIT_OK if found.ok else EXIT_ROWS_FAILED)
+
+
+@app.command()
+def plan(job: JobFile, sets: Sets = None, out: Out = None, logical_date: LogicalDate = None, as_json: AsJson = False) -> None:
+    """Show what `run` would do: rows, parts done and left, images, bytes and time."""
+    from renderfarm.config import load_job
+    from renderfarm.estimate import estimate
+    from renderfarm.preparation import prepare
+
+    found = estimate(prepare(load_job(job, sets, out, logical_date)))
+    if as_json:
+        _print_json(found)
+    else:
+        _print_pairs(found)
+
+
+@app.command()
+def status(out: Annotated[str, typer.Argument(help="The output folder.", show_default=False)], as_json: AsJson = False) -> None:
+    """Show how far an output is, from any machine that can read it."""
+    from renderfarm.status import read_status
+
+    found = read_status(out)
+    if as_json:
+        _print_json(found)
+    else:
+        _print_pairs(found)
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """List the model families that can be rendered, and the builtin models."""
+    from renderfarm.config import BUILTIN_MODELS
+    from renderfarm.models.catalog import FAMILIES
+
+    if as_json:
+        _print_json({"builtin": list(BUILTIN_MODELS), "families": list(FAMILIES)})
+        return
+    for name, about in BUILTIN_MODELS.items():
+        out_console.print(f"{name:16} {about}")
+    for name in FAMILIES:
+        out_console.print(f"{name}: any folder or pinned hub id with this class in model_index.json")
+
+
+@app.command()
+def samplers(as_json: AsJson = False) -> None:
+    """List the samplers: name, scheduler, other spellings."""
+    from renderfarm.samplers import DIFFUSIONDB_CODES, SAMPLERS
+
+    codes = {name: code for code, name in DIFFUSIONDB_CODES.items()}
+    rows = [{**vars(sampler), "diffusiondb_code": codes.get(sampler.name)} for sampler in SAMPLERS.values()]
+    if as_json:
+        _print_json({"samplers": rows})
+        return
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    for column in ("name", "scheduler", "draws noise at its steps", "also written", "DiffusionDB"):
+        table.add_column(column)
+    for row in rows:
+        code = row["diffusiondb_code"]
+        table.add_row(row["name"], row["scheduler"], "yes" if row["draws"] else "", ", ".join(row["aliases"]), str(code) if code else "")
+    out_console.print(table)
+
+
+class SchemaChoice(StrEnum):
+    job = "job"
+    images = "images"
+    errors = "errors"
+
+
+@app.command()
+def schema(
+    what: Annotated[SchemaChoice, typer.Argument(help="job: JSON Schema of the job file. images, errors: the tables' columns.")] = SchemaChoice.job,
+    as_json: AsJson = False,
+) -> None:
+    """Print the JSON Schema of job files, or a table's columns."""
+    if what is SchemaChoice.job:
+        from renderfarm.config import Job
+
+        _print_json(Job.model_json_schema())
+        return
+    from renderfarm.schema import ERROR_COLUMNS, IMAGE_COLUMNS
+
+    columns = {field.name: str(field.type) for field in (IMAGE_COLUMNS if what is SchemaChoice.images else ERROR_COLUMNS)}
+    if as_json:
+        _print_json(columns)
+    else:
+        _print_pairs(columns)
+
+
+@app.command()
+def submit(
+    job: JobFile,
+    address: Annotated[str, typer.Option(help="The Ray head's dashboard, http://HOST:8265.", show_default=False)],
+    sets: Sets = None,
+    out: Out = None,
+    logical_date: LogicalDate = None,
+    wait: Annotated[bool, typer.Option(help="Wait for the end; exit 0 only if the job succeeded.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a job on a running Ray cluster; the same job twice is one submission."""
+    from renderfarm.config import load_job
+    from renderfarm.submit import submit_job, wait_for
+
+    loaded = load_job(job, sets, out, logical_date)
+    id_, new = submit_job(loaded, address)
+    ended = wait_for(id_, address) if wait else None
+    if as_json:
+        _print_json({"submission_id": id_, "new": new, "status": ended, "out": loaded.output.path})
+    else:
+        out_console.print(f"{'submitted' if new else 'already running, attached'}: {id_}")
+        out_console.print(f"renderfarm status {loaded.output.path}")
+        if ended:
+            out_console.print(f"ended: {ended}")
+    if ended is not None and ended != "SUCCEEDED":
+        raise typer.Exit(EXIT_ROWS_FAILED)
+
+
+@app.command()
+def version() -> None:
+    """Print renderfarm's version."""
+    from renderfarm import __version__
+
+    out_console.print(__version__)
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+
+
+def _print_pairs(pairs: dict[str, Any]) -> None:
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for name, value in pairs.items():
+        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        table.add_row(name, "—" if value is None else shown)
+    out_console.print(table)
+
+
+def main() -> NoReturn:
+    """Entry point: every expected error is one message and an exit code."""
+    try:
+        app()
+    except RenderfarmError as error:
+        console.print(f"error: {error}", markup=False, style="red" if console.is_terminal else None)
+        sys.exit(error.exit_code if error.exit_code else EXIT_INTERNAL)
+    except KeyboardInterrupt:
+        console.print("interrupted: run the same command again to continue")
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        sys.exit(EXIT_USAGE)
+    sys.exit(EXIT_OK)

@@ -1,0 +1,290 @@
+"""One loop over leases: hand them out, take receipts, decide what a failure means. No engine's name appears here.
+
+    a lease fails with     then
+    WorkerLost             it goes to another worker, alone; after two losses row by row, announced, so that the next
+                           death names the row, which becomes an error
+    Transient              again after a jittered pause, eight times
+    ProfileMismatch        that worker is benched; the job stops if none is left
+    Fatal, anything else   the job stops with the reason; what is committed stays, and `run` continues
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from renderfarm import commit
+from renderfarm.engines.base import Done, Engine, Failed, Ready
+from renderfarm.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_ROWS_FAILED,
+    Fatal,
+    ProfileMismatch,
+    RenderfarmError,
+    Transient,
+    WorkerLost,
+)
+from renderfarm.plan import leases
+from renderfarm.preparation import Prepared
+from renderfarm.progress import Progress, WorkerProgress
+from renderfarm.records import Lease
+from renderfarm.storage import probe
+from renderfarm.worker import LEASES_IN_FLIGHT
+
+HEARTBEAT_S = 5.0
+TRANSIENT_ATTEMPTS = 8
+LOSSES_BEFORE_ANNOUNCING = 2
+START_ATTEMPTS = 3
+
+Observer = Callable[[Progress], None]
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How a run ended. Counts are of the whole output; `new_*` of this run."""
+
+    run_id: str
+    job: str
+    out: str
+    state: str
+    exit_code: int
+    rows: int
+    images: int
+    errors: int
+    new_images: int
+    new_errors: int
+    error_classes: dict[str, int]
+    seconds: float
+    images_per_second: float
+    useful_slots: float | None
+    bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Driver:
+    """One run of one job."""
+
+    def __init__(self, prepared: Prepared, stop: threading.Event, observe: Observer, grace_s: float = 30.0) -> None:
+        self.prepared, self.job, self.store = prepared, prepared.job, prepared.store
+        self.stop, self.observe, self.grace_s = stop, observe, grace_s
+        self.progress = Progress(
+            run_id=time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()) + "-" + uuid.uuid4().hex[:6],
+            job=self.job.name,
+            rows=prepared.manifest.rows,
+            parts=len(prepared.grid),
+        )
+        self.free: dict[str, list[Lease]] = {}  # ready workers, and the leases each holds
+        self.starting: set[str] = set()
+        self.again: deque[tuple[float, Lease]] = deque()  # (not before, lease)
+        self.start_failures = self.worker_number = 0
+        self.last_heartbeat = 0.0
+
+    def begin(self) -> None:
+        """Check that the output can be written and belongs to this job; the first time, freeze the job in it."""
+        probe(self.store)
+        commit.freeze_job(self.store, self.prepared.frozen())
+
+    def run(self, make_engine: Callable[[], Engine]) -> RunSummary:
+        """Render what is not done. Starts no worker when all is."""
+        done = bytearray(len(self.prepared.grid))
+        for index, receipt in self.prepared.committed().items():
+            done[index] = 1
+            self.progress.add_committed(receipt)
+        self.progress.error_classes.update(commit.error_classes(self.store) if self.progress.errors else {})
+        if self.progress.parts_done < self.progress.parts:
+            engine = make_engine()
+            try:
+                self._loop(engine, leases(self.prepared.manifest, self.prepared.grid, lambda index: bool(done[index])))
+            except BaseException:
+                self.progress.state = "FAILED"
+                raise
+            finally:
+                engine.shutdown()
+                self._heartbeat(force=True)
+        return self._finish()
+
+    # ------------------------------------------------------------------------------------------ the loop
+
+    def _loop(self, engine: Engine, source: Iterator[Lease]) -> None:
+        for _ in range(min(engine.max_workers, self.progress.parts - self.progress.parts_done)):
+            self._start_worker(engine)
+        stop_at: float | None = None
+        exhausted = False
+        while True:
+            if self.stop.is_set():
+                stop_at = stop_at or time.monotonic() + self.grace_s
+                if not self._in_flight() or time.monotonic() > stop_at:
+                    return
+            else:
+                exhausted = self._hand_out(engine, source, exhausted)
+                if exhausted and not self.again and not self._in_flight():
+                    return
+            for event in engine.next_events(timeout_s=0.5):
+                if isinstance(event, Ready):
+                    self._ready(event)
+                elif isinstance(event, Done):
+                    self._done(event)
+                else:
+                    self._failed(engine, event)
+            self._heartbeat()
+            self.observe(self.progress)
+
+    def _in_flight(self) -> int:
+        return sum(len(held) for held in self.free.values())
+
+    def _hand_out(self, engine: Engine, source: Iterator[Lease], exhausted: bool) -> bool:
+        """Fill ready workers up to their share; returns whether the source has no more."""
+        while True:
+            worker = min(self.free, key=lambda name: len(self.free[name]), default=None)
+            if worker is None or len(self.free[worker]) >= self._share():
+                return exhausted
+            lease = self._due()
+            if lease is None and not exhausted:
+                lease = next(source, None)
+                exhausted = lease is None
+            if lease is None:
+                return exhausted
+            if lease.losses and self.free[worker]:  # a suspect runs alone, so that it takes no mates with it
+                self.again.append((0.0, lease))
+                return exhausted
+            if any(held.losses for held in self.free[worker]):
+                self.again.append((0.0, lease))
+                return exhausted
+            self.free[worker].append(lease)
+            engine.submit(worker, lease)
+
+    def _share(self) -> int:
+        """Leases a worker may hold: enough to keep its slots full, few enough to leave work for the others at the end."""
+        left = self.progress.parts - self.progress.parts_done
+        workers = len(self.free) + len(self.starting)
+        return max(1, min(LEASES_IN_FLIGHT, -(-left // workers)))
+
+    def _due(self) -> Lease | None:
+        for _ in range(len(self.again)):
+            not_before, lease = self.again.popleft()
+            if not_before <= time.monotonic():
+                return lease
+            self.again.append((not_before, lease))
+        return None
+
+    # ------------------------------------------------------------------------------------------ events
+
+    def _start_worker(self, engine: Engine) -> None:
+        name = f"w{self.worker_number}"
+        self.worker_number += 1
+        self.starting.add(name)
+        self.progress.workers[name] = WorkerProgress()
+        engine.start_worker(name)
+
+    def _ready(self, event: Ready) -> None:
+        self.starting.discard(event.worker)
+        self.free[event.worker] = []
+        self.start_failures = 0
+        self.progress.workers[event.worker].state = "ready"
+        self.progress.workers[event.worker].device = event.info.device
+        self.progress.first_ready = self.progress.first_ready or time.time()
+        self.progress.state = "RUNNING"
+
+    def _done(self, event: Done) -> None:
+        """A worker may answer and die: its leases went elsewhere then, and what it committed is adopted there."""
+        if event.worker in self.free:
+            self.free[event.worker].remove(event.lease)
+            self.progress.add(event.worker, event.receipt)
+
+    def _failed(self, engine: Engine, event: Failed) -> None:
+        if isinstance(event.error, WorkerLost):
+            self._lost(engine, event)
+        elif event.lease is None:
+            self._start_failed(engine, event.worker, event.error)
+        elif event.worker in self.free:
+            self.free[event.worker].remove(event.lease)
+            self._retry(event.lease, event.error)
+
+    def _lost(self, engine: Engine, event: Failed) -> None:
+        """The worker is gone; each of its leases arrives here once."""
+        if event.worker in self.starting:
+            self._start_failed(engine, event.worker, event.error)
+            return
+        if event.worker in self.free:
+            self.progress.lost_workers += 1
+            self.progress.workers[event.worker].state = "lost"
+            for lease in self.free.pop(event.worker):
+                self.again.append((0.0, self._suspect(lease)))
+            self._start_worker(engine)
+
+    def _suspect(self, lease: Lease) -> Lease:
+        if lease.announced:
+            rows = {row for part in lease.parts if (row := commit.announced_row(self.store, part)) is not None}
+            lease = replace(lease, killers=lease.killers | rows)
+        losses = lease.losses + 1
+        if losses > self.job.failure.attempts + len(lease.killers):
+            rows_text = f"rows {lease.parts[0].start} to {lease.parts[-1].stop - 1}"
+            raise Fatal(f"{losses} workers died on {rows_text} and no row could be named; look at the workers' memory and logs, then run again")
+        return replace(lease, losses=losses, announced=losses >= LOSSES_BEFORE_ANNOUNCING)
+
+    def _start_failed(self, engine: Engine, worker: str, error: RenderfarmError) -> None:
+        self.starting.discard(worker)
+        self.progress.workers[worker].state = "failed to start"
+        if isinstance(error, ProfileMismatch):
+            self.progress.workers[worker].state = "benched"
+            if not self.free and not self.starting:
+                raise error
+            return
+        self.start_failures += 1
+        if isinstance(error, Fatal) or self.start_failures >= START_ATTEMPTS:
+            raise error if isinstance(error, Fatal) else Fatal(f"no worker could be started: {error}")
+        self._start_worker(engine)
+
+    def _retry(self, lease: Lease, error: RenderfarmError) -> None:
+        failures = lease.transient_failures + 1
+        if not isinstance(error, Transient) or failures >= TRANSIENT_ATTEMPTS:
+            raise error if isinstance(error, Fatal) else Fatal(f"part {lease.number}: {error}")
+        pause = min(30.0, 0.5 * 2**failures) * random.uniform(0.5, 1.0)
+        self.again.append((time.monotonic() + pause, replace(lease, transient_failures=failures)))
+
+    # ------------------------------------------------------------------------------------------ records of the run
+
+    def _heartbeat(self, force: bool = False) -> None:
+        if force or time.monotonic() - self.last_heartbeat > HEARTBEAT_S:
+            self.last_heartbeat = time.monotonic()
+            self.store.put(commit.PROGRESS, commit.to_json(self.progress.snapshot()))
+
+    def _finish(self) -> RunSummary:
+        progress = self.progress
+        failed = progress.errors / max(1, progress.errors + progress.images)
+        if progress.parts_done < progress.parts:
+            progress.state, code = "INTERRUPTED", EXIT_INTERRUPTED
+        elif failed > self.job.failure.tolerate:
+            progress.state, code = "PARTIAL", EXIT_ROWS_FAILED
+        else:
+            progress.state, code = "SUCCEEDED", EXIT_OK
+        summary = RunSummary(
+            run_id=progress.run_id,
+            job=progress.job,
+            out=self.store.url,
+            state=progress.state,
+            exit_code=code,
+            rows=progress.rows,
+            images=progress.images,
+            errors=progress.errors,
+            new_images=progress.new_images,
+            new_errors=progress.new_errors,
+            error_classes=dict(progress.error_classes),
+            seconds=round(progress.seconds, 2),
+            images_per_second=round(progress.images_per_second, 3),
+            useful_slots=progress.useful_slots,
+            bytes=progress.bytes,
+        )
+        self._heartbeat(force=True)
+        self.store.put(f"{commit.RUNS}/{progress.run_id}.json", json.dumps(summary.to_dict(), indent=1).encode())
+        return summary

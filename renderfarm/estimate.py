@@ -1,0 +1,51 @@
+"""`renderfarm plan`: what a run would do, and what that costs, as far as it is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from renderfarm import commit
+from renderfarm.preparation import Prepared
+from renderfarm.report.live import duration
+
+BYTES_PER_PIXEL = 1.5  # PNG of rendered pictures at compress_level 1, before anything was rendered
+
+
+def estimate(prepared: Prepared) -> dict[str, Any]:
+    """Rows and parts exactly; images exactly unless rows say how many; bytes and time from what was rendered already."""
+    job, model, grid = prepared.job, prepared.model, prepared.grid
+    committed = prepared.committed()
+    images_done = sum(receipt.images for receipt in committed.values())
+    errors_done = sum(receipt.errors for receipt in committed.values())
+    rows_done = sum(grid.part(index).stop - grid.part(index).start for index in committed)
+    per_row = (images_done + errors_done) / rows_done if rows_done and job.manifest.where is None else job.render.num_images_per_prompt or 1
+    images_left = round((grid.rows - rows_done) * per_row)
+    if images_done:
+        bytes_per_image = sum(receipt.bytes for receipt in committed.values()) / images_done
+    else:
+        bytes_per_image = (job.render.height or model.height) * (job.render.width or model.width) * BYTES_PER_PIXEL
+    rate = _last_rate(prepared)
+    return {
+        "job": job.name,
+        "model": model.id,
+        "out": prepared.store.url,
+        "manifest files": len(prepared.manifest.files),
+        "rows": grid.rows,
+        "rows per part": grid.part_rows,
+        "parts (leases)": len(grid),
+        "parts done": len(committed),
+        "parts left": len(grid) - len(committed),
+        "images done": images_done,
+        "errors done": errors_done,
+        "images left (estimate)" if prepared.manifest.where or "num_images_per_prompt" in prepared.manifest.columns else "images left": images_left,
+        "bytes left (estimate)": round(images_left * bytes_per_image),
+        "images/s of the last run": rate,
+        "time left (estimate)": duration(images_left / rate) if rate else None,
+    }
+
+
+def _last_rate(prepared: Prepared) -> float | None:
+    try:
+        return float(commit.read_json(prepared.store, commit.PROGRESS)["images_per_second"]) or None
+    except KeyError:
+        return None

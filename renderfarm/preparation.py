@@ -1,0 +1,69 @@
+"""From a job to everything that is known before a worker starts; shared by run, plan, validate and preview."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from renderfarm import commit
+from renderfarm.config import Job, expand_env
+from renderfarm.errors import InvalidInput, InvalidJob
+from renderfarm.manifest import Manifest, open_manifest
+from renderfarm.models.catalog import ModelInfo, describe
+from renderfarm.plan import Grid, choose_part_rows
+from renderfarm.records import PartReceipt
+from renderfarm.samplers import find_sampler
+from renderfarm.samples import check_side
+from renderfarm.storage import Store, open_store
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job whose model, manifest and output were looked at; nothing was written."""
+
+    job: Job
+    model: ModelInfo
+    manifest: Manifest
+    store: Store
+    grid: Grid
+
+    def committed(self) -> dict[int, PartReceipt]:
+        return commit.committed_parts(self.store)
+
+    def frozen(self) -> dict[str, Any]:
+        """What decides pixels or layout, for job.json. How many workers render may change freely."""
+        job = self.job
+        return {
+            "manifest": {
+                "files": self.manifest.fingerprint(),
+                "columns": self.manifest.columns,
+                "where": job.manifest.where,
+            },
+            "model": job.model.model_dump(),
+            "render": job.render.model_dump(mode="json"),
+            "seed": job.seed,
+            "seed_policy": job.seed_policy,
+            "workers": {"batch_size": job.workers.batch_size, "dtype": job.workers.dtype},
+            "output": {"layout": job.output.layout, "format": job.output.format, "part_rows": self.grid.part_rows},
+        }
+
+
+def prepare(job: Job) -> Prepared:
+    """Raises InvalidJob for everything that can be known now."""
+    model = describe(job.model)
+    _check_render(job, model)
+    manifest = open_manifest(job.manifest, model.arguments)
+    store = open_store(expand_env(job.output.path))
+    return Prepared(job, model, manifest, store, Grid(manifest.rows, choose_part_rows(job)))
+
+
+def _check_render(job: Job, model: ModelInfo) -> None:
+    """The job's own defaults must be renderable, or every row would fail."""
+    try:
+        if job.render.sampler is not None:
+            find_sampler(job.render.sampler)
+        for name in ("height", "width"):
+            if (value := getattr(job.render, name)) is not None:
+                check_side(value, name, model)
+    except InvalidInput as error:
+        raise InvalidJob(f"render: {error}") from None

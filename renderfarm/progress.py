@@ -1,0 +1,109 @@
+"""Counting while a run goes on: what is done, how fast, what is left. Plain values for whoever shows them."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from renderfarm.records import PartReceipt, Receipt
+
+STATES = ("STARTING", "RUNNING", "SUCCEEDED", "PARTIAL", "FAILED", "INTERRUPTED")
+
+
+@dataclass
+class WorkerProgress:
+    device: str = ""
+    images: int = 0
+    leases: int = 0
+    state: str = "starting"
+
+
+@dataclass
+class Progress:
+    """Totals over the whole output; `new_*` belong to this run. Times in seconds."""
+
+    run_id: str
+    job: str
+    rows: int
+    parts: int
+    state: str = "STARTING"
+    parts_done: int = 0
+    images: int = 0
+    errors: int = 0
+    bytes: int = 0
+    new_images: int = 0
+    new_errors: int = 0
+    error_classes: Counter[str] = field(default_factory=Counter)
+    lost_workers: int = 0
+    workers: dict[str, WorkerProgress] = field(default_factory=dict)
+    started: float = field(default_factory=time.time)
+    first_ready: float | None = None
+    counters: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def add_committed(self, receipt: PartReceipt) -> None:
+        self.parts_done += 1
+        self.images += receipt.images
+        self.errors += receipt.errors
+        self.bytes += receipt.bytes
+
+    def add(self, worker: str, receipt: Receipt) -> None:
+        for part in receipt.parts:
+            self.add_committed(part)
+            if not part.adopted:
+                self.new_images += part.images
+                self.new_errors += part.errors
+                self.workers[worker].images += part.images
+            self.error_classes.update(part.error_classes)
+        self.workers[worker].leases += 1
+        self.counters[worker] = (receipt.useful_slots, receipt.total_slots)
+
+    @property
+    def seconds(self) -> float:
+        return time.time() - self.started
+
+    @property
+    def images_per_second(self) -> float:
+        """Since the first worker was ready; start-up is not rendering."""
+        if self.first_ready is None:
+            return 0.0
+        return self.new_images / max(1e-9, time.time() - self.first_ready)
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """None while nothing is known yet."""
+        new_parts = sum(worker.leases for worker in self.workers.values())
+        if self.first_ready is None or not new_parts:
+            return None
+        return (time.time() - self.first_ready) / new_parts * (self.parts - self.parts_done)
+
+    @property
+    def useful_slots(self) -> float | None:
+        """Share of denoiser slots that were no filler."""
+        total = sum(pair[1] for pair in self.counters.values())
+        return sum(pair[0] for pair in self.counters.values()) / total if total else None
+
+    def snapshot(self) -> dict[str, Any]:
+        """JSON values; what progress.json and `status --json` show."""
+        return {
+            "run_id": self.run_id,
+            "job": self.job,
+            "state": self.state,
+            "rows": self.rows,
+            "parts": self.parts,
+            "parts_done": self.parts_done,
+            "images": self.images,
+            "errors": self.errors,
+            "bytes": self.bytes,
+            "new_images": self.new_images,
+            "new_errors": self.new_errors,
+            "error_classes": dict(self.error_classes),
+            "images_per_second": round(self.images_per_second, 3),
+            "eta_seconds": self.eta_seconds and round(self.eta_seconds, 1),
+            "useful_slots": self.useful_slots and round(self.useful_slots, 4),
+            "lost_workers": self.lost_workers,
+            "workers": {name: vars(worker) for name, worker in self.workers.items()},
+            "started": round(self.started, 3),
+            "updated": round(time.time(), 3),
+        }

@@ -1,0 +1,84 @@
+"""Reading an output back, finished or not: only committed parts are seen."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from PIL import Image
+
+from renderfarm import commit
+from renderfarm.config import expand_env
+from renderfarm.errors import InvalidJob
+from renderfarm.layouts import files
+from renderfarm.schema import ERROR_COLUMNS
+from renderfarm.storage import Store, open_store
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """A committed image: its table row, and where its file is."""
+
+    record: dict[str, Any]
+    key: str
+    store: Store
+
+    def image(self) -> Image.Image:
+        return Image.open(io.BytesIO(self.store.read(self.key)))
+
+
+class Output:
+    """An output of `renderfarm run`. Iterates (PIL image, record) in manifest order; a record is the table's row."""
+
+    def __init__(self, url: str) -> None:
+        self.store = open_store(url)
+        try:
+            self.job = commit.read_json(self.store, commit.JOB)
+        except KeyError:
+            raise InvalidJob(f"{url}: not an output of renderfarm (it has no {commit.JOB}); give the folder that `run` printed") from None
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, dict[str, Any]]]:
+        return ((sample.image(), sample.record) for sample in self.samples())
+
+    def samples(self) -> Iterator[StoredSample]:
+        """Every committed sample in manifest order; its image is read only when asked for."""
+        for folder, images in self._parts():
+            for record in images.to_pylist():
+                yield StoredSample(record, f"{folder}/{record['file_name']}", self.store)
+
+    def __len__(self) -> int:
+        return sum(receipt.images for receipt in commit.committed_parts(self.store).values())
+
+    def spread(self, limit: int) -> list[StoredSample]:
+        """About `limit` samples spread over the output, from at most `limit` parts."""
+        keys = self._tables()
+        keys = keys[:: -(-len(keys) // limit)] if keys else []
+        chosen = []
+        for index, key in enumerate(keys):
+            images = files.read_table(self.store.read(key))[0]
+            take = (limit - len(chosen)) // (len(keys) - index)
+            for k in range(min(take, len(images))):
+                record = images.slice(k * len(images) // min(take, len(images)), 1).to_pylist()[0]
+                chosen.append(StoredSample(record, f"{key.rpartition('/')[0]}/{record['file_name']}", self.store))
+        return chosen
+
+    def errors(self) -> pa.Table:
+        """The error table of all committed parts."""
+        tables = [files.read_errors(self.store.read(key)) for key in self.store.list("errors")]
+        return pa.concat_tables([ERROR_COLUMNS.empty_table(), *tables])
+
+    def _parts(self) -> Iterator[tuple[str, pa.Table]]:
+        for key in self._tables():
+            yield key.rpartition("/")[0], files.read_table(self.store.read(key))[0]
+
+    def _tables(self) -> list[str]:
+        return [key for key in self.store.list("data") if key.endswith("/metadata.parquet")]
+
+
+def open(out: str | Path) -> Output:  # noqa: A001 - the public name is renderfarm.open
+    """Open an output folder or URL. Raises InvalidJob if it is none."""
+    return Output(expand_env(str(out)))

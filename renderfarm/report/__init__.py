@@ -1,0 +1,1 @@
+"""What people see: the dataset card, the contact sheet, live progress."""

@@ -1,0 +1,71 @@
+"""Progress for people: a live view on a terminal, one line per 30 s in a log, nothing for `--json`."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from renderfarm.progress import Progress
+
+LOG_EVERY_S = 30.0
+
+
+def duration(seconds: float | None) -> str:
+    """`1:02:03`, `2:03`; `?` if unknown."""
+    if seconds is None:
+        return "?"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def one_line(progress: Progress) -> str:
+    return (
+        f"{progress.state.lower()}: part {progress.parts_done} of {progress.parts}, {progress.images} images, "
+        f"{progress.errors} errors, {progress.images_per_second:.1f} images/s, {duration(progress.eta_seconds)} left, "
+        f"{sum(w.state == 'ready' for w in progress.workers.values())} workers"
+    )
+
+
+class Watcher:
+    """A context manager that is also the driver's observer."""
+
+    def __init__(self, console: Console, quiet: bool = False) -> None:
+        self.console, self.quiet = console, quiet
+        self.live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal and not quiet else None
+        self.next_line = time.monotonic()
+
+    def __enter__(self) -> Watcher:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.live:
+            self.live.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        if self.live:
+            self.live.update(_view(progress))
+        elif not self.quiet and time.monotonic() >= self.next_line:
+            self.next_line = time.monotonic() + LOG_EVERY_S
+            self.console.print(one_line(progress), highlight=False, soft_wrap=True)
+
+
+def _view(progress: Progress) -> Group:
+    workers = Table(box=None, padding=(0, 2))
+    for column in ("worker", "state", "device", "leases", "images"):
+        workers.add_column(column)
+    for name, worker in list(progress.workers.items())[-16:]:
+        workers.add_row(name, worker.state, worker.device, str(worker.leases), str(worker.images))
+    bar = ProgressBar(total=progress.parts, completed=progress.parts_done, width=60)
+    lines: list[Text | ProgressBar | Table] = [Text(one_line(progress)), bar, workers]
+    if progress.error_classes:
+        lines.append(Text("errors: " + ", ".join(f"{name} {count}" for name, count in progress.error_classes.items())))
+    return Group(*lines)

@@ -1,0 +1,44 @@
+"""`renderfarm status OUT`: how far an output is, read from the store alone."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from renderfarm import commit
+from renderfarm.reading import Output
+from renderfarm.reading import open as open_output
+
+STALE_S = 60.0  # twelve missed heartbeats
+
+
+def read_status(out: str) -> dict[str, Any]:
+    """Counts come from the parts' index, so they are right even if no driver lives; the rest from its last heartbeat."""
+    output: Output = open_output(out)
+    committed = commit.committed_parts(output.store).values()
+    try:
+        progress = commit.read_json(output.store, commit.PROGRESS)
+    except KeyError:
+        progress = {}
+    state, age = progress.get("state", "PLANNED"), time.time() - progress.get("updated", 0)
+    if state in ("STARTING", "RUNNING") and age > STALE_S:
+        state = "INTERRUPTED"
+    running = state in ("STARTING", "RUNNING")
+    frozen = output.job
+    rows = sum(file["rows"] for file in frozen["manifest"]["files"])
+    return {
+        "out": output.store.url,
+        "job": progress.get("job"),
+        "state": state,
+        "rows": rows,
+        "parts": -(-rows // frozen["output"]["part_rows"]),
+        "parts done": len(committed),
+        "images": sum(receipt.images for receipt in committed),
+        "errors": sum(receipt.errors for receipt in committed),
+        "error classes": commit.error_classes(output.store),
+        "bytes": sum(receipt.bytes for receipt in committed),
+        "images/s": progress.get("images_per_second"),
+        "seconds left": progress.get("eta_seconds") if running else None,
+        "workers ready": sum(worker["state"] == "ready" for worker in progress.get("workers", {}).values()) if running else 0,
+        "last sign of life (s ago)": round(age) if progress else None,
+    }

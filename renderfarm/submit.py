@@ -1,0 +1,62 @@
+"""`renderfarm submit`: a job handed to a running Ray cluster through its Jobs API."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from renderfarm.config import Job
+from renderfarm.errors import Fatal
+
+
+def submission_id(job: Job) -> str:
+    """The same job value is the same submission, so that a tick that fires twice attaches to the first."""
+    digest = hashlib.sha256(json.dumps(job.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+    return f"renderfarm-{job.name}-{digest[:12]}"
+
+
+def submit_job(job: Job, address: str) -> tuple[str, bool]:
+    """Send the job, with its paths resolved, and start `renderfarm run` on the cluster.
+
+    Returns the submission id and whether it was new. A submission that is queued or running is attached to; one that
+    has ended is replaced, which continues its output. Manifest and output must be reachable from the cluster.
+    """
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    id_ = submission_id(job)
+    folder = Path(tempfile.mkdtemp(prefix="rf-submit-"))
+    try:
+        client = JobSubmissionClient(address)
+        if any(known.submission_id == id_ for known in client.list_jobs()):
+            if client.get_job_status(id_) in (JobStatus.PENDING, JobStatus.RUNNING):
+                return id_, False
+            client.delete_job(id_)
+        (folder / "job.yaml").write_text(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False))
+        client.submit_job(
+            submission_id=id_,
+            entrypoint="python -m renderfarm run job.yaml --address auto",
+            runtime_env={"working_dir": str(folder)},
+            metadata={"renderfarm_job": job.name, "out": job.output.path},
+        )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise Fatal(f"cannot submit to {address}: {error}; is a Ray head with its dashboard running there?") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return id_, True
+
+
+def wait_for(id_: str, address: str, poll_s: float = 1.0) -> str:
+    """Wait until the submission has ended; its Ray status (SUCCEEDED, FAILED, STOPPED)."""
+    import time
+
+    from ray.job_submission import JobSubmissionClient
+
+    client = JobSubmissionClient(address)
+    while not (status := client.get_job_status(id_)).is_terminal():
+        time.sleep(poll_s)
+    return str(status.value)

@@ -1,0 +1,67 @@
+"""`renderfarm validate`: look at every row without rendering one."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from renderfarm.preparation import Prepared
+from renderfarm.samples import expand_rows
+
+KEPT_PROBLEMS = 100
+
+
+@dataclass
+class Validation:
+    """`problems`: the first messages, each with file, row and column. Counts cover all rows."""
+
+    rows: int = 0
+    images: int = 0
+    bad_rows: int = 0
+    duplicate_ids: int = 0
+    problems: list[str] = field(default_factory=list)
+    classes: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def ok(self) -> bool:
+        return not self.bad_rows and not self.duplicate_ids
+
+
+def validate_rows(prepared: Prepared, observe: Callable[[int], None] = lambda rows: None) -> Validation:
+    """Stream the manifest through the very checks that a worker makes. Memory: 8 bytes a row for duplicate ids."""
+    grid, manifest = prepared.grid, prepared.manifest
+    found, ids = Validation(), array("Q")
+    ranges = ((part.start, part.stop) for part in map(grid.part, range(len(grid))))
+    for table in manifest.stream(ranges):
+        for row in expand_rows(table, prepared.job, prepared.model):
+            found.rows += 1
+            found.images += len(row.samples)
+            ids.append(int.from_bytes(hashlib.blake2b(row.row_id.encode(), digest_size=8).digest(), "big"))
+            if row.errors:
+                found.bad_rows += 1
+                found.classes[row.errors[0].error_class] += 1
+                _keep(found, f"{manifest.where_is(row.ordinal)}: {row.errors[0].error_message}")
+        observe(found.rows)
+    _count_duplicates(prepared, found, np.frombuffer(ids, dtype=np.uint64))
+    return found
+
+
+def _count_duplicates(prepared: Prepared, found: Validation, ids: np.ndarray) -> None:
+    if "id" not in prepared.manifest.columns or len(ids) == 0:
+        return
+    order = np.argsort(ids, kind="stable")
+    again = order[1:][ids[order[1:]] == ids[order[:-1]]]
+    found.duplicate_ids = len(again)
+    for place in sorted(again)[: KEPT_PROBLEMS - len(found.problems)]:
+        first = int(np.argmax(ids == ids[place]))
+        _keep(found, f"row {place} of the selection: its id is that of row {first}; without a seed of their own both get the same noise")
+
+
+def _keep(found: Validation, problem: str) -> None:
+    if len(found.problems) < KEPT_PROBLEMS:
+        found.problems.append(problem)
