@@ -1,0 +1,195 @@
+"""A sample's pixels are those of diffusers' own pipeline called with B copies of its row, whatever its mates."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from renderfarm.config import ModelSpec, Workers
+from renderfarm.models.catalog import describe
+from renderfarm.models.load import load_model
+from renderfarm.records import Sample, SampleKey
+from renderfarm.samplers import SAMPLERS
+from renderfarm.slots import Rendered, SlotLoop
+
+B = 3
+WORKERS = Workers(batch_size=B)
+INFO = describe(ModelSpec(id="builtin:shapes"))
+
+# Written apart from the package's table, as a user of diffusers would write it.
+REFERENCE = {
+    "ddpm": (diffusers.DDPMScheduler, {}),
+    "ddim": (diffusers.DDIMScheduler, {}),
+    "pndm": (diffusers.PNDMScheduler, {"skip_prk_steps": True}),
+    "dpm": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    "dpm++2m": (diffusers.DPMSolverMultistepScheduler, {}),
+    "dpm++2m-karras": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "dpm++2m-sde": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++2m-sde-karras": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}),
+    "dpm++2s": (diffusers.DPMSolverSinglestepScheduler, {}),
+    "dpm++sde": (diffusers.DPMSolverSinglestepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "euler-karras": (diffusers.EulerDiscreteScheduler, {"use_karras_sigmas": True}),
+    "euler-a": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "heun": (diffusers.HeunDiscreteScheduler, {}),
+    "heun-karras": (diffusers.HeunDiscreteScheduler, {"use_karras_sigmas": True}),
+    "dpm2": (diffusers.KDPM2DiscreteScheduler, {}),
+    "dpm2-karras": (diffusers.KDPM2DiscreteScheduler, {"use_karras_sigmas": True}),
+    "dpm2-a": (diffusers.KDPM2AncestralDiscreteScheduler, {}),
+    "dpm2-a-karras": (diffusers.KDPM2AncestralDiscreteScheduler, {"use_karras_sigmas": True}),
+    "lms": (diffusers.LMSDiscreteScheduler, {}),
+    "lms-karras": (diffusers.LMSDiscreteScheduler, {"use_karras_sigmas": True}),
+    "unipc": (diffusers.UniPCMultistepScheduler, {}),
+    "deis": (diffusers.DEISMultistepScheduler, {}),
+    "lcm": (diffusers.LCMScheduler, {}),
+    "tcd": (diffusers.TCDScheduler, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> diffusers.StableDiffusionPipeline:
+    torch.set_num_threads(WORKERS.threads)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(INFO.folder, torch_dtype=torch.float32, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae.enable_slicing()
+    pipe.original_config = dict(pipe.scheduler.config)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def slots():
+    loop = SlotLoop(lambda: load_model(INFO, WORKERS))
+    loop.ready.result()
+    yield loop
+    loop.close()
+
+
+def sample(row: int, sampler: str, *, seed: int = 7, steps: int = 5, guidance: float = 4.5, side: tuple[int, int] = (64, 64), **words: str) -> Sample:
+    return Sample(
+        key=SampleKey(row, 0),
+        row_id=str(row),
+        prompt=words.get("prompt", "a large red circle on a blue background"),
+        negative_prompt=words.get("negative_prompt"),
+        seed=seed,
+        height=side[0],
+        width=side[1],
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        sampler=sampler,
+    )
+
+
+def reference(pipe: diffusers.StableDiffusionPipeline, wanted: Sample) -> np.ndarray:
+    """Image 0 of diffusers' pipeline called with B copies of the row."""
+    kind, changes = REFERENCE[wanted.sampler]
+    pipe.scheduler = kind.from_config(pipe.original_config, **changes)
+    images = pipe(
+        prompt=[wanted.prompt] * B,
+        negative_prompt=None if wanted.negative_prompt is None else [wanted.negative_prompt] * B,
+        height=wanted.height,
+        width=wanted.width,
+        num_inference_steps=wanted.num_inference_steps,
+        guidance_scale=wanted.guidance_scale,
+        generator=[torch.Generator("cpu").manual_seed(wanted.seed) for _ in range(B)],
+    ).images
+    return np.asarray(images[0])
+
+
+def rendered(futures: list[Future[Rendered]]) -> list[np.ndarray]:
+    return [future.result(timeout=300).pixels for future in futures]
+
+
+def test_the_reference_covers_every_sampler_offered() -> None:
+    assert set(REFERENCE) == set(SAMPLERS)
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_pixels_equal_those_of_diffusers_own_pipeline(sampler: str, pipe: diffusers.StableDiffusionPipeline, slots: SlotLoop) -> None:
+    ours = rendered(slots.submit([sample(0, sampler)]))[0]
+    np.testing.assert_array_equal(ours, reference(pipe, sample(0, sampler)))
+
+
+def mixed_rows() -> list[Sample]:
+    """Samplers, steps, guidance (on and off), negatives, sizes and seeds, all different."""
+    rows, colours = [], ("red", "green", "blue", "yellow", "purple")
+    for row, sampler in enumerate(SAMPLERS):
+        rows.append(
+            sample(
+                row,
+                sampler,
+                seed=100 + row,
+                steps=3 + row % 4,
+                guidance=(1.0, 3.0, 5.0, 7.5)[row % 4],
+                side=((64, 64), (64, 64), (72, 64))[row % 3],
+                prompt=f"a small {colours[row % 5]} star",
+                **({"negative_prompt": "a square"} if row % 2 else {}),
+            )
+        )
+    return rows
+
+
+def test_a_mixed_batch_gives_each_row_the_pixels_that_diffusers_gives_it_alone(pipe: diffusers.StableDiffusionPipeline, slots: SlotLoop) -> None:
+    rows = mixed_rows()
+    for row, ours in zip(rows, rendered(slots.submit(rows)), strict=True):
+        np.testing.assert_array_equal(ours, reference(pipe, row), err_msg=row.sampler)
+
+
+def test_order_and_mates_move_no_pixel(slots: SlotLoop) -> None:
+    rows = mixed_rows()
+    first = rendered(slots.submit(rows))
+    second = rendered(slots.submit(rows[::-1]))[::-1]
+    few = rendered(slots.submit(rows[::5]))
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(first[::5], few, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_global_random_state_is_neither_read_nor_needed(slots: SlotLoop) -> None:
+    rows = mixed_rows()
+    first = rendered(slots.submit(rows))
+    torch.manual_seed(12345)
+    np.random.seed(12345)
+    for a, b in zip(first, rendered(slots.submit(rows)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_another_batch_size_is_another_profile_and_says_so() -> None:
+    model = load_model(INFO, Workers(batch_size=2))
+    assert model.profile()["batch_size"] == 2
+    assert model.profile()["weights"]["unet/diffusion_pytorch_model.safetensors"]
+
+
+def test_each_distinct_text_is_encoded_once(slots: SlotLoop) -> None:
+    before = slots.counters.encoded_texts
+    rendered(slots.submit([sample(k, "euler", seed=k, prompt="a text never seen before") for k in range(7)]))
+    assert slots.counters.encoded_texts == before + 1
+
+
+def test_guidance_of_one_or_less_runs_without_an_unconditional_pass(slots: SlotLoop) -> None:
+    model = slots.ready.result()
+    shapes: list[int] = []
+    handle = model.pipe.unet.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape[0]))  # type: ignore[attr-defined]
+    try:
+        rendered(slots.submit([sample(0, "euler", guidance=1.0)]))
+        assert set(shapes) == {B}
+        shapes.clear()
+        rendered(slots.submit([sample(0, "euler", guidance=1.01)]))
+        assert set(shapes) == {2 * B}
+    finally:
+        handle.remove()
+
+
+def test_slots_stay_full_until_the_end(slots: SlotLoop) -> None:
+    counters = slots.counters
+    calls, useful = counters.denoiser_calls, counters.useful_slots
+    rows = [sample(k, ("euler", "dpm++2m", "ddim")[k % 3], seed=k, steps=3 + k % 5) for k in range(20)]
+    rendered(slots.submit(rows))
+    steps = sum(row.num_inference_steps for row in rows)
+    assert counters.useful_slots - useful == steps
+    longest = max(row.num_inference_steps for row in rows)
+    assert counters.denoiser_calls - calls <= -(-steps // B) + longest
