@@ -71,5 +71,3 @@ def _write_views(prepared: Prepared) -> None:
         finished=len(committed) == len(prepared.grid),
         sheet=SHEET if sheet else None,
     )
-
-

@@ -49,4 +49,4 @@ def accepts(kind: str, type_: pa.DataType) -> bool:
     text = pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
     whole = pa.types.is_integer(type_)
     number = whole or pa.types.is_floating(type_)
-    return {TEXT: text, INTEGER: number, NUMBER: number, TEXT_OR_INTEGER: text or whole}[kind]
+    return bool({TEXT: text, INTEGER: number, NUMBER: number, TEXT_OR_INTEGER: text or whole}[kind])

@@ -90,7 +90,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
         out_console.print(
             f"{summary['new_images']:,} images in {summary['seconds']:.0f} s ({summary['images_per_second']:.1f} images/s while rendering)"
         )
-    out_console.print(f"{state.lower()}: {summary['images']:,} images, {summary['errors']:,} errors, {summary['rows']:,} rows in {summary['out']}")
+    counts = f"{summary['images']:,} images, {summary['errors']:,} errors, {summary['rows']:,} rows"
+    out_console.print(f"{state.lower()}: {counts} in {summary['out']}")
     for name, count in summary["error_classes"].items():
         out_console.print(f"  {name}: {count:,}  (reasons in {summary['out']}/errors/)")
 
@@ -117,7 +118,8 @@ def validate(
             out_console.print(problem, markup=False)
         if len(found.problems) > limit:
             out_console.print(f"… (--limit shows more than {limit})")
-        out_console.print(f"{found.rows:,} rows, {found.images:,} images, {found.bad_rows:,} bad rows, {found.duplicate_ids:,} duplicate ids")
+        bad = f"{found.bad_rows:,} bad rows, {found.duplicate_ids:,} duplicate ids"
+        out_console.print(f"{found.rows:,} rows, {found.images:,} images, {bad}")
     raise typer.Exit(EXIT_OK if found.ok else EXIT_ROWS_FAILED)
 
 
@@ -189,7 +191,9 @@ class SchemaChoice(StrEnum):
 
 @app.command()
 def schema(
-    what: Annotated[SchemaChoice, typer.Argument(help="job: JSON Schema of the job file. images, errors: the tables' columns.")] = SchemaChoice.job,
+    what: Annotated[
+        SchemaChoice, typer.Argument(help="job: JSON Schema of the job file. images, errors: the tables' columns.")
+    ] = SchemaChoice.job,
     as_json: AsJson = False,
 ) -> None:
     """Print the JSON Schema of job files, or a table's columns."""

@@ -179,5 +179,3 @@ def error_classes(store: Store) -> dict[str, int]:
             for name, count in read_json(store, key)["error_classes"].items():
                 counts[name] = counts.get(name, 0) + count
     return counts
-
-

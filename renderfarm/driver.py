@@ -1,11 +1,11 @@
 """One loop over leases: hand them out, take receipts, decide what a failure means. No engine's name appears here.
 
-    a lease fails with     then
-    WorkerLost             it goes to another worker, alone; after two losses row by row, announced, so that the next
-                           death names the row, which becomes an error
-    Transient              again after a jittered pause, eight times
-    ProfileMismatch        that worker is benched; the job stops if none is left
-    Fatal, anything else   the job stops with the reason; what is committed stays, and `run` continues
+a lease fails with     then
+WorkerLost             it goes to another worker, alone; after two losses row by row, announced, so that the next
+                       death names the row, which becomes an error
+Transient              again after a jittered pause, eight times
+ProfileMismatch        that worker is benched; the job stops if none is left
+Fatal, anything else   the job stops with the reason; what is committed stays, and `run` continues
 """
 
 from __future__ import annotations
@@ -229,7 +229,9 @@ class Driver:
         losses = lease.losses + 1
         if losses > self.job.failure.attempts + len(lease.killers):
             rows_text = f"rows {lease.parts[0].start} to {lease.parts[-1].stop - 1}"
-            raise Fatal(f"{losses} workers died on {rows_text} and no row could be named; look at the workers' memory and logs, then run again")
+            raise Fatal(
+                f"{losses} workers died on {rows_text} and no row could be named; look at the workers' memory and logs, then run again"
+            )
         return replace(lease, losses=losses, announced=losses >= LOSSES_BEFORE_ANNOUNCING)
 
     def _start_failed(self, engine: Engine, worker: str, error: RenderfarmError) -> None:

@@ -25,6 +25,7 @@ def estimate(prepared: Prepared) -> dict[str, Any]:
     else:
         bytes_per_image = (job.render.height or model.height) * (job.render.width or model.width) * BYTES_PER_PIXEL
     rate = _last_rate(prepared)
+    rows_decide = job.manifest.where is not None or "num_images_per_prompt" in prepared.manifest.columns
     return {
         "job": job.name,
         "model": model.id,
@@ -37,7 +38,8 @@ def estimate(prepared: Prepared) -> dict[str, Any]:
         "parts left": len(grid) - len(committed),
         "images done": images_done,
         "errors done": errors_done,
-        "images left (estimate)" if prepared.manifest.where or "num_images_per_prompt" in prepared.manifest.columns else "images left": images_left,
+        "images left": images_left,
+        "images left is": "an upper bound: `where` leaves rows out, or rows say how many" if rows_decide else "exact",
         "bytes left (estimate)": round(images_left * bytes_per_image),
         "images/s of the last run": rate,
         "time left (estimate)": duration(images_left / rate) if rate else None,

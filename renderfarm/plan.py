@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -35,7 +36,7 @@ def choose_part_rows(job: Job) -> int:
 
 def leases(manifest: Manifest, grid: Grid, is_done: Callable[[int], bool]) -> Iterator[Lease]:
     """One lease per part that is not done, in order, with its rows read as it is asked for."""
-    todo = lambda: (grid.part(index) for index in range(len(grid)) if not is_done(index))  # noqa: E731 - two equal walks
-    tables = manifest.stream((part.start, part.stop) for part in todo())
-    for part, rows in zip(todo(), tables, strict=True):
+    todo, ahead = itertools.tee(grid.part(index) for index in range(len(grid)) if not is_done(index))
+    tables = manifest.stream((part.start, part.stop) for part in ahead)
+    for part, rows in zip(todo, tables, strict=True):
         yield Lease(number=part.index, parts=(part,), rows=rows)

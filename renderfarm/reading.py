@@ -57,7 +57,7 @@ class Output:
         """About `limit` samples spread over the output, from at most `limit` parts."""
         keys = self._tables()
         keys = keys[:: -(-len(keys) // limit)] if keys else []
-        chosen = []
+        chosen: list[StoredSample] = []
         for index, key in enumerate(keys):
             images = files.read_table(self.store.read(key))[0]
             take = (limit - len(chosen)) // (len(keys) - index)
@@ -79,6 +79,6 @@ class Output:
         return [key for key in self.store.list("data") if key.endswith("/metadata.parquet")]
 
 
-def open(out: str | Path) -> Output:  # noqa: A001 - the public name is renderfarm.open
+def open(out: str | Path) -> Output:
     """Open an output folder or URL. Raises InvalidJob if it is none."""
     return Output(expand_env(str(out)))

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from renderfarm.config import Job
 from renderfarm.engines.base import Done, Event, Failed, Ready
-from renderfarm.errors import RenderfarmError, RenderFailed
+from renderfarm.errors import RenderFailed, RenderfarmError
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.records import Lease
 from renderfarm.worker import LEASES_IN_FLIGHT, Worker, WorkerSpec

@@ -77,7 +77,9 @@ class RayEngine:
         have = ray.cluster_resources()
         for name, key in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
             if self._options[name] > have.get(key, 0):
-                raise Fatal(f"a worker needs {self._options[name]} {key}, but this Ray has {have.get(key, 0):g}; lower workers.threads or add nodes")
+                raise Fatal(
+                    f"a worker needs {self._options[name]} {key}, but this Ray has {have.get(key, 0):g}; lower workers.threads or add nodes"
+                )
 
     def start_worker(self, name: str) -> None:
         actor_class: Any = ray.remote(_Actor)
@@ -130,8 +132,10 @@ class RayEngine:
 
 def _uses_gpu(job: Job) -> bool | None:
     """Whether workers take a GPU; None: asked for, and there is none."""
-    has = ray.cluster_resources().get("GPU", 0) > 0
-    return {"auto": has, "cpu": False, "cuda": True if has else None}[job.workers.device]
+    has = bool(ray.cluster_resources().get("GPU", 0))
+    if job.workers.device == "cuda":
+        return True if has else None
+    return has and job.workers.device == "auto"
 
 
 def _ours(error: Exception) -> RenderfarmError:

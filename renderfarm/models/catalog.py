@@ -21,8 +21,8 @@ from renderfarm.samplers import SAMPLERS
 FAMILIES = {"StableDiffusionPipeline": "stable_diffusion"}
 
 _TEXT_TO_IMAGE = frozenset(
-    ("id", "prompt", "negative_prompt", "seed", "num_images_per_prompt", "height", "width", "num_inference_steps", "guidance_scale", "sampler")
-)  # fmt: skip
+    "id prompt negative_prompt seed num_images_per_prompt height width num_inference_steps guidance_scale sampler".split()
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,10 @@ def _find_folder(model_id: str, revision: str | None) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_id):
         raise InvalidJob(f"model {model_id!r}: give builtin:shapes, a folder (./path or /path), or a hub id org/name with its revision")
     if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
-        raise InvalidJob(f"model {model_id}: a hub model needs its full commit, so that it cannot change: model: {{id: {model_id}, revision: <40 hex digits>}}")
+        raise InvalidJob(
+            f"model {model_id}: a hub model needs its full commit, so that it cannot change: "
+            f"model: {{id: {model_id}, revision: <40 hex digits>}}"
+        )
     return _from_hub(model_id, revision)
 
 

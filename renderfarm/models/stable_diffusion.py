@@ -112,10 +112,10 @@ class StableDiffusion:
         slots = [*states, *[states[0]] * (self.batch_size - len(states))]
         inputs = [s.scheduler.scale_model_input(s.latents_1Chw, s.timesteps[s.next_step]) for s in slots]
         times = [s.timesteps[s.next_step].float() for s in slots]
-        texts = [s.prompt_LD for s in slots]
+        texts: list[Any] = [s.prompt_LD for s in slots]
         if guided:
             inputs, times = inputs * 2, times * 2
-            texts = [s.negative_LD for s in slots] + texts  # type: ignore[misc]
+            texts = [s.negative_LD for s in slots] + texts
         predicted = self.pipe.unet(
             torch.cat(inputs), torch.stack(times).to(self.device), encoder_hidden_states=torch.stack(texts), return_dict=False
         )[0]
@@ -126,9 +126,7 @@ class StableDiffusion:
                 unconditional = predicted[k : k + 1]
                 noise = unconditional + state.sample.guidance_scale * (noise - unconditional)
             t = state.timesteps[state.next_step]
-            state.latents_1Chw = state.scheduler.step(
-                noise, t, state.latents_1Chw, **state.step_arguments, return_dict=False
-            )[0]
+            state.latents_1Chw = state.scheduler.step(noise, t, state.latents_1Chw, **state.step_arguments, return_dict=False)[0]
             state.next_step += 1
         return [state.next_step == len(state.timesteps) for state in states]
 

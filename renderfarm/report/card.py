@@ -54,9 +54,20 @@ Rows that could not be rendered are in `errors/`, each with its reason. `_render
 """
 
 
-def write_card(store: Store, frozen: dict[str, Any], *, name: str, rows: int, images: int, errors: int, finished: bool, sheet: str | None) -> None:
+def write_card(
+    store: Store,
+    frozen: dict[str, Any],
+    *,
+    name: str,
+    rows: int,
+    images: int,
+    errors: int,
+    finished: bool,
+    sheet: str | None,
+) -> None:
     """Write or refresh the card. `frozen` is job.json's value."""
-    environment = Environment(autoescape=False, trim_blocks=True)  # Markdown, and every value is ours or JSON-quoted
+    # Markdown, not HTML: every value is checked by the job's schema, a number, or JSON-quoted
+    environment = Environment(autoescape=False, trim_blocks=True)  # noqa: S701
     text = environment.from_string(_TEMPLATE).render(
         name=name,
         rows=f"{rows:,}",

@@ -1,8 +1,8 @@
 """Drawn scenes: captions, pictures, and reading a picture back.
 
 A scene is one object or two on a plain background. `caption(scene)` is its prompt, `draw(scene)` its picture, and
-`read_one` / `read_two` tell from pixels alone what was painted, so that a model's obedience can be measured
-without a second network.
+`read_background` and `read_things` tell from pixels alone what was painted, so that a model's obedience can be
+measured without a second network.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from random import Random
 
 import numpy as np
 from PIL import Image, ImageDraw
+from scipy.ndimage import distance_transform_edt, label
 
 SIZE_PX = 64
 PALETTE: dict[str, tuple[int, int, int]] = {
@@ -197,20 +198,54 @@ def read_background(image: Image.Image) -> str:
 
 
 def read_things(image: Image.Image) -> list[Seen]:
-    """The objects seen, largest area first. Colours that occur only on soft edges are not objects.
+    """The objects seen, largest area first, at most one of each colour; (x, y) is the middle of an object's extent.
 
     An edge pixel between two colours may lie nearest to a third one, so a colour counts only where a whole 3×3
-    neighbourhood agrees, and an object needs six such places.
+    neighbourhood agrees, and an object needs six such places in one piece. An object's soft edge is then the pixels
+    around its piece that are nearer to its colour than to the background, and nearer to its piece than to any other:
+    the edge of one object may well blend through the colour of the other.
     """
     labels, background = label_pixels(image), list(PALETTE).index(read_background(image))
+    cores = {
+        colour: core
+        for index, colour in enumerate(PALETTE)
+        if index != background and _eroded(core := _solid_piece(labels == index)).sum() >= 6
+    }
+    away = {colour: distance_transform_edt(~core) for colour, core in cores.items()}
     seen = []
-    for index, colour in enumerate(PALETTE):
-        if index == background or _eroded(labels == index).sum() < 6:
-            continue
-        mask = _nearer(image, colour, list(PALETTE)[background]) & _dilated(_dilated(labels == index))
+    for colour, core in cores.items():
+        mask = _nearer(image, colour, list(PALETTE)[background]) & _dilated(_dilated(core))
+        for other in cores.keys() - {colour}:
+            mask &= away[colour] < away[other]
+        mask = _solid_piece(mask)
         ys, xs = np.nonzero(mask)
-        seen.append(Seen(colour, _name_shape(mask), float(xs.mean()), float(ys.mean()), len(xs)))
+        seen.append(Seen(colour, _name_shape(mask), *(float(v.min() + v.max() + 1) / 2 for v in (xs, ys)), len(xs)))
     return sorted(seen, key=lambda thing: -thing.area)
+
+
+def read_place(size: str, seen: Seen) -> str:
+    """The named place nearest to where an object of that size is seen."""
+    reach = sum(SIZES[size]) / 2 + 2  # how close its centre may come to the picture's border, in pixels
+
+    def distance(place: str) -> float:
+        return math.dist((seen.x, seen.y), tuple(reach + f * (SIZE_PX - 2 * reach) for f in PLACES[place]))
+
+    return min(PLACES, key=distance)
+
+
+def read_relation(first: Seen, second: Seen) -> str:
+    """Where the first lies against the second: of both axes, the one that parts them more."""
+    dx, dy = first.x - second.x, first.y - second.y
+    if abs(dx) > abs(dy):
+        return "left of" if dx < 0 else "right of"
+    return "above" if dy < 0 else "below"
+
+
+def _solid_piece(mask: Mask) -> Mask:
+    """Of the mask's 8-connected pieces, the one with most interior: thin seams are long but have none."""
+    pieces, _ = label(mask, structure=np.ones((3, 3)))
+    interior = np.bincount(pieces[_eroded(mask)], minlength=2)
+    return np.asarray(pieces == max(1, int(interior[1:].argmax()) + 1))
 
 
 def _nearer(image: Image.Image, colour: str, other: str) -> Mask:

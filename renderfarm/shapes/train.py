@@ -15,6 +15,7 @@ import json
 import time
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ def make_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-level BPE, its merges learnt from captions: every word of a caption is one token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", show_progress=False)
     rng = Random(0)
     bpe.train_from_iterator((caption(random_scene(rng)) for _ in range(20_000)), trainer)
@@ -97,7 +98,7 @@ def make_unet() -> UNet2DConditionModel:
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
     """Token ids, B×77."""
     encoded = tokenizer(prompts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
-    return encoded.input_ids  # type: ignore[no-any-return]
+    return encoded.input_ids
 
 
 def bf16() -> contextlib.AbstractContextManager[object]:
@@ -134,7 +135,7 @@ def train_vae(vae: AutoencoderKL, pixels: torch.Tensor, steps: int, batch: int =
         kl = posterior.kl().float().mean() / (4 * 16 * 16)
         loss = F.l1_loss(y, x) + F.mse_loss(y, x) + 1e-3 * kl
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -146,7 +147,7 @@ def train_vae(vae: AutoencoderKL, pixels: torch.Tensor, steps: int, batch: int =
 def encode_pool(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     """Latent means, N×4×16×16 in fp16."""
     means = []
-    for chunk in pixels.split(64):
+    for chunk in torch.split(pixels, 64):
         means.append(vae.encode(to_model(chunk)).latent_dist.mean.half())
     return torch.cat(means)
 
@@ -182,10 +183,10 @@ def train_unet(
         t = torch.randint(1000, (batch,), generator=generator)
         with bf16():
             text = text_encoder(ids)[0]
-            predicted = unet(noise_schedule.add_noise(x, noise, t), t, text, return_dict=False)[0]  # type: ignore[arg-type]
+            predicted = unet(noise_schedule.add_noise(x, noise, t), t, text, return_dict=False)[0]
         loss = F.mse_loss(predicted.float(), noise)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(live.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -197,7 +198,7 @@ def train_unet(
             rate = (time.time() - start) / (step + 1 - first)
             print(f"unet {step + 1} loss {np.mean(losses[-100:]):.4f} {rate:.3f}s/step", flush=True)
         if step % 500 == 499:
-            parts = {"live": live, "average": average, "optimizer": optimizer, "schedule": schedule}
+            parts: dict[str, Any] = {"live": live, "average": average, "optimizer": optimizer, "schedule": schedule}
             torch.save({"step": step + 1, **{k: p.state_dict() for k, p in parts.items()}}, f"{checkpoint}.new")
             Path(f"{checkpoint}.new").replace(checkpoint)
     live.load_state_dict(average.state_dict())
@@ -216,7 +217,7 @@ def main() -> None:
     torch.manual_seed(0)
     args.work.mkdir(parents=True, exist_ok=True)
 
-    tokenizer, vae = make_tokenizer(), make_vae().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    tokenizer, vae = make_tokenizer(), make_vae().to(memory_format=torch.channels_last)
     vae_file, pool_file = args.work / "vae.pt", args.work / "pool.pt"
     if not vae_file.exists():
         train_vae(vae, draw_pool(12_000, seed=1)[0], args.vae_steps)
@@ -230,13 +231,13 @@ def main() -> None:
     vae.register_to_config(scaling_factor=scale)
     print(f"scaling factor {scale:.4f}", flush=True)
 
-    text_encoder, unet = make_text_encoder(tokenizer), make_unet().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    text_encoder, unet = make_text_encoder(tokenizer), make_unet().to(memory_format=torch.channels_last)
     tokens = tokenize(tokenizer, pool["captions"])
     empty = tokenize(tokenizer, [""])[0]
     train_unet(unet, text_encoder, pool["latents"].float() * scale, tokens, empty, args.work / "unet.pt", args.unet_steps)
     scheduler = EulerDiscreteScheduler(**NOISE, timestep_spacing="leading", steps_offset=1)
     pipeline = StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,  # type: ignore[arg-type]
+        vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip
     pipeline.to(torch.float16).save_pretrained(args.out, safe_serialization=True)
