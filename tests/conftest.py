@@ -1,0 +1,89 @@
+"""Shared parts of the tests: one private Ray per session, small manifests, jobs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "cyan")
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One Ray for the session, private to it; the Ray engine uses it instead of starting its own."""
+    import ray
+
+    folder = tempfile.mkdtemp(prefix="rft-")  # short: it holds Unix sockets, whose paths are limited
+    ray.init(
+        address="local",
+        _temp_dir=folder,
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=256 << 20,
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["inline", "ray"])
+def engine(request: pytest.FixtureRequest) -> str:
+    """The contract suite runs on every engine."""
+    if request.param == "ray":
+        request.getfixturevalue("local_ray")
+    return str(request.param)
+
+
+@pytest.fixture
+def write_manifest(tmp_path: Path) -> Callable[..., Path]:
+    """Write a Parquet manifest; without columns, eight rows about coloured circles."""
+
+    def write(columns: dict[str, Any] | None = None, name: str = "prompts.parquet", **options: Any) -> Path:
+        columns = columns or {
+            "id": [f"p{k}" for k in range(8)],
+            "prompt": [f"a large {colour} circle on a white background" for colour in COLOURS],
+            "category": ["warm" if colour in ("red", "yellow", "orange", "pink") else "cold" for colour in COLOURS],
+        }
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(columns), path, **options)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def write_job(tmp_path: Path) -> Callable[..., Path]:
+    """Write a job file for a manifest, with the fake model and small parts unless told otherwise."""
+
+    def write(manifest: Path, name: str = "job.yaml", **changes: Any) -> Path:
+        job: dict[str, Any] = {
+            "version": 1,
+            "name": "test",
+            "manifest": str(manifest),
+            "model": "builtin:fake",
+            "render": {"num_inference_steps": 3},
+            "workers": {"batch_size": 4},
+            "output": {"path": str(tmp_path / "out"), "part_rows": 3},
+        }
+        for key, value in changes.items():
+            job[key] = {**job[key], **value} if isinstance(job.get(key), dict) and isinstance(value, dict) else value
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(job))
+        return path
+
+    return write

@@ -1,0 +1,210 @@
+"""The whole way from a manifest to a dataset, on every engine."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from checker import check_complete, error_rows, image_rows, pixels, tables
+
+import renderfarm
+from renderfarm.config import load_job
+from renderfarm.errors import Fatal, InvalidJob
+from renderfarm.schema import ERROR_COLUMNS, IMAGE_COLUMNS
+
+Write = Callable[..., Path]
+
+
+def every(rows: int, images: int = 1) -> set[tuple[int, int]]:
+    return {(row, k) for row in range(rows) for k in range(images)}
+
+
+def test_every_row_becomes_one_image_and_its_own_columns_arrive(
+    engine: str, write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    summary = renderfarm.run(write_job(write_manifest()), engine=engine)
+    assert (summary.state, summary.exit_code, summary.images, summary.errors) == ("SUCCEEDED", 0, 8, 0)
+    check_complete(tmp_path / "out", every(8))
+    rows = image_rows(tmp_path / "out")
+    assert [row["row_id"] for row in rows] == [f"p{k}" for k in range(8)]
+    assert rows[0]["category"] == "warm"
+    assert pq.read_schema(tables(tmp_path / "out")[0]).names == [*IMAGE_COLUMNS.names, "category"]
+
+
+def test_many_images_per_row_count_the_seed_up(engine: str, write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    manifest = write_manifest({"prompt": ["a", "b"], "seed": [100, None]})
+    renderfarm.run(write_job(manifest, render={"num_images_per_prompt": 3}), engine=engine)
+    check_complete(tmp_path / "out", every(2, 3))
+    seeds = {(row["row"], row["image_index"]): row["seed"] for row in image_rows(tmp_path / "out")}
+    assert [seeds[0, k] for k in range(3)] == [100, 101, 102]
+    assert len({seeds[1, k] for k in range(3)}) == 3
+
+
+def test_running_again_does_nothing_and_changes_no_byte(engine: str, write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    job = write_job(write_manifest())
+    renderfarm.run(job, engine=engine)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "out/data").rglob("*.*")}
+    summary = renderfarm.run(job, engine=engine)
+    assert (summary.state, summary.new_images, summary.images) == ("SUCCEEDED", 0, 8)
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "out/data").rglob("*.*")} == before
+
+
+def test_a_lost_part_is_made_again_with_the_same_bytes(engine: str, write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    job = write_job(write_manifest())
+    renderfarm.run(job, engine=engine)
+    table = tables(out)[1]
+    before = table.read_bytes()
+    shutil.rmtree(table.parent)
+    next(out.glob("_renderfarm/parts/part-00000001.*")).unlink()
+    summary = renderfarm.run(job, engine=engine)
+    assert summary.new_images == 3
+    assert table.read_bytes() == before
+
+
+def test_a_committed_part_whose_index_entry_is_missing_is_adopted_not_rendered(
+    engine: str, write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    job = write_job(write_manifest())
+    renderfarm.run(job, engine=engine)
+    next((tmp_path / "out").glob("_renderfarm/parts/part-00000001.*")).unlink()
+    summary = renderfarm.run(job, engine=engine)
+    assert (summary.new_images, summary.images, summary.state) == (0, 8, "SUCCEEDED")
+    assert list((tmp_path / "out").glob("_renderfarm/parts/part-00000001.*"))
+
+
+def test_part_size_and_worker_count_move_no_pixel(local_ray: None, write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    manifest = write_manifest()
+    renderfarm.run(write_job(manifest), engine="inline")
+    other = write_job(manifest, "b.yaml", output={"path": str(tmp_path / "b"), "part_rows": 2}, workers={"max": 2})
+    renderfarm.run(other, engine="ray")
+    assert pixels(tmp_path / "out") == pixels(tmp_path / "b")
+
+
+def test_bad_rows_become_error_rows_with_reasons_and_the_rest_renders(
+    engine: str, write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    manifest = write_manifest(
+        {
+            "prompt": ["good", None, "  ", "good", "good", "[nan]", "[error]", "good"],
+            "width": [64, 64, 64, 0, 65, 64, 64, None],
+            "sampler": ["euler", "euler", "euler", "euler", "ddim", "euler", "euler", "eulr"],
+        }
+    )
+    summary = renderfarm.run(write_job(manifest, workers={"batch_size": 1}), engine=engine)
+    out = tmp_path / "out"
+    check_complete(out, every(8))
+    assert (summary.state, summary.exit_code, summary.images, summary.errors) == ("PARTIAL", 3, 1, 7)
+    errors = {row["row"]: row for row in error_rows(out)}
+    assert "prompt is null" in errors[1]["error_message"]
+    assert "prompt is empty" in errors[2]["error_message"]
+    assert "width is 0" in errors[3]["error_message"]
+    assert "64 or 72" in errors[4]["error_message"]
+    assert errors[5]["error_class"] == "NonFiniteOutput"
+    assert errors[6]["error_class"] == "RenderFailed"
+    assert errors[6]["retryable"]
+    assert "did you mean 'euler'" in errors[7]["error_message"]
+    assert summary.error_classes == {"InvalidInput": 5, "NonFiniteOutput": 1, "RenderFailed": 1}
+    assert pq.read_schema(out / "errors/part-00000001.parquet").names == ERROR_COLUMNS.names
+
+
+def test_a_part_without_any_image_is_done_too(engine: str, write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    job = write_job(write_manifest({"prompt": ["", "", "", "good"]}))
+    assert renderfarm.run(job, engine=engine).errors == 3
+    summary = renderfarm.run(job, engine=engine)
+    assert (summary.new_errors, summary.errors, summary.images) == (0, 3, 1)
+    check_complete(tmp_path / "out", every(4))
+
+
+def test_failures_within_the_declared_tolerance_exit_zero(write_manifest: Write, write_job: Write) -> None:
+    manifest = write_manifest({"prompt": ["", "a", "b", "c"]})
+    assert renderfarm.run(write_job(manifest, failure={"tolerate": 0.25}), engine="inline").exit_code == 0
+
+
+def test_where_renders_a_selection_and_keeps_ordinals(engine: str, write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    job = load_job(write_job(write_manifest()), ["manifest.where={category: warm, row: 0-5}"])
+    summary = renderfarm.run(job, engine=engine)
+    assert summary.state == "SUCCEEDED"
+    check_complete(tmp_path / "out", {(0, 0), (3, 0), (4, 0)})
+
+
+def test_memory_output_works_in_this_process_and_is_refused_with_ray(write_manifest: Write, write_job: Write) -> None:
+    job = write_job(write_manifest(), output={"path": "memory://test-run/out"})
+    assert renderfarm.run(job, engine="inline").images == 8
+    read = [(image.size, record["row"]) for image, record in renderfarm.open("memory://test-run/out")]
+    assert read == [((64, 64), row) for row in range(8)]
+    with pytest.raises(InvalidJob, match="--engine inline"):
+        renderfarm.run(job, engine="ray")
+
+
+def test_other_settings_on_the_same_output_are_refused_with_the_differences(write_manifest: Write, write_job: Write) -> None:
+    manifest = write_manifest()
+    renderfarm.run(write_job(manifest), engine="inline")
+    with pytest.raises(InvalidJob, match=r"render\.num_inference_steps: 3 there, 4 now"):
+        renderfarm.run(write_job(manifest, render={"num_inference_steps": 4}), engine="inline")
+    assert renderfarm.run(write_job(manifest, workers={"max": 7}), engine="inline").state == "SUCCEEDED"
+
+
+def test_a_changed_manifest_is_refused(write_manifest: Write, write_job: Write) -> None:
+    renderfarm.run(write_job(write_manifest()), engine="inline")
+    with pytest.raises(InvalidJob, match=r"manifest\.files\[0\]\.rows: 8 there, 1 now"):
+        renderfarm.run(write_job(write_manifest({"id": ["x"], "prompt": ["other"], "category": ["c"]})), engine="inline")
+
+
+def test_a_model_that_cannot_be_loaded_stops_the_job_at_once_with_the_reason(
+    engine: str, write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    from renderfarm.config import ModelSpec
+    from renderfarm.models.catalog import describe
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(str(describe(ModelSpec(id="builtin:shapes")).folder), folder)
+    weights = folder / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(Fatal, match="cannot be loaded"):
+        renderfarm.run(write_job(write_manifest(), model=str(folder)), engine=engine)
+
+
+def test_stopping_finishes_what_is_in_flight_and_the_next_run_continues(
+    write_manifest: Write, write_job: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RENDERFARM_FAKE_STEP_S", "0.05")
+    manifest = write_manifest({"prompt": [f"row {k}" for k in range(60)]})
+    stop = threading.Event()
+    job = write_job(manifest)
+    first = renderfarm.run(job, engine="inline", stop=stop, observe=lambda p: stop.set() if p.parts_done >= 2 else None)
+    assert (first.state, first.exit_code) == ("INTERRUPTED", 75)
+    assert 6 <= first.images < 60
+    monkeypatch.setenv("RENDERFARM_FAKE_STEP_S", "0")
+    second = renderfarm.run(job, engine="inline")
+    assert second.new_images == 60 - first.images
+    check_complete(tmp_path / "out", every(60))
+
+
+@pytest.mark.chaos
+def test_a_row_that_kills_its_worker_ends_as_an_error_and_the_others_render(
+    local_ray: None, write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    manifest = write_manifest({"prompt": ["a", "b", "c", "d", "[crash] now", "f", "g"]})
+    summary = renderfarm.run(write_job(manifest, workers={"max": 2}), engine="ray")
+    out = tmp_path / "out"
+    check_complete(out, every(7))
+    assert [(row["row"], row["error_class"]) for row in error_rows(out)] == [(4, "WorkerCrashed")]
+    assert summary.images == 6
+
+
+def test_tables_hold_no_column_that_the_schema_does_not_name_and_are_typed_alike(
+    write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    renderfarm.run(write_job(write_manifest()), engine="inline")
+    schemas = {pq.read_schema(path).remove_metadata() for path in tables(tmp_path / "out")}
+    assert schemas == {pa.schema([*IMAGE_COLUMNS, pa.field("category", pa.string())])}
+
+
+def test_the_job_can_be_given_as_a_value(write_manifest: Write, write_job: Write) -> None:
+    assert renderfarm.run(load_job(write_job(write_manifest())), engine="inline").images == 8
