@@ -68,7 +68,9 @@ def slots():
     loop.close()
 
 
-def sample(row: int, sampler: str, *, seed: int = 7, steps: int = 5, guidance: float = 4.5, side: tuple[int, int] = (64, 64), **words: str) -> Sample:
+def sample(
+    row: int, sampler: str, *, seed: int = 7, steps: int = 5, guidance: float = 4.5, side: tuple[int, int] = (64, 64), **words: str
+) -> Sample:
     return Sample(
         key=SampleKey(row, 0),
         row_id=str(row),
@@ -132,7 +134,9 @@ def mixed_rows() -> list[Sample]:
     return rows
 
 
-def test_a_mixed_batch_gives_each_row_the_pixels_that_diffusers_gives_it_alone(pipe: diffusers.StableDiffusionPipeline, slots: SlotLoop) -> None:
+def test_a_mixed_batch_gives_each_row_the_pixels_that_diffusers_gives_it_alone(
+    pipe: diffusers.StableDiffusionPipeline, slots: SlotLoop
+) -> None:
     rows = mixed_rows()
     for row, ours in zip(rows, rendered(slots.submit(rows)), strict=True):
         np.testing.assert_array_equal(ours, reference(pipe, row), err_msg=row.sampler)

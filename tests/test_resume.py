@@ -1,0 +1,103 @@
+"""Kill the driver in mid-run: the next run finishes the rest, re-renders nothing committed, and no pixel differs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from checker import check_complete, pixels, tables
+
+import renderfarm
+
+Write = Callable[..., Path]
+
+
+def start(job: Path, *options: str, **environment: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "renderfarm", "run", str(job), *options]
+    return subprocess.Popen(
+        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def wait_for_parts(out: Path, count: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while len(tables(out)) < count:
+        assert process.poll() is None, process.stdout.read().decode()  # type: ignore[union-attr]
+        assert time.monotonic() < deadline, "no part was committed in two minutes"
+        time.sleep(0.02)
+
+
+def processes_of(run_marker: str) -> list[str]:
+    """Command lines of living processes that mention the marker."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            if run_marker in line:
+                found.append(line)
+    return found
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("engine", ["inline", "ray"])
+def test_after_sigkill_of_the_driver_the_next_run_finishes_the_rest(
+    engine: str, write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    manifest = write_manifest({"prompt": [f"a small red star number {k}" for k in range(24)]})
+    real = {"model": "builtin:shapes", "render": {"num_inference_steps": 4}}
+    job = write_job(manifest, workers={"max": 2}, **real)
+    undisturbed = write_job(manifest, "undisturbed.yaml", output={"path": str(tmp_path / "whole"), "part_rows": 3}, **real)
+    renderfarm.run(undisturbed, engine="inline")
+
+    process = start(job, "--engine", engine, OMP_NUM_THREADS="1")
+    wait_for_parts(out, 2, process)
+    process.kill()
+    process.wait()
+    kept = {table: (table.read_bytes(), table.stat().st_mtime_ns) for table in tables(out)}
+    assert 2 <= len(kept) < 8, "the run was to be killed in its middle"
+
+    summary = renderfarm.run(job, engine="inline")
+    assert summary.state == "SUCCEEDED"
+    assert summary.new_images <= 24 - 3 * len(kept), "a committed row was rendered again"
+    for table, state in kept.items():
+        assert (table.read_bytes(), table.stat().st_mtime_ns) == state
+    check_complete(out, {(row, 0) for row in range(24)})
+    assert pixels(out) == pixels(tmp_path / "whole")
+
+
+@pytest.mark.chaos
+def test_a_killed_driver_leaves_no_ray_process_behind(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    manifest = write_manifest({"prompt": [f"row {k}" for k in range(90)]})
+    process = start(write_job(manifest), "--engine", "ray", RENDERFARM_FAKE_STEP_S="0.05")
+    wait_for_parts(tmp_path / "out", 1, process)
+    assert processes_of(str(tmp_path)), "the marker finds the run's own processes"
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while processes_of(str(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert processes_of(str(tmp_path)) == []
+
+
+@pytest.mark.chaos
+def test_sigterm_finishes_the_parts_in_flight_and_exits_75(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    manifest = write_manifest({"prompt": [f"row {k}" for k in range(90)]})
+    job = write_job(manifest)
+    process = start(job, "--engine", "inline", RENDERFARM_FAKE_STEP_S="0.05")
+    wait_for_parts(tmp_path / "out", 1, process)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 75, text
+    assert "run the same command again to continue" in text
+    assert renderfarm.run(job, engine="inline").state == "SUCCEEDED"
+    check_complete(tmp_path / "out", {(row, 0) for row in range(90)})
