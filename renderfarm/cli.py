@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 import threading
@@ -61,7 +62,7 @@ def run(
     if as_json:
         _print_json(summary.to_dict())
     else:
-        _print_summary(summary.to_dict())
+        _print_summary(summary.to_dict(), job)
     raise typer.Exit(summary.exit_code)
 
 
@@ -80,7 +81,9 @@ def _stop_on_signals() -> threading.Event:
     return stop
 
 
-def _print_summary(summary: dict[str, Any]) -> None:
+def _print_summary(summary: dict[str, Any], job: Path) -> None:
+    from renderfarm.report.contact_sheet import KEY as SHEET
+
     state = summary["state"]
     if state == "INTERRUPTED":
         out_console.print("interrupted: run the same command again to continue")
@@ -94,6 +97,13 @@ def _print_summary(summary: dict[str, Any]) -> None:
     out_console.print(f"{state.lower()}: {counts} in {summary['out']}")
     for name, count in summary["error_classes"].items():
         out_console.print(f"  {name}: {count:,}  (reasons in {summary['out']}/errors/)")
+    if summary["images"]:
+        out_console.print(f"contact sheet: {summary['out']}/{SHEET}")
+    me = "renderfarm" if shutil.which("renderfarm") else sys.argv[0]
+    out_console.print("next:")
+    out_console.print(f"  {me} status {summary['out']}")
+    out_console.print(f"  {me} plan {job}")
+    out_console.print(f"  {me} run {job} --out {summary['out']}-8-steps --set render.num_inference_steps=8")
 
 
 @app.command()

@@ -137,12 +137,12 @@ class Job(Strict):
     output: Output
     failure: Failure = Failure()
 
-    @field_validator("manifest", mode="before")
+    @field_validator("manifest", mode="before", json_schema_input_type=ManifestSpec | str | list[str])
     @classmethod
     def _manifest_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str | list) else value
 
-    @field_validator("model", mode="before")
+    @field_validator("model", mode="before", json_schema_input_type=ModelSpec | str)
     @classmethod
     def _model_id(cls, value: Any) -> Any:
         return {"id": value} if isinstance(value, str) else value
@@ -253,7 +253,7 @@ def _fill_dates(data: dict[str, Any], logical_date: str | None, path: Path) -> d
             return {key: fill(inner) for key, inner in value.items()}
         return [fill(inner) for inner in value] if isinstance(value, list) else value
 
-    return {key: fill(value) if key in ("manifest", "output", "name") else value for key, value in data.items()}
+    return {key: fill(value) if key in ("manifest", "output") else value for key, value in data.items()}
 
 
 def _explain(error: ValidationError, path: Path) -> str:

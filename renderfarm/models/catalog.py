@@ -99,7 +99,12 @@ def _from_hub(model_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    wanted: dict[str, Any] = {"revision": revision, "allow_patterns": ["*.json", "*.txt", "*.model", "*.safetensors"]}
+    wanted: dict[str, Any] = {
+        "revision": revision,
+        # the components' folders only: single-file checkpoints beside them hold the same weights once more
+        "allow_patterns": ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"],
+        "ignore_patterns": ["safety_checker/*", "*.fp16.safetensors", "*.non_ema.safetensors"],
+    }
     try:
         return Path(snapshot_download(model_id, local_files_only=True, **wanted))
     except LocalEntryNotFoundError:

@@ -15,7 +15,7 @@ from random import Random
 
 import numpy as np
 from PIL import Image, ImageDraw
-from scipy.ndimage import distance_transform_edt, label
+from scipy.ndimage import binary_dilation, binary_erosion, distance_transform_edt, label  # type: ignore[import-untyped]
 
 SIZE_PX = 64
 PALETTE: dict[str, tuple[int, int, int]] = {
@@ -43,6 +43,7 @@ PLACES = {
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 Mask = np.ndarray
+_BLOCK = np.ones((3, 3), dtype=bool)  # a pixel and its eight neighbours
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def label_pixels(image: Image.Image) -> np.ndarray:
     """Index into PALETTE of the nearest colour, H×W."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     colours = np.array(list(PALETTE.values()), dtype=np.float32)
-    return np.argmin(((pixels[:, :, None, :] - colours) ** 2).sum(-1), axis=-1)
+    return np.asarray(np.argmin(((pixels[:, :, None, :] - colours) ** 2).sum(-1), axis=-1))
 
 
 def read_background(image: Image.Image) -> str:
@@ -200,26 +201,27 @@ def read_background(image: Image.Image) -> str:
 def read_things(image: Image.Image) -> list[Seen]:
     """The objects seen, largest area first, at most one of each colour; (x, y) is the middle of an object's extent.
 
-    An edge pixel between two colours may lie nearest to a third one, so a colour counts only where a whole 3×3
-    neighbourhood agrees, and an object needs six such places in one piece. An object's soft edge is then the pixels
-    around its piece that are nearer to its colour than to the background, and nearer to its piece than to any other:
-    the edge of one object may well blend through the colour of the other.
+    An edge pixel between two colours may lie nearest to a third one, so a colour counts only where a pixel and its
+    four neighbours agree, and an object needs twelve such places in one piece. An object's soft edge is then the
+    pixels around its piece that are nearer to its colour than to the background, and nearer to its piece than to any
+    other: the edge of one object may well blend through the colour of the other.
     """
     labels, background = label_pixels(image), list(PALETTE).index(read_background(image))
     cores = {
         colour: core
         for index, colour in enumerate(PALETTE)
-        if index != background and _eroded(core := _solid_piece(labels == index)).sum() >= 6
+        if index != background and binary_erosion(core := _solid_piece(labels == index)).sum() >= 12
     }
-    away = {colour: distance_transform_edt(~core) for colour, core in cores.items()}
+    away = {colour: distance_transform_edt(~core) for colour, core in cores.items()}  # pixels
     seen = []
     for colour, core in cores.items():
-        mask = _nearer(image, colour, list(PALETTE)[background]) & _dilated(_dilated(core))
+        mask = _nearer(image, colour, list(PALETTE)[background]) & binary_dilation(core, _BLOCK, iterations=2)
         for other in cores.keys() - {colour}:
             mask &= away[colour] < away[other]
         mask = _solid_piece(mask)
         ys, xs = np.nonzero(mask)
-        seen.append(Seen(colour, _name_shape(mask), *(float(v.min() + v.max() + 1) / 2 for v in (xs, ys)), len(xs)))
+        x, y = (float(v.min() + v.max() + 1) / 2 for v in (xs, ys))
+        seen.append(Seen(colour, _name_shape(mask), x, y, len(xs)))
     return sorted(seen, key=lambda thing: -thing.area)
 
 
@@ -242,30 +244,16 @@ def read_relation(first: Seen, second: Seen) -> str:
 
 
 def _solid_piece(mask: Mask) -> Mask:
-    """Of the mask's 8-connected pieces, the one with most interior: thin seams are long but have none."""
-    pieces, _ = label(mask, structure=np.ones((3, 3)))
-    interior = np.bincount(pieces[_eroded(mask)], minlength=2)
-    return np.asarray(pieces == max(1, int(interior[1:].argmax()) + 1))
+    """Of the mask's 8-connected pieces, the one with most interior: a soft edge is long but has none."""
+    pieces, _ = label(mask, _BLOCK)
+    interior = np.bincount(pieces[binary_erosion(mask)], minlength=2)
+    return np.asarray(pieces == 1 + int(interior[1:].argmax()))
 
 
 def _nearer(image: Image.Image, colour: str, other: str) -> Mask:
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
     near, far = (((pixels - np.array(PALETTE[c], dtype=np.float32)) ** 2).sum(-1) for c in (colour, other))
     return np.asarray(near < far)
-
-
-def _shifted(mask: Mask) -> list[Mask]:
-    padded = np.pad(mask, 1)
-    h, w = mask.shape
-    return [padded[dy : dy + h, dx : dx + w] for dy in range(3) for dx in range(3)]
-
-
-def _eroded(mask: Mask) -> Mask:
-    return np.logical_and.reduce(_shifted(mask))
-
-
-def _dilated(mask: Mask) -> Mask:
-    return np.logical_or.reduce(_shifted(mask))
 
 
 def _cropped(mask: Mask, side: int = 24) -> np.ndarray:
@@ -288,7 +276,5 @@ def _templates() -> dict[str, list[np.ndarray]]:
 
 def _name_shape(mask: Mask) -> str:
     coverage = _cropped(mask)
-    distance = {
-        shape: min(float(np.abs(coverage - t).mean()) for t in templates) for shape, templates in _templates().items()
-    }
+    distance = {shape: min(float(np.abs(coverage - t).mean()) for t in templates) for shape, templates in _templates().items()}
     return min(distance, key=lambda shape: distance[shape])

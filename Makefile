@@ -1,0 +1,41 @@
+# make demo | test | lint; everything lives in .venv
+PYTHON ?= python3
+BIN := .venv/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint schema clean
+
+demo: .venv/installed
+	$(BIN)/renderfarm run jobs/demo.yaml
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The JSON Schema that editors check job files with
+schema: .venv/installed
+	$(BIN)/renderfarm schema job > jobs/job.schema.json
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo 'renderfarm needs Python 3.11 or newer; name one: make demo PYTHON=python3.12'; exit 1; }
+	@$(PYTHON) -m venv .venv \
+	  || { rm -rf .venv; echo 'python3 -m venv failed; on Debian or Ubuntu: sudo apt install python3-venv'; exit 1; }
+
+# torch first and by itself: its exact version, not the newest that a later requirement would allow
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) -e .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv out build *.egg-info

@@ -1,0 +1,155 @@
+"""The command line: what a person types and sees. No traceback, one message, an exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+Write = Callable[..., Path]
+ROOT = Path(__file__).parent.parent
+
+
+def cli(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "renderfarm", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)
+
+
+def refused(*arguments: object, code: int = 2, **environment: str) -> str:
+    """Run a command that must fail with one message and no traceback; returns the message."""
+    done = cli(*arguments, **environment)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    return " ".join(done.stderr.split())
+
+
+def test_help_and_light_commands_import_nothing_heavy() -> None:
+    script = (
+        "import sys\n"
+        "from renderfarm.cli import app\n"
+        "for words in (['--help'], ['run', '--help'], ['samplers'], ['models'], ['schema', 'job']):\n"
+        "    try: app(words, standalone_mode=False)\n"
+        "    except SystemExit: pass\n"
+        "print('HEAVY', sorted({'torch', 'ray', 'diffusers', 'transformers', 'pyarrow', 'datasets'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_every_command_is_in_the_readme() -> None:
+    commands = re.findall(r"^│ (\w+) ", cli("--help", COLUMNS="100", TERM="dumb").stdout, re.MULTILINE)
+    assert {"run", "validate", "plan", "status", "models", "samplers", "schema", "submit"} <= set(commands)
+    readme = (ROOT / "README.md").read_text()
+    assert [command for command in commands if f"renderfarm {command}" not in readme] == []
+
+
+def test_run_status_plan_and_validate_speak_json(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    job = write_job(write_manifest())
+    plan = json.loads(cli("plan", job, "--json").stdout)
+    assert (plan["rows"], plan["parts left"], plan["images left"]) == (8, 3, 8)
+    done = cli("run", job, "--engine", "inline", "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert (summary["images"], summary["state"]) == (8, "SUCCEEDED")
+    status = json.loads(cli("status", tmp_path / "out", "--json").stdout)
+    assert (status["images"], status["parts done"], status["state"]) == (8, 3, "SUCCEEDED")
+    assert json.loads(cli("validate", job, "--json").stdout)["ok"] is True
+    assert json.loads(cli("plan", job, "--json").stdout)["parts left"] == 0
+
+
+@pytest.mark.parametrize("command", [["models"], ["samplers"], ["schema", "job"], ["schema", "images"], ["schema", "errors"]])
+def test_listing_commands_print_for_people_and_as_json(command: list[str]) -> None:
+    assert cli(*command).stdout.strip()
+    assert json.loads(cli(*command, "--json").stdout)
+
+
+def test_without_a_terminal_progress_is_lines_not_control_codes(write_manifest: Write, write_job: Write) -> None:
+    done = cli("run", write_job(write_manifest()), "--engine", "inline")
+    assert done.stderr.startswith("running: part ")
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "8 images" in done.stdout
+
+
+def test_set_and_out_change_the_job(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    job = write_job(write_manifest())
+    done = cli("run", job, "--engine", "inline", "--out", tmp_path / "other", "--set", "render.num_images_per_prompt=2", "--json")
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert (summary["images"], summary["out"]) == (16, str(tmp_path / "other"))
+
+
+def test_a_logical_date_fills_the_paths(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    job = write_job(write_manifest(), output={"path": str(tmp_path / "runs/{{ ds }}")})
+    assert "--logical-date" in refused("run", job)
+    done = cli("run", job, "--engine", "inline", "--logical-date", "2026-11-21")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/2026-11-21/data").is_dir()
+
+
+def test_failed_rows_exit_3_and_say_where_the_reasons_are(write_manifest: Write, write_job: Write) -> None:
+    done = cli("run", write_job(write_manifest({"prompt": ["good", ""]})), "--engine", "inline")
+    assert done.returncode == 3
+    assert "InvalidInput: 1" in done.stdout
+    assert "/errors/" in done.stdout
+
+
+def test_validate_names_file_row_and_column(write_manifest: Write, write_job: Write) -> None:
+    manifest = write_manifest({"id": ["a", "b", "a"], "prompt": ["x", None, "z"], "height": [64, 64, 70]})
+    done = cli("validate", write_job(manifest))
+    assert done.returncode == 3
+    assert "prompts.parquet, row 1: prompt is null" in done.stdout
+    assert "prompts.parquet, row 2: height is 70; it must be a multiple of 8 for this model: 64 or 72" in done.stdout
+    assert "1 duplicate ids" in done.stdout
+
+
+def test_bad_input_gets_one_message_that_says_what_to_do(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    manifest = write_manifest()
+    assert "no such job file" in refused("run", tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("name: [")
+    assert "broken.yaml, line 1: not valid YAML" in refused("run", broken)
+    assert "no such file; paths are relative to the job file" in refused("run", write_job(tmp_path / "none.parquet"))
+    (tmp_path / "corrupt.parquet").write_bytes(manifest.read_bytes()[:-20])
+    assert "corrupt.parquet: not a readable Parquet file" in refused("validate", write_job(tmp_path / "corrupt.parquet"))
+    no_prompt = write_manifest({"caption": ["x"]}, "caption.parquet")
+    assert "columns: {prompt: caption}" in refused("run", write_job(no_prompt))
+    numbers = write_manifest({"prompt": [1, 2]}, "numbers.parquet")
+    assert "column 'prompt' has type int64, but prompt must be text" in refused("plan", write_job(numbers))
+    job = write_job(manifest)
+    assert "did you mean 'euler'" in refused("run", job, "--set", "render.sampler=eulr")
+    assert "render: height is 60; it must be a multiple of 8 for this model: 56 or 64" in refused("run", job, "--set", "render.height=60")
+    assert "did you mean 'num_inference_steps'" in refused("run", job, "--set", "render.num_inference_step=4")
+    assert "render.seed would give every row the same noise" in refused("run", job, "--set", "render.seed=4")
+    assert "no such builtin" in refused("run", job, "--set", "model=builtin:nothing")
+    assert "full commit" in refused("run", job, "--set", "model=org/name")
+    assert "not a model in diffusers' format" in refused("run", job, "--set", f"model={tmp_path}")
+    assert "choose a folder that you may write" in refused("run", job, "--engine", "inline", "--out", manifest / "below")
+    assert "not supported yet" in refused("run", job, "--out", "s3://bucket/x")
+    assert "not an output of renderfarm" in refused("status", tmp_path)
+
+
+def test_every_shipped_job_file_is_valid() -> None:
+    from renderfarm.config import load_job
+
+    jobs = sorted((ROOT / "jobs").glob("*.yaml"))
+    assert len(jobs) >= 4
+    for job in jobs:
+        assert load_job(job, logical_date="2026-11-21").name
+        assert "yaml-language-server: $schema=job.schema.json" in job.read_text().splitlines()[0]
+
+
+def test_the_published_schema_is_that_of_the_code_and_accepts_the_shipped_jobs() -> None:
+    import jsonschema
+
+    from renderfarm.config import Job
+
+    published = json.loads((ROOT / "jobs/job.schema.json").read_text())
+    assert published == Job.model_json_schema(), "run `make schema`"
+    for job in (ROOT / "jobs").glob("*.yaml"):
+        jsonschema.validate(yaml.safe_load(job.read_text()), published)

@@ -1,0 +1,102 @@
+"""Submission through Ray Jobs to a real head that the test starts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from checker import check_complete
+
+Write = Callable[..., Path]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[str]:
+    """A Ray head with a dashboard on loopback, stopped by the process group that was started."""
+    folder, dashboard = tempfile.mkdtemp(prefix="rfh-"), free_port()
+    command = [
+        Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
+        f"--port={free_port()}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+        f"--temp-dir={folder}", "--num-cpus=3", "--disable-usage-stats", f"--object-store-memory={200 << 20}",
+        f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
+    ]  # fmt: skip
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        wait_until_up(address, process)
+        yield address
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=30)
+        finally:
+            subprocess.run(["pkill", "-KILL", "-s", str(process.pid)], check=False)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_until_up(address: str, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(240):
+        assert process.poll() is None, "ray start ended"
+        try:
+            urllib.request.urlopen(f"{address}/api/jobs/", timeout=2)
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    raise AssertionError("the head did not come up in two minutes")
+
+
+def submit(job: Path, address: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "renderfarm", "submit", str(job), "--address", address, "--json", *options]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.mark.slow
+def test_a_submitted_job_renders_on_the_cluster_and_the_same_job_is_one_submission(
+    head: str, write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    manifest = write_manifest({"prompt": [f"row {k}" for k in range(12)]})
+    job = write_job(manifest, workers={"max": 2}, output={"path": str(tmp_path / "runs/{{ ds }}")})
+    first = submit(job, head, "--logical-date", "2026-11-21")
+    assert first.returncode == 0, first.stderr
+    again = submit(job, head, "--logical-date", "2026-11-21", "--wait")
+    assert again.returncode == 0, again.stdout + again.stderr
+    one, two = (json.loads(done.stdout.splitlines()[-1]) for done in (first, again))
+    assert one["submission_id"] == two["submission_id"]
+    assert (one["new"], two["status"]) == (True, "SUCCEEDED")
+    check_complete(tmp_path / "runs/2026-11-21", {(row, 0) for row in range(12)})
+
+    other_day = json.loads(submit(job, head, "--logical-date", "2026-11-22").stdout.splitlines()[-1])
+    assert other_day["submission_id"] != one["submission_id"]
+
+
+@pytest.mark.slow
+def test_a_job_that_fails_on_the_cluster_fails_the_waiting_command(head: str, write_manifest: Write, write_job: Write) -> None:
+    done = submit(write_job(write_manifest({"prompt": ["", "x"]}), name="bad.yaml"), head, "--wait")
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["status"] == "FAILED"
+
+
+def test_an_address_where_nobody_answers_is_one_message(write_manifest: Write, write_job: Write) -> None:
+    done = submit(write_job(write_manifest()), f"http://127.0.0.1:{free_port()}")
+    assert done.returncode == 4
+    assert "Traceback" not in done.stderr
+    assert "is a Ray head with its dashboard running there?" in done.stderr
