@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from renderfarm.config import Job
 from renderfarm.manifest import Manifest
 from renderfarm.records import Lease, Part
@@ -39,4 +41,5 @@ def leases(manifest: Manifest, grid: Grid, is_done: Callable[[int], bool]) -> It
     todo, ahead = itertools.tee(grid.part(index) for index in range(len(grid)) if not is_done(index))
     tables = manifest.stream((part.start, part.stop) for part in ahead)
     for part, rows in zip(todo, tables, strict=True):
-        yield Lease(number=part.index, parts=(part,), rows=rows)
+        # a slice pickles with all of its batch's buffers; a copy holds the lease's own rows
+        yield Lease(number=part.index, parts=(part,), rows=rows.take(pa.array(range(len(rows)), pa.int64())))

@@ -153,7 +153,7 @@ class Worker:
             "num_inference_steps": sample.num_inference_steps,
             "guidance_scale": sample.guidance_scale,
             "sampler": sample.sampler,
-            "model": self.spec.model.id,
+            "model": self.spec.model.name,
             "model_revision": self.spec.model.revision,
             "profile_sha256": self.profile_sha256,
             "prompt_tokens": rendered.prompt_tokens,

@@ -21,7 +21,10 @@ from renderfarm.samplers import SAMPLERS
 FAMILIES = {"StableDiffusionPipeline": "stable_diffusion"}
 
 _TEXT_TO_IMAGE = frozenset(
-    "id prompt negative_prompt seed num_images_per_prompt height width num_inference_steps guidance_scale sampler".split()
+    [
+        *("id", "prompt", "negative_prompt", "seed", "num_images_per_prompt"),
+        *("height", "width", "num_inference_steps", "guidance_scale", "sampler"),
+    ]
 )
 
 
@@ -41,6 +44,11 @@ class ModelInfo:
     guidance_scale: float
     sampler: str
     arguments: frozenset[str] = _TEXT_TO_IMAGE
+
+    @property
+    def name(self) -> str:
+        """The id as tables and profile show it: a local folder by its name, since its place decides no pixel."""
+        return os.path.basename(self.id) if os.path.isabs(self.id) else self.id
 
 
 def describe(spec: ModelSpec) -> ModelInfo:

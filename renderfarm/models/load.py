@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from renderfarm.config import Workers
 from renderfarm.models.base import SlotModel
 from renderfarm.models.catalog import ModelInfo
@@ -13,6 +15,7 @@ def load_model(info: ModelInfo, workers: Workers) -> SlotModel:
         from renderfarm.models.fake import Fake
 
         return Fake(info, workers)
+    os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # read when diffusers is imported: a model is data, never code
     from renderfarm.models.stable_diffusion import StableDiffusion
 
     return StableDiffusion(info, workers)

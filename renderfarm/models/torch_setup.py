@@ -60,7 +60,7 @@ def describe_profile(info: ModelInfo, workers: Workers, device: str) -> dict[str
     """The part of the profile that all families share."""
     on_cpu = device == "cpu"
     return {
-        "model": Path(info.id).name if info.id.startswith("/") else info.id,
+        "model": info.name,
         "model_revision": info.revision,
         "weights": weight_hashes(Path(info.folder)) if info.folder else {},
         "batch_size": workers.batch_size,
