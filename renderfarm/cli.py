@@ -99,6 +99,8 @@ def _print_summary(summary: dict[str, Any], job: Path) -> None:
         out_console.print(f"  {name}: {count:,}  (reasons in {summary['out']}/errors/)")
     if summary["images"]:
         out_console.print(f"contact sheet: {summary['out']}/{SHEET}")
+    if state == "INTERRUPTED":
+        return
     me = "renderfarm" if shutil.which("renderfarm") else sys.argv[0]
     out_console.print("next:")
     out_console.print(f"  {me} status {summary['out']}")

@@ -64,8 +64,9 @@ def _view(progress: Progress) -> Group:
         workers.add_column(column)
     for name, worker in list(progress.workers.items())[-16:]:
         workers.add_row(name, worker.state, worker.device, str(worker.leases), str(worker.images))
-    bar = ProgressBar(total=progress.parts, completed=progress.parts_done, width=60)
-    lines: list[Text | ProgressBar | Table] = [Text(one_line(progress)), bar, workers]
+    bar = Table.grid()  # a bare ProgressBar ends without a line break
+    bar.add_row(ProgressBar(total=progress.parts, completed=progress.parts_done, width=60))
+    lines: list[Text | Table] = [Text(one_line(progress)), bar, workers]
     if progress.error_classes:
         lines.append(Text("errors: " + ", ".join(f"{name} {count}" for name, count in progress.error_classes.items())))
     return Group(*lines)
