@@ -121,6 +121,8 @@ def publish(store: Store, part: Part, images: pa.Table, errors: pa.Table) -> Par
         found = find_commit(store, part)
         assert found is not None, f"{key} exists but cannot be read back"
         return found
+    if not len(images) and (found := find_commit(store, part)) and found.images:
+        return found  # another worker had images for this part, and images beat errors
     return _finish(store, part, images, errors, adopted=False)
 
 
@@ -137,8 +139,8 @@ def announced_row(store: Store, part: Part) -> int | None:
 
 
 def _finish(store: Store, part: Part, images: pa.Table, errors: pa.Table, *, adopted: bool) -> PartReceipt:
-    if len(images) and len(errors) and not store.exists(files.errors_key(part)):
-        store.put(files.errors_key(part), files.errors_bytes(errors))
+    if len(images):
+        _mend_view(store, part, errors)
     classes = {str(item["values"]): int(item["counts"]) for item in pc.value_counts(errors.column("error_class")).to_pylist()}
     receipt = PartReceipt(
         part=part.index,
@@ -153,6 +155,13 @@ def _finish(store: Store, part: Part, images: pa.Table, errors: pa.Table, *, ado
     return receipt
 
 
+def _mend_view(store: Store, part: Part, errors: pa.Table) -> None:
+    """Make the error view say what the part's table says; the errors of a worker that lost to images may lie there."""
+    key, data = files.errors_key(part), files.errors_bytes(errors)
+    if (store.read(key) != data) if store.exists(key) else len(errors):
+        store.put(key, data)
+
+
 def _errors_only(data: bytes) -> tuple[pa.Table, pa.Table]:
     return IMAGE_COLUMNS.empty_table(), files.read_errors(data)
 
@@ -162,20 +171,25 @@ _ENTRY = re.compile(r"part-(\d+)\.i(\d+)\.e(\d+)\.b(\d+)\.json$")
 
 def committed_parts(store: Store) -> dict[int, PartReceipt]:
     """What the index lists, by part: one listing, no reads."""
-    found = {}
+    return {part: receipt for part, (_, receipt) in _entries(store).items()}
+
+
+def _entries(store: Store) -> dict[int, tuple[str, PartReceipt]]:
+    """The index entry of each part. Of two, the one with images counts: the other is of a worker that lost to it."""
+    found: dict[int, tuple[str, PartReceipt]] = {}
     for key in store.list(PARTS):
         if match := _ENTRY.search(key):
             part, images, errors, size = (int(text) for text in match.groups())
-            found[part] = PartReceipt(part, images, errors, size, adopted=True)
+            if images or part not in found:
+                found[part] = key, PartReceipt(part, images, errors, size, adopted=True)
     return found
 
 
 def error_classes(store: Store) -> dict[str, int]:
     """How many errors of each class the committed parts hold; reads the index entries that have any."""
     counts: dict[str, int] = {}
-    for key in store.list(PARTS):
-        match = _ENTRY.search(key)
-        if match and int(match[3]):
+    for key, receipt in _entries(store).values():
+        if receipt.errors:
             for name, count in read_json(store, key)["error_classes"].items():
                 counts[name] = counts.get(name, 0) + count
     return counts

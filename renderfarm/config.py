@@ -32,7 +32,7 @@ class Strict(BaseModel):
 
 
 class ManifestSpec(Strict):
-    path: str | list[str]
+    path: Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
     """Parquet file, directory, glob, or a list of these; relative to the job file."""
     columns: str | dict[str, str | None] | None = None
     """A preset (`diffusiondb`), or a map from renderfarm's column name to the manifest's own: `{prompt: caption}`.
@@ -104,7 +104,7 @@ class Workers(Strict):
 
 
 class Output(Strict):
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     """Folder or URL of the dataset; relative to the job file. `{{ ds }}` becomes the logical date."""
     layout: Literal["files"] = "files"
     """files: one folder per part, images beside a metadata.parquet (Hugging Face imagefolder)."""
@@ -150,9 +150,11 @@ class Job(Strict):
     @model_validator(mode="after")
     def _no_credentials(self) -> Job:
         paths = self.manifest.path if isinstance(self.manifest.path, list) else [self.manifest.path]
-        for text in (*paths, self.output.path, self.model.id):
-            if re.match(r"^[a-z0-9+]+://[^/@]*:[^/@]*@", text):
-                raise ValueError("a URL holds credentials; remove them and use the environment's own credential chain")
+        places = [*(("manifest.path", path) for path in paths), ("output.path", self.output.path), ("model.id", self.model.id)]
+        for place, text in places:
+            # the secret may hold slashes, as AWS keys do; `host:9000/…@…` is a port and a path
+            if re.match(r"^[a-z0-9+.-]+://[^/@:]*:(?!\d+/)[^@]*@", text, re.IGNORECASE):
+                raise ValueError(f"the URL in {place} holds credentials; remove them and use the environment's own credential chain")
         return self
 
 
@@ -180,9 +182,10 @@ def load_job(path: str | Path, sets: list[str] | None = None, out: str | None = 
     if out is not None:
         output = data.get("output")
         data["output"] = {**(output if isinstance(output, dict) else {}), "path": _absolute(out, Path.cwd())}
-    data = _fill_dates(data, logical_date, path)
     try:
-        job = Job.model_validate(data)
+        job = Job.model_validate(_fill_dates(data, logical_date, path))
+    except RecursionError:  # a YAML anchor that holds itself
+        raise InvalidJob(f"{path}: a value contains itself; write it without YAML anchors") from None
     except ValidationError as error:
         raise InvalidJob(_explain(error, path)) from None
     return _resolve(job, path.parent.absolute())
@@ -203,6 +206,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise InvalidJob(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    except (ValueError, RecursionError) as error:  # PyYAML lets these through: a date such as 2024-13-45, brackets a thousand deep
+        raise InvalidJob(f"{path}: not valid YAML: {error}; quote what is meant as text") from None
     if not isinstance(data, dict):
         raise InvalidJob(f"{path}: a job file is a YAML mapping with at least name, manifest, model and output")
     return data
@@ -214,7 +219,7 @@ def _set(data: dict[str, Any], item: str) -> None:
         raise InvalidJob(f"--set {item}: write it as field.sub=value, for example --set render.num_inference_steps=8")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise InvalidJob(f"--set {item}: the value is not valid YAML") from None
     *parents, last = name.split(".")
     place = data
@@ -248,7 +253,7 @@ def _fill_dates(data: dict[str, Any], logical_date: str | None, path: Path) -> d
 
     def fill(value: Any) -> Any:
         if isinstance(value, str):
-            return re.sub(r"\{\{\s*(\w+)\s*\}\}", word, value)
+            return re.sub(r"\{\{\s*(.*?)\s*\}\}", word, value)
         if isinstance(value, dict):
             return {key: fill(inner) for key, inner in value.items()}
         return [fill(inner) for inner in value] if isinstance(value, list) else value
@@ -260,7 +265,7 @@ def _explain(error: ValidationError, path: Path) -> str:
     lines = []
     for problem in error.errors():
         # union members and validators add steps such as `list[str]` to the location; only names and indices help
-        place = ".".join(str(step) for step in problem["loc"] if isinstance(step, int) or re.fullmatch(r"\w+", str(step)))
+        place = ".".join(str(step) for step in problem["loc"] if step != "str" and re.fullmatch(r"\w+", str(step)))
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = f"unknown field{_nearest(problem['loc'])}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 from renderfarm.arguments import ARGUMENTS, PRESETS, accepts
 from renderfarm.config import ManifestSpec, expand_env
 from renderfarm.errors import Fatal, InvalidJob, Transient
+from renderfarm.schema import output_name
 
 ROW = "row"
 EXTRA = "input:"
@@ -75,14 +77,7 @@ class Manifest:
         keep = pa.array(np.ones(len(table), dtype=bool))
         for name, wanted in self.where.items():
             column = table.column(_find_column(name, table))
-            if name == ROW:
-                test = pa.array(_in_ranges(column.to_numpy(), str(wanted)))
-            else:
-                values = wanted if isinstance(wanted, list) else [wanted]
-                try:
-                    test = pc.fill_null(pc.is_in(column, value_set=pa.array(values).cast(column.type)), False)
-                except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError):
-                    raise InvalidJob(f"manifest.where: {name} has type {column.type}, which {wanted!r} does not fit") from None
+            test = pa.array(_in_ranges(column.to_numpy(), str(wanted))) if name == ROW else _is_one_of(column, name, wanted)
             keep = pc.and_(keep, test)
         return table.filter(keep)
 
@@ -95,6 +90,18 @@ def _find_column(name: str, table: pa.Table) -> str:
     raise InvalidJob(f"manifest.where: no column {name!r}{_did_you_mean(name, known)}")
 
 
+def _is_one_of(column: pa.ChunkedArray, name: str, wanted: Any) -> pa.Array:
+    values = wanted if isinstance(wanted, list) else [wanted]
+    if pa.types.is_null(column.type):  # a file in which the column is all gaps; no value can be cast to that
+        return pa.array(np.full(len(column), None in values))
+    try:
+        return pc.fill_null(pc.is_in(column, value_set=pa.array(values).cast(column.type)), False)
+    except (pa.ArrowException, OverflowError, TypeError):
+        raise InvalidJob(
+            f"manifest.where: {name} has type {column.type}, which {wanted!r} does not fit; give values of that type"
+        ) from None
+
+
 def _in_ranges(ordinals: np.ndarray, text: str) -> np.ndarray:
     """`1-3,5,7-20:2` as OpenJD writes it: both ends belong to a range, `:2` is the stride."""
     keep = np.zeros(len(ordinals), dtype=bool)
@@ -103,7 +110,7 @@ def _in_ranges(ordinals: np.ndarray, text: str) -> np.ndarray:
             span, _, stride = piece.strip().partition(":")
             first, _, last = span.partition("-")
             start, end, step = int(first), int(last or first), int(stride or 1)
-            if step < 1:
+            if step < 1 or end < start:
                 raise ValueError
         except ValueError:
             raise InvalidJob(f"manifest.where.row: {piece.strip()!r} is not a range; write rows as 0-199,300,400-500:2") from None
@@ -132,7 +139,8 @@ class _Cursor:
             need += len(inside)
             rest = first + len(table) - need
             self.left = table.slice(len(table) - rest) if rest else None
-        return pa.concat_tables(pieces)
+        # an argument's type may be wider in one file than in another (int32 and int64, all null)
+        return pa.concat_tables(pieces, promote_options="permissive")
 
     def _next_rows(self, need: int) -> tuple[pa.Table, int]:
         """A table that holds row `need`, and the ordinal of its first row."""
@@ -150,10 +158,12 @@ class _Cursor:
             except StopIteration:
                 raise Fatal(f"{file.path} ends before its footer says; it was changed or damaged: restore it and run again") from None
             except (pa.ArrowException, OSError, ValueError) as error:
-                raise Fatal(f"{file.path}: damaged near row {self.position - self.file_start}: {error}; restore the file and run again") from None
+                raise Fatal(
+                    f"{file.path}: damaged near row {self.position - self.file_start}: {_one_line(error)}; restore the file and run again"
+                ) from None
             first, self.position = self.position, self.position + len(batch)
             if need < self.position:
-                return self._canonical(pa.Table.from_batches([batch]), first), first
+                return _canonical(pa.Table.from_batches([batch]), first, self.manifest), first
 
     def _seek(self, need: int) -> None:
         """Open the file with row `need`, at the row group with it, unless reading on gets there."""
@@ -176,11 +186,16 @@ class _Cursor:
             self.batches = self.parquet.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns, use_threads=False)
             self.position = group_start
 
-    def _canonical(self, table: pa.Table, first: int) -> pa.Table:
-        columns = {ROW: pa.array(np.arange(first, first + len(table), dtype=np.int64))}
-        columns |= {argument: table.column(name) for argument, name in self.manifest.columns.items()}
-        columns |= {EXTRA + field.name: table.column(field.name).cast(field.type) for field in self.manifest.extras}
-        return pa.table(columns)
+
+def _canonical(table: pa.Table, first: int, manifest: Manifest) -> pa.Table:
+    # safe=False: no value changes here, and text that is not UTF-8 passes, to cost its own row only (see samples)
+    columns = {ROW: pa.array(np.arange(first, first + len(table), dtype=np.int64))}
+    for argument, name in manifest.columns.items():
+        column = table.column(name)
+        columns[argument] = column.cast(_plain(column.type), safe=False)
+    for field in manifest.extras:
+        columns[EXTRA + field.name] = table.column(field.name).cast(field.type, safe=False)
+    return pa.table(columns)
 
 
 def open_manifest(spec: ManifestSpec, supported: frozenset[str]) -> Manifest:
@@ -190,49 +205,61 @@ def open_manifest(spec: ManifestSpec, supported: frozenset[str]) -> Manifest:
     """
     paths = _find_files(spec)
     files, schema = [], None
+    types: dict[str, pa.DataType] = {}
     for path in paths:
         parquet = _open_parquet(path)
         found = parquet.schema_arrow
+        if len(set(found.names)) != len(found.names):
+            raise InvalidJob(f"{path}: two columns have the same name; rename one")
         if schema is None:
             schema, columns = found, _map_columns(spec, found, path, supported)
-        _check_types(found, schema, columns, path)
+        _check_columns(found, schema, path)
+        _check_arguments(found, columns, types, path)
+        _check_extras(found, schema, columns, path)
         files.append(_describe(path, parquet))
     assert schema is not None
     if sum(file.rows for file in files) == 0:
-        raise InvalidJob(f"{files[0].path}: the manifest has no rows")
-    extras = pa.schema([_plain(field) for field in schema if field.name not in columns.values()])
-    return Manifest(tuple(files), columns, extras, spec.where)
+        raise InvalidJob(f"{files[0].path}: the manifest has no rows; write at least one prompt")
+    extras = pa.schema([pa.field(field.name, _plain(field.type)) for field in schema if field.name not in columns.values()])
+    manifest = Manifest(tuple(files), columns, extras, spec.where)
+    if spec.where is not None:  # a mistake in it shows here, before anything is written
+        empty = pa.schema([pa.field(field.name, _plain(field.type)) for field in schema]).empty_table()
+        manifest._select(_canonical(empty, 0, manifest))
+    return manifest
 
 
-def _plain(field: pa.Field) -> pa.Field:
-    """Extension types travel as what they store; dictionary-encoded text as text."""
-    type_ = field.type
-    if isinstance(type_, pa.ExtensionType):
+def _plain(type_: pa.DataType) -> pa.DataType:
+    """Extension types travel as what they store; dictionary-encoded text, and views of it, as text."""
+    if isinstance(type_, pa.BaseExtensionType):
         type_ = type_.storage_type
-    return pa.field(field.name, type_.value_type if pa.types.is_dictionary(type_) else type_)
+    if pa.types.is_dictionary(type_):
+        type_ = type_.value_type
+    return pa.string() if pa.types.is_string_view(type_) else pa.binary() if pa.types.is_binary_view(type_) else type_
 
 
 def _find_files(spec: ManifestSpec) -> list[str]:
     found: list[str] = []
     for given in spec.path if isinstance(spec.path, list) else [spec.path]:
         path = expand_env(given)
-        fs, inner = fsspec.core.url_to_fs(path)
         try:
+            fs, inner = fsspec.core.url_to_fs(path)
             if fs.isdir(inner):
                 inside = [name for name in fs.find(inner) if name.endswith(".parquet")]
                 matches = [name for name in inside if not any(step[0] in "._" for step in name.removeprefix(inner).strip("/").split("/"))]
                 if not matches:
-                    raise InvalidJob(f"manifest {path}: the folder holds no .parquet file")
+                    raise InvalidJob(f"manifest {path}: the folder holds no .parquet file; give the folder that does")
+            elif fs.exists(inner):  # before the glob: a file's own name may hold `[`
+                matches = [inner]
             elif any(sign in inner for sign in "*?["):
                 matches = fs.glob(inner)
                 if not matches:
-                    raise InvalidJob(f"manifest {path}: no file matches")
-            elif fs.exists(inner):
-                matches = [inner]
+                    raise InvalidJob(f"manifest {path}: no file matches; patterns are relative to the job file")
             else:
                 raise InvalidJob(f"manifest {path}: no such file; paths are relative to the job file")
         except OSError as error:
             raise InvalidJob(f"manifest {path}: cannot be read: {error.strerror or error}") from None
+        except (ImportError, ValueError) as error:  # fsspec: a store whose package is missing, a scheme that it does not know
+            raise InvalidJob(f"manifest {path}: cannot be read: {error}; stores are extras, such as renderfarm[s3]") from None
         found += sorted(fs.unstrip_protocol(name) if "://" in path else name for name in matches)
     return found
 
@@ -241,15 +268,21 @@ def _open_parquet(path: str) -> pq.ParquetFile:
     try:
         file = fsspec.open(path, "rb").open()
         # streaming settings: a row group of millions of rows must not be buffered whole
-        return pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
+        parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
     except FileNotFoundError:
         raise InvalidJob(f"manifest {path}: the file is gone") from None
     except (pa.ArrowException, ValueError) as error:
-        raise InvalidJob(f"manifest {path}: not a readable Parquet file ({str(error).splitlines()[0]}); write it again") from None
+        raise InvalidJob(f"manifest {path}: not a readable Parquet file ({_one_line(error)}); write it again") from None
     except OSError as error:
         if error.strerror is None:  # pyarrow reports damaged thrift as a bare OSError
-            raise InvalidJob(f"manifest {path}: not a readable Parquet file ({error}); write it again") from None
+            raise InvalidJob(f"manifest {path}: not a readable Parquet file ({_one_line(error)}); write it again") from None
+        if isinstance(error, IsADirectoryError | NotADirectoryError | PermissionError):
+            raise InvalidJob(f"manifest {path}: {error.strerror}; give Parquet files that you may read") from None
         raise Transient(f"manifest {path}: {error.strerror}") from error
+    metadata = parquet.metadata
+    if metadata.num_rows != sum(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)):
+        raise InvalidJob(f"manifest {path}: not a readable Parquet file (its row counts disagree); write it again")
+    return parquet
 
 
 def _describe(path: str, parquet: pq.ParquetFile) -> ManifestFile:
@@ -263,14 +296,13 @@ def _describe(path: str, parquet: pq.ParquetFile) -> ManifestFile:
 def _map_columns(spec: ManifestSpec, schema: pa.Schema, path: str, supported: frozenset[str]) -> dict[str, str]:
     """Which of the file's columns is read for which argument."""
     names = schema.names
-    if len(set(names)) != len(names):
-        raise InvalidJob(f"{path}: two columns have the same name; rename one")
     columns = {name: name for name in names if name in ARGUMENTS}
     if isinstance(spec.columns, str):
         if spec.columns not in PRESETS:
             raise InvalidJob(f"manifest.columns: no preset {spec.columns!r}; known: {', '.join(PRESETS)}")
         columns = {argument: name for argument, name in PRESETS[spec.columns].items() if name in names}
-    for argument, name in (spec.columns if isinstance(spec.columns, dict) else {}).items():
+    asked = spec.columns if isinstance(spec.columns, dict) else {}
+    for argument, name in asked.items():
         if argument not in ARGUMENTS:
             raise InvalidJob(f"manifest.columns: {argument!r} is not an argument{_did_you_mean(argument, list(ARGUMENTS))}")
         if name is None:
@@ -278,11 +310,14 @@ def _map_columns(spec: ManifestSpec, schema: pa.Schema, path: str, supported: fr
         elif name not in names:
             raise InvalidJob(f"{path}: no column {name!r} for {argument}{_did_you_mean(name, names)}")
         else:
-            columns = {a: n for a, n in columns.items() if n != name} | {argument: name}
+            columns = {a: n for a, n in columns.items() if n != name or a in asked} | {argument: name}
+    if twice := [name for name, count in Counter(columns.values()).items() if count > 1]:
+        raise InvalidJob(f"manifest.columns: column {twice[0]!r} is given to two arguments; copy it in the table under another name")
     if "prompt" not in columns:
         raise InvalidJob(
             f"{path}: no column `prompt` (it has: {', '.join(names)}); "
-            f"if the prompts are in another one, say so in the job: manifest: {{path: …, columns: {{prompt: {names[0] if names else 'caption'}}}}}"
+            "if the prompts are in another one, say so in the job: "
+            f"manifest: {{path: …, columns: {{prompt: {names[0] if names else 'caption'}}}}}"
         )
     for argument, name in columns.items():
         if argument not in supported:
@@ -293,19 +328,52 @@ def _map_columns(spec: ManifestSpec, schema: pa.Schema, path: str, supported: fr
     return columns
 
 
-def _check_types(found: pa.Schema, first: pa.Schema, columns: dict[str, str], path: str) -> None:
+def _check_columns(found: pa.Schema, first: pa.Schema, path: str) -> None:
     for name in first.names:
         if name not in found.names:
             raise InvalidJob(f"{path}: column {name!r} is missing, which the first file has; files of one manifest share their columns")
+    for name in found.names:
+        if name not in first.names:
+            raise InvalidJob(f"{path}: column {name!r} is not in the first file; files of one manifest share their columns: add or drop it")
+
+
+def _check_arguments(found: pa.Schema, columns: dict[str, str], types: dict[str, pa.DataType], path: str) -> None:
+    """`types`: what each argument had in the files before; a column of gaps alone fits any."""
     for argument, name in columns.items():
-        type_ = found.field(name).type
+        type_ = _plain(found.field(name).type)
         if not accepts(ARGUMENTS[argument], type_):
             raise InvalidJob(f"{path}: column {name!r} has type {type_}, but {argument} must be {ARGUMENTS[argument]}; cast the column")
+        before = types.get(argument, pa.null())
+        if pa.types.is_null(before):
+            types[argument] = type_
+        elif not pa.types.is_null(type_) and _kind(type_) != _kind(before):
+            raise InvalidJob(f"{path}: column {name!r} has type {type_}, in a file before it {before}; cast one of them")
+
+
+def _kind(type_: pa.DataType) -> str:
+    """Types of one kind can be joined without changing a value; integers beside floats cannot, beyond 2^53."""
+    if pa.types.is_floating(type_):
+        return "float"
+    if pa.types.is_integer(type_) and type_ != pa.uint64():
+        return "integer"
+    return "text" if pa.types.is_string(type_) or pa.types.is_large_string(type_) else str(type_)
+
+
+def _check_extras(found: pa.Schema, first: pa.Schema, columns: dict[str, str], path: str) -> None:
+    outputs: dict[str, str] = {}
     for field in first:
+        if field.name not in columns.values() and (other := outputs.setdefault(output_name(field.name), field.name)) != field.name:
+            raise InvalidJob(
+                f"{path}: columns {other!r} and {field.name!r} would both be {output_name(field.name)!r} in the output; rename one"
+            )
         if field.name not in columns.values() and found.field(field.name).type != field.type:
             raise InvalidJob(
                 f"{path}: column {field.name!r} has type {found.field(field.name).type}, in the first file {field.type}; cast one of them"
             )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:

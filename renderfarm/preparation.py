@@ -37,7 +37,7 @@ class Prepared:
             "manifest": {
                 "files": self.manifest.fingerprint(),
                 "columns": self.manifest.columns,
-                "where": job.manifest.where,
+                "where": job.manifest.model_dump(mode="json")["where"],  # YAML knows dates, JSON does not
             },
             "model": job.model.model_dump(),
             "render": job.render.model_dump(mode="json"),

@@ -39,14 +39,30 @@ def expand_rows(rows: pa.Table, job: Job, model: ModelInfo) -> Iterator[Expanded
     """One `ExpandedRow` per row of a streamed manifest table, in order."""
     arguments = [name for name in rows.column_names if not name.startswith(EXTRA)]
     columns = {name: _values(rows.column(name)) for name in arguments}
+    unreadable = _unreadable_extras(rows)
     for index in range(len(rows)):
-        yield expand_row({name: column[index] for name, column in columns.items()}, job, model)
+        cells = {name: column[index] for name, column in columns.items()}
+        yield expand_row(cells | unreadable.get(index, {}), job, model)
+
+
+def _unreadable_extras(rows: pa.Table) -> dict[int, dict[str, Any]]:
+    """Cells of the user's own columns that no reader of the output could decode, by row. Costs nothing where there are none."""
+    found: dict[int, dict[str, Any]] = {}
+    for name in filter(lambda name: name.startswith(EXTRA), rows.column_names):
+        try:
+            rows.column(name).validate(full=True)
+        except pa.ArrowInvalid:
+            for index, cell in enumerate(rows.column(name)):
+                if isinstance(value := _value(cell), InvalidInput):
+                    found.setdefault(index, {})[name] = value
+    return found
 
 
 def _values(column: pa.ChunkedArray) -> list[Any]:
     """Python values; a cell that cannot be decoded becomes the exception that says why."""
     try:
-        return column.to_pylist()
+        values: list[Any] = column.to_pylist()
+        return values
     except (UnicodeDecodeError, pa.ArrowException, ValueError):
         return [_value(cell) for cell in column]
 
@@ -55,7 +71,7 @@ def _value(cell: pa.Scalar) -> Any:
     try:
         return cell.as_py()
     except UnicodeDecodeError as error:
-        return InvalidInput(f"is not valid UTF-8 text (byte {error.start})")
+        return InvalidInput(f"is not valid UTF-8 text (byte {error.start}); write the column again as UTF-8")
     except (pa.ArrowException, ValueError) as error:
         return InvalidInput(f"cannot be read: {error}")
 
@@ -89,6 +105,8 @@ def _images(values: dict[str, Any], job: Job) -> int:
 
 
 def _samples(values: dict[str, Any], ordinal: int, row_id: str, count: int, job: Job, model: ModelInfo) -> Iterator[Sample]:
+    for name in values:
+        _cell(values, name)  # also those that no sample needs: an id that cannot be read would move the seed
     prompt = _prompt(values)
     negative = _text(values, "negative_prompt")
     height = check_side(_choose(_integer, values, "height", job, model.height), "height", model)
@@ -102,9 +120,7 @@ def _samples(values: dict[str, Any], ordinal: int, row_id: str, count: int, job:
     sampler = find_sampler(_choose(_sampler, values, "sampler", job, model.sampler))
     if steps < sampler.min_steps:
         raise InvalidInput(f"num_inference_steps is {steps}; sampler {sampler.name} needs at least {sampler.min_steps}")
-    row_seed = _integer(values, "seed")
-    if row_seed is not None and not 0 <= row_seed <= MAX_SEED - count:
-        raise InvalidInput(f"seed is {row_seed}; it must be between 0 and 2^63 - 1 (leave it out for a derived one)")
+    row_seed = _seed(values, count, job)
     for k in range(count):
         yield Sample(
             key=SampleKey(ordinal, k),
@@ -132,7 +148,7 @@ def _choose(read: Any, values: dict[str, Any], name: str, job: Job, default: Any
 def _cell(values: dict[str, Any], name: str) -> Any:
     value = values.get(name)
     if isinstance(value, InvalidInput):
-        raise InvalidInput(f"{name} {value}")
+        raise InvalidInput(f"{name.removeprefix(EXTRA)} {value}")
     return value
 
 
@@ -175,6 +191,16 @@ def _integer(values: dict[str, Any], name: str) -> int | None:
     return int(value)
 
 
+def _seed(values: dict[str, Any], count: int, job: Job) -> int | None:
+    """The row's own seed; the seeds of all its images must fit the table's int64."""
+    seed, largest = _integer(values, "seed"), MAX_SEED - (count - 1)
+    if seed is not None and not 0 <= seed <= largest:
+        raise InvalidInput(f"seed is {seed}; it must be between 0 and 2^63 - {count} (leave it out for a derived one)")
+    if seed is None and job.seed_policy == "same" and job.seed > largest:
+        raise InvalidInput(f"the job's seed is {job.seed}; for {count} images it must be at most 2^63 - {count}")
+    return seed
+
+
 def _sampler(values: dict[str, Any], name: str) -> str | int | None:
     value: str | int | None = _cell(values, name)
     return value
@@ -184,10 +210,10 @@ def check_side(value: int, name: str, model: ModelInfo) -> int:
     """The value, if the model can paint this height or width; else InvalidInput with the nearest that it can."""
     if value <= 0:
         raise InvalidInput(f"{name} is {value}; it must be a positive number of pixels")
+    if value > model.max_side:
+        raise InvalidInput(f"{name} is {value}; this model's limit is {model.max_side} pixels")
     if value % model.factor:
         below, above = value // model.factor * model.factor, -(-value // model.factor) * model.factor
         near = f"{below} or {above}" if below else f"{above}"
         raise InvalidInput(f"{name} is {value}; it must be a multiple of {model.factor} for this model: {near}")
-    if value > model.max_side:
-        raise InvalidInput(f"{name} is {value}; this model's limit is {model.max_side} pixels")
     return value

@@ -59,7 +59,16 @@ def _count_duplicates(prepared: Prepared, found: Validation, ids: np.ndarray) ->
     found.duplicate_ids = len(again)
     for place in sorted(again)[: KEPT_PROBLEMS - len(found.problems)]:
         first = int(np.argmax(ids == ids[place]))
-        _keep(found, f"row {place} of the selection: its id is that of row {first}; without a seed of their own both get the same noise")
+        _keep(
+            found,
+            f"{_place(prepared, place)}: its id is that of {_place(prepared, first)}; "
+            "without a seed of their own both get the same noise: give each row its own id",
+        )
+
+
+def _place(prepared: Prepared, index: int) -> str:
+    """Ordinals are not kept; with `where`, a row is named by its place among the selected ones."""
+    return prepared.manifest.where_is(index) if prepared.manifest.where is None else f"row {index} of the selection"
 
 
 def _keep(found: Validation, problem: str) -> None:

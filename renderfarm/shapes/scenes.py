@@ -85,8 +85,9 @@ def random_scene(rng: Random, *, objects: int | None = None, held_out: bool = Fa
         place = rng.choice(list(PLACES)) if rng.random() < 0.5 else None
         lo, hi = radius + 2, SIZE_PX - radius - 2
         fx, fy = PLACES[place] if place else (rng.random(), rng.random())
-        jitter = (lambda f: min(1.0, max(0.0, f + rng.uniform(-0.08, 0.08)))) if place else (lambda f: f)
-        thing = Thing(size, colour, shape, lo + jitter(fx) * (hi - lo), lo + jitter(fy) * (hi - lo), radius)
+        if place:  # a place is not a point
+            fx, fy = (min(1.0, max(0.0, f + rng.uniform(-0.08, 0.08))) for f in (fx, fy))
+        thing = Thing(size, colour, shape, lo + fx * (hi - lo), lo + fy * (hi - lo), radius)
         if is_held_out(thing, background) == held_out:
             return Scene((thing,), background, place=place)
 

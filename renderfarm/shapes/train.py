@@ -98,7 +98,8 @@ def make_unet() -> UNet2DConditionModel:
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
     """Token ids, B×77."""
     encoded = tokenizer(prompts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
-    return encoded.input_ids
+    ids: torch.Tensor = encoded.input_ids
+    return ids
 
 
 def bf16() -> contextlib.AbstractContextManager[object]:
@@ -135,7 +136,7 @@ def train_vae(vae: AutoencoderKL, pixels: torch.Tensor, steps: int, batch: int =
         kl = posterior.kl().float().mean() / (4 * 16 * 16)
         loss = F.l1_loss(y, x) + F.mse_loss(y, x) + 1e-3 * kl
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()

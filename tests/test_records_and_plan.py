@@ -1,0 +1,137 @@
+"""Identity and order of the values that travel; the grid of parts; leases that carry just their own rows."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from renderfarm import records
+from renderfarm.config import Job, ManifestSpec, ModelSpec
+from renderfarm.manifest import EXTRA, ROW, Manifest, open_manifest
+from renderfarm.models.catalog import describe
+from renderfarm.plan import AUTO_PART_IMAGES, Grid, choose_part_rows, leases
+from renderfarm.records import Lease, Part, PartReceipt, Receipt, RowError, Sample, SampleKey, WorkerReady
+
+Write = Callable[..., Path]
+VALUES = [
+    SampleKey(3, 1),
+    Sample(SampleKey(3, 1), "p3", "a cat", None, 7, 64, 64, 20, 5.0, "euler"),
+    RowError(SampleKey(3, 1), "p3", "InvalidInput", "prompt is empty", False, None),
+    Part(3, 9, 12),
+    PartReceipt(3, 2, 1, 999, error_classes={"InvalidInput": 1}),
+    Receipt(3, (PartReceipt(3, 2, 1, 999),), 0.5),
+    WorkerReady("w0", "ab" * 32, "cpu", 1.5),
+]
+
+
+def opened(path: Path, **spec: Any) -> Manifest:
+    return open_manifest(ManifestSpec(path=str(path), **spec), describe(ModelSpec(id="builtin:fake")).arguments)
+
+
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: type(value).__name__)
+def test_every_value_is_frozen_and_travels_between_processes(value: Any) -> None:
+    field = dataclasses.fields(value)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(value, field, None)
+    assert pickle.loads(pickle.dumps(value)) == value  # noqa: S301  our own bytes
+    assert copy.deepcopy(value) == value
+
+
+def test_every_record_of_the_module_is_among_those_tested() -> None:
+    kinds = {kind for kind in vars(records).values() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
+    assert kinds - {type(value) for value in VALUES} == {Lease}
+
+
+@given(st.lists(st.tuples(st.integers(0, 10**12), st.integers(0, 9999)), unique=True))
+def test_sample_keys_order_by_row_then_image_and_are_good_dictionary_keys(pairs: list[tuple[int, int]]) -> None:
+    keys = [SampleKey(*pair) for pair in pairs]
+    assert [(key.row, key.image_index) for key in sorted(keys)] == sorted(pairs)
+    assert len({*keys, *(SampleKey(*pair) for pair in pairs)}) == len(pairs)
+
+
+def test_part_names_sort_as_their_numbers() -> None:
+    names = [Part(index, 0, 1).name for index in (0, 9, 10, 99_999_999)]
+    assert names == ["part-00000000", "part-00000009", "part-00000010", "part-99999999"] == sorted(names)
+
+
+@given(st.integers(1, 5000), st.integers(1, 700))
+def test_the_grid_covers_every_row_once_in_order(rows: int, part_rows: int) -> None:
+    grid = Grid(rows, part_rows)
+    parts = [grid.part(index) for index in range(len(grid))]
+    assert [row for part in parts for row in range(part.start, part.stop)] == list(range(rows))
+    assert [part.index for part in parts] == list(range(len(grid)))
+    assert all(part.stop - part.start == part_rows for part in parts[:-1])
+    assert 1 <= parts[-1].stop - parts[-1].start <= part_rows
+
+
+@given(st.integers(1, 10**9), st.integers(1, 1000), st.integers(1, 10**6))
+def test_appending_rows_moves_no_part_but_the_last(rows: int, part_rows: int, more: int) -> None:
+    grid, longer = Grid(rows, part_rows), Grid(rows + more, part_rows)
+    last = len(grid) - 1
+    assert longer.part(0) == grid.part(0) or last == 0
+    assert (longer.part(last).index, longer.part(last).start) == (grid.part(last).index, grid.part(last).start)
+
+
+def test_a_manifest_of_a_billion_rows_is_planned_without_walking_it() -> None:
+    grid = Grid(1_000_000_000, 64)
+    assert len(grid) == 15_625_000
+    assert grid.part(15_624_999) == Part(15_624_999, 999_999_936, 1_000_000_000)
+
+
+@pytest.mark.parametrize(
+    ("part_rows", "images", "expected"),
+    [("auto", None, AUTO_PART_IMAGES), ("auto", 4, AUTO_PART_IMAGES // 4), ("auto", 10_000, 1), (7, 4, 7)],
+)
+def test_automatic_parts_have_about_as_many_images_whatever_a_row_gives(part_rows: Any, images: int | None, expected: int) -> None:
+    job = Job.model_validate(
+        {
+            "name": "t",
+            "manifest": "m",
+            "model": "builtin:fake",
+            "render": {"num_images_per_prompt": images},
+            "output": {"path": "o", "part_rows": part_rows},
+        }
+    )
+    assert choose_part_rows(job) == expected
+
+
+def test_one_lease_per_part_that_is_not_done_with_just_its_rows(write_manifest: Write) -> None:
+    manifest = opened(write_manifest({"prompt": [f"p{k}" for k in range(10)], "mood": list("abcdefghij")}, row_group_size=4))
+    found = list(leases(manifest, Grid(10, 3), {1}.__contains__))
+    assert [(lease.number, lease.parts) for lease in found] == [(0, (Part(0, 0, 3),)), (2, (Part(2, 6, 9),)), (3, (Part(3, 9, 10),))]
+    assert [lease.rows.to_pydict() for lease in found[1:]] == [
+        {ROW: [6, 7, 8], "prompt": ["p6", "p7", "p8"], EXTRA + "mood": ["g", "h", "i"]},
+        {ROW: [9], "prompt": ["p9"], EXTRA + "mood": ["j"]},
+    ]
+    assert list(leases(manifest, Grid(10, 3), lambda index: True)) == []
+
+
+def test_a_lease_whose_rows_are_all_left_out_still_ends_its_part(write_manifest: Write) -> None:
+    manifest = opened(write_manifest({"prompt": list("abcd")}), where={"row": "0"})
+    assert [lease.rows.column(ROW).to_pylist() for lease in leases(manifest, Grid(4, 2), lambda index: False)] == [[0], []]
+
+
+def test_a_lease_is_sent_with_its_own_rows_and_not_with_its_whole_batch(write_manifest: Write) -> None:
+    manifest = opened(write_manifest({"prompt": [f"{k:01000d}" for k in range(2000)]}))
+    first = next(leases(manifest, Grid(2000, 2), lambda index: False))
+    assert len(pickle.dumps(first)) < 20_000
+    there = pickle.loads(pickle.dumps(first))  # noqa: S301  our own bytes
+    assert there == first
+    assert isinstance(there.rows, pa.Table)
+
+
+def test_leases_are_read_only_as_far_as_they_are_asked_for(write_manifest: Write) -> None:
+    path = write_manifest({"prompt": [f"p{k}" for k in range(8)]})
+    asked: list[int] = []
+    found = leases(opened(path), Grid(8, 2), lambda index: bool(asked.append(index)))  # type: ignore[func-returns-value]
+    next(found)
+    assert asked == [0]

@@ -1,0 +1,98 @@
+"""Names of samplers: what people type, what DiffusionDB wrote, and the nearest word when neither is known."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from renderfarm.errors import InvalidInput
+from renderfarm.samplers import DIFFUSIONDB_CODES, SAMPLERS, find_sampler
+
+WORDS = [(word, sampler.name) for sampler in SAMPLERS.values() for word in (sampler.name, *sampler.aliases)]
+
+
+def plain(word: str) -> str:
+    return "".join(sign for sign in word.lower().replace("dpmpp", "dpm++") if sign not in " _-")
+
+
+@pytest.mark.parametrize(("word", "name"), WORDS)
+def test_every_name_and_alias_finds_its_sampler_in_any_spelling(word: str, name: str) -> None:
+    for spelling in (word, word.upper(), word.replace("_", " "), word.replace("-", "_"), f" {word} ", word.replace("dpm++", "dpmpp")):
+        assert find_sampler(spelling).name == name, spelling
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_aliases_are_whole_words(sampler: object) -> None:
+    aliases = sampler.aliases  # type: ignore[attr-defined]
+    assert isinstance(aliases, tuple)
+    assert all(len(alias) > 2 for alias in aliases)
+
+
+def test_no_spelling_means_two_samplers() -> None:
+    owners: dict[str, set[str]] = {}
+    for word, name in WORDS:
+        owners.setdefault(plain(word), set()).add(name)
+    assert [word for word, names in owners.items() if len(names) > 1] == []
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("DPM++ 2M Karras", "dpm++2m-karras"),
+        ("dpmpp_2m_sde", "dpm++2m-sde"),
+        ("dpmpp_sde", "dpm++sde"),
+        ("Euler a", "euler-a"),
+        ("k_euler_ancestral", "euler-a"),
+        ("PLMS", "pndm"),
+        ("UniPC", "unipc"),
+    ],
+)
+def test_the_names_of_other_tools_are_known(word: str, name: str) -> None:
+    assert find_sampler(word).name == name
+
+
+def test_diffusiondbs_codes_are_those_of_its_data_card() -> None:
+    found = {code: find_sampler(code).name for code in range(1, 9)}
+    assert found == {1: "ddim", 2: "pndm", 3: "euler", 4: "euler-a", 5: "heun", 6: "dpm2", 7: "dpm2-a", 8: "lms"}
+    assert set(DIFFUSIONDB_CODES.values()) <= set(SAMPLERS)
+
+
+@pytest.mark.parametrize("code", [9, 0, -1, 10, 2**40])
+def test_a_code_without_a_sampler_is_refused_and_says_what_to_give(code: int) -> None:
+    with pytest.raises(InvalidInput, match=rf"sampler code {code} .*codes 1 to 8.*renderfarm samplers"):
+        find_sampler(code)
+
+
+@pytest.mark.parametrize(
+    ("word", "nearest"), [("eular", "euler"), ("dpm++2mm", "dpm++2m"), ("ddimm", "ddim"), ("unipcc", "unipc"), ("eulera2", "euler-a")]
+)
+def test_an_unknown_name_is_refused_with_the_nearest_one(word: str, nearest: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        find_sampler(word)
+    assert f"unknown sampler {word!r}; did you mean '{nearest}'?" in str(caught.value)
+    assert "renderfarm samplers" in str(caught.value)
+
+
+@pytest.mark.parametrize("word", ["", " ", "_", "-", "d", "p", "m", "s", "e", "1", "9", "\x00", "☃"])
+def test_a_blank_or_a_single_letter_is_no_sampler(word: str) -> None:
+    with pytest.raises(InvalidInput, match="unknown sampler"):
+        find_sampler(word)
+
+
+@given(st.text(max_size=30))
+def test_any_text_is_a_known_spelling_or_refused(text: str) -> None:
+    known = {plain(word) for word, _ in WORDS}
+    if plain("".join(text.split())) in known:
+        assert find_sampler(text).name in SAMPLERS
+        return
+    with pytest.raises(InvalidInput) as caught:
+        find_sampler(text)
+    assert repr(text) in str(caught.value)
+
+
+def test_every_table_line_is_another_scheduler_or_another_setting_of_it() -> None:
+    lines = Counter((sampler.scheduler, repr(sorted(sampler.overrides.items()))) for sampler in SAMPLERS.values())
+    assert [line for line, count in lines.items() if count > 1] == []
