@@ -1,9 +1,9 @@
 """renderfarm: a Parquet table of prompts in, a verified image dataset out.
 
-    >>> import renderfarm
-    >>> summary = renderfarm.run("jobs/demo.yaml")          # doctest: +SKIP
-    >>> for image, record in renderfarm.open(summary.out):  # doctest: +SKIP
-    ...     print(record["prompt"], image.size)
+>>> import renderfarm
+>>> summary = renderfarm.run("jobs/demo.yaml")          # doctest: +SKIP
+>>> for image, record in renderfarm.open(summary.out):  # doctest: +SKIP
+...     print(record["prompt"], image.size)
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from renderfarm.errors import AlreadyExists, InvalidJob, ProfileMismatch
+from renderfarm.errors import AlreadyExists, Fatal, InvalidJob, ProfileMismatch
 from renderfarm.layouts import files
 from renderfarm.records import Part, PartReceipt
 from renderfarm.schema import IMAGE_COLUMNS
@@ -37,8 +37,11 @@ def to_json(value: Any) -> bytes:
 
 
 def read_json(store: Store, key: str) -> dict[str, Any]:
-    """Raises KeyError where there is none."""
-    value: dict[str, Any] = json.loads(store.read(key))
+    """Raises KeyError where there is none, and Fatal for one that is damaged."""
+    try:
+        value: dict[str, Any] = json.loads(store.read(key))
+    except ValueError:
+        raise Fatal(f"{store.url}/{key} is damaged (not JSON); restore it from a copy, or render into another output") from None
     return value
 
 

@@ -191,11 +191,23 @@ def load_job(path: str | Path, sets: list[str] | None = None, out: str | None = 
     return _resolve(job, path.parent.absolute())
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML's safe loader, but a key that comes twice is an error: the second one would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice; keep one", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JOB_BYTES:
             raise InvalidJob(f"{path}: larger than 1 MiB; a job file holds settings, prompts go into the manifest")
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
         raise InvalidJob(f"{path}: no such job file; give the path of a YAML file such as jobs/demo.yaml") from None
     except OSError as error:

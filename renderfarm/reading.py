@@ -15,7 +15,7 @@ from renderfarm import commit
 from renderfarm.config import expand_env
 from renderfarm.errors import InvalidJob
 from renderfarm.layouts import files
-from renderfarm.schema import ERROR_COLUMNS
+from renderfarm.schema import ERROR_COLUMNS, IMAGE_COLUMNS
 from renderfarm.storage import Store, open_store
 
 
@@ -62,7 +62,7 @@ class Output:
             images = files.read_table(self.store.read(key))[0]
             take = (limit - len(chosen)) // (len(keys) - index)
             for k in range(min(take, len(images))):
-                record = images.slice(k * len(images) // min(take, len(images)), 1).to_pylist()[0]
+                record = images.select(IMAGE_COLUMNS.names).slice(k * len(images) // min(take, len(images)), 1).to_pylist()[0]
                 chosen.append(StoredSample(record, f"{key.rpartition('/')[0]}/{record['file_name']}", self.store))
         return chosen
 

@@ -62,7 +62,6 @@ SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in _TABLE}
 DIFFUSIONDB_CODES = {1: "ddim", 2: "pndm", 3: "euler", 4: "euler-a", 5: "heun", 6: "dpm2", 7: "dpm2-a", 8: "lms"}
 
 
-
 def _spelling(name: str) -> str:
     """`DPM++ 2M Karras`, `dpmpp_2m_karras` and `dpm++2m-karras` are one name."""
     return re.sub(r"[\s_\-]+", "", name.lower().replace("dpmpp", "dpm++"))

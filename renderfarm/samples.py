@@ -188,6 +188,8 @@ def _integer(values: dict[str, Any], name: str) -> int | None:
         return None
     if value != value // 1 or math.isinf(value):
         raise InvalidInput(f"{name} is {value}; it must be a whole number")
+    if isinstance(value, float) and abs(value) > 2**53:
+        raise InvalidInput(f"{name} is {value:.0f} as a float, which is no longer exact; write the column as int64")
     return int(value)
 
 

@@ -395,3 +395,9 @@ def test_a_set_does_not_leak_into_the_next_job(tmp_path: Path) -> None:
     load_job(path, sets=["seed=9"], out="/elsewhere")
     assert load_job(path).seed == 0
     assert (dict(os.environ), path.read_bytes()) == before
+
+
+def test_a_key_that_is_given_twice_is_an_error_that_names_its_line(tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text("name: a\nseed: 1\nseed: 2\n")
+    with pytest.raises(InvalidJob, match=r"job.yaml, line 3: .*'seed' is given twice; keep one"):
+        load_job(tmp_path / "job.yaml")

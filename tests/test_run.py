@@ -208,3 +208,21 @@ def test_tables_hold_no_column_that_the_schema_does_not_name_and_are_typed_alike
 
 def test_the_job_can_be_given_as_a_value(write_manifest: Write, write_job: Write) -> None:
     assert renderfarm.run(load_job(write_job(write_manifest())), engine="inline").images == 8
+
+
+@pytest.mark.parametrize("name", ["_renderfarm/job.json", "_renderfarm/profile.json", "data/part-00000001/metadata.parquet"])
+def test_a_damaged_file_in_the_output_is_one_message_that_names_the_way_out(
+    name: str, write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    job = write_job(write_manifest())
+    renderfarm.run(job, engine="inline")
+    (tmp_path / "out" / name).write_bytes(b"PAR1 not what it was")
+    next((tmp_path / "out").glob("_renderfarm/parts/part-00000001.*")).unlink()
+    with pytest.raises(Fatal, match="damaged"):
+        renderfarm.run(job, engine="inline")
+
+
+def test_a_float_seed_that_is_no_longer_exact_is_refused(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    renderfarm.run(write_job(write_manifest({"prompt": ["a", "b"], "seed": [2.0**53, 2.0**60]})), engine="inline")
+    assert [row["seed"] for row in image_rows(tmp_path / "out")] == [2**53]
+    assert "write the column as int64" in error_rows(tmp_path / "out")[0]["error_message"]

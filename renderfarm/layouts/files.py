@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from renderfarm.encode import EncodedImage
+from renderfarm.errors import Fatal
 from renderfarm.records import Part, SampleKey
 from renderfarm.schema import ERROR_COLUMNS, ERRORS_KEY, errors_from_json, errors_to_json
 
@@ -53,8 +54,11 @@ def _parquet(table: pa.Table) -> bytes:
 
 
 def read_table(data: bytes) -> tuple[pa.Table, pa.Table]:
-    """A commit object's (images, errors)."""
-    table = pq.read_table(io.BytesIO(data))
+    """A commit object's (images, errors). Raises Fatal for one that is damaged: it was whole when it was committed."""
+    try:
+        table = pq.read_table(io.BytesIO(data))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise Fatal(f"a committed table is damaged ({str(error).splitlines()[0]}); restore the output from a copy") from error
     packed = (table.schema.metadata or {}).get(ERRORS_KEY)
     errors = errors_from_json(packed) if packed else ERROR_COLUMNS.empty_table()
     return table.replace_schema_metadata(None), errors
