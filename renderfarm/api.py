@@ -38,9 +38,10 @@ def run(
         raise InvalidJob("memory:// is this process's memory, which Ray's workers do not share; use --engine inline or a folder")
     driver = Driver(prepared, stop or threading.Event(), observe)
     driver.begin()
-    _write_views(prepared)
+    _write_card(prepared)  # at the start, so that an interrupted output opens, too
     summary = driver.run(_engine_maker(prepared, engine, address))
-    _write_views(prepared)
+    write_contact_sheet(Output(prepared.store.url))
+    _write_card(prepared)
     return summary
 
 
@@ -57,10 +58,8 @@ def _engine_maker(prepared: Prepared, engine: EngineName, address: str | None) -
     return make
 
 
-def _write_views(prepared: Prepared) -> None:
-    """The card, at the start so that an interrupted output opens too, and again at the end with a contact sheet."""
+def _write_card(prepared: Prepared) -> None:
     committed = prepared.committed()
-    sheet = write_contact_sheet(Output(prepared.store.url)) if committed else None
     write_card(
         prepared.store,
         prepared.frozen(),
@@ -69,5 +68,5 @@ def _write_views(prepared: Prepared) -> None:
         images=sum(receipt.images for receipt in committed.values()),
         errors=sum(receipt.errors for receipt in committed.values()),
         finished=len(committed) == len(prepared.grid),
-        sheet=SHEET if sheet else None,
+        sheet=SHEET if prepared.store.exists(SHEET) else None,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -15,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from renderfarm.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_ROWS_FAILED, EXIT_USAGE, RenderfarmError
+from renderfarm.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_ROWS_FAILED, EXIT_USAGE, Interrupted, RenderfarmError
 
 app = typer.Typer(
     name="renderfarm",
@@ -72,7 +73,7 @@ def _stop_on_signals() -> threading.Event:
 
     def handle(number: int, frame: Any) -> None:
         if stop.is_set():
-            raise KeyboardInterrupt
+            raise Interrupted("stopped at once: run the same command again to continue")
         stop.set()
         console.print("stopping: parts in flight are being finished (again: stop at once; nothing committed is lost)")
 
@@ -271,16 +272,26 @@ def _print_pairs(pairs: dict[str, Any]) -> None:
     out_console.print(table)
 
 
+def _leave(code: int) -> NoReturn:
+    """End the process. After an interruption at once: a thread that is still rendering cannot be joined."""
+    if code == EXIT_INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def main() -> NoReturn:
     """Entry point: every expected error is one message and an exit code."""
     try:
         app()
     except RenderfarmError as error:
         console.print(f"error: {error}", markup=False, style="red" if console.is_terminal else None)
-        sys.exit(error.exit_code if error.exit_code else EXIT_INTERNAL)
-    except KeyboardInterrupt:
-        console.print("interrupted: run the same command again to continue")
-        sys.exit(EXIT_INTERRUPTED)
+        if "--json" in sys.argv:
+            _print_json({"error": str(error), "error_class": type(error).__name__, "exit_code": error.exit_code})
+        _leave(error.exit_code)
+    except SystemExit as end:
+        _leave(end.code if isinstance(end.code, int) else EXIT_INTERNAL)
     except BrokenPipeError:
         sys.exit(EXIT_USAGE)
     sys.exit(EXIT_OK)

@@ -39,10 +39,21 @@ def to_json(value: Any) -> bytes:
 def read_json(store: Store, key: str) -> dict[str, Any]:
     """Raises KeyError where there is none, and Fatal for one that is damaged."""
     try:
-        value: dict[str, Any] = json.loads(store.read(key))
+        value: Any = json.loads(store.read(key))
+        if isinstance(value, dict):
+            return value
+        reason = "not an object"
     except ValueError:
-        raise Fatal(f"{store.url}/{key} is damaged (not JSON); restore it from a copy, or render into another output") from None
-    return value
+        reason = "not JSON"
+    raise Fatal(f"{store.url}/{key} is damaged ({reason}); restore it from a copy, or render into another output")
+
+
+def read_progress(store: Store) -> dict[str, Any]:
+    """The last heartbeat; empty where there is none, or none that can be read (the next one replaces it)."""
+    try:
+        return read_json(store, PROGRESS)
+    except (KeyError, Fatal):
+        return {}
 
 
 # ---------------------------------------------------------------------------------------------- the frozen job
@@ -58,12 +69,21 @@ def freeze_job(store: Store, wanted: dict[str, Any]) -> dict[str, Any]:
         store.put_if_absent(JOB, to_json(wanted))
         return wanted
     except AlreadyExists:
-        stored = read_json(store, JOB)
+        return check_job(store, wanted)
+
+
+def check_job(store: Store, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The stored job, if it is the wanted one. Raises KeyError where there is none, InvalidJob for another."""
+    wanted = {"format_version": FORMAT_VERSION, **wanted}
+    stored = read_json(store, JOB)
     if differences := list(_differences(stored, json.loads(to_json(wanted)), "")):
+        # never replaced here: another driver may be about to render what it froze
+        begin_anew = "" if store.list(PARTS) else f"; nothing is rendered yet, so you may also remove {store.url}/{JOB}"
         raise InvalidJob(
             f"{store.url} was begun with other settings, and these decide pixels or layout:\n"
             + "\n".join(f"  {line}" for line in differences)
             + "\nrestore them to continue, or give another output (--out)"
+            + begin_anew
         )
     return stored
 
@@ -129,16 +149,18 @@ def publish(store: Store, part: Part, images: pa.Table, errors: pa.Table) -> Par
     return _finish(store, part, images, errors, adopted=False)
 
 
-def announce(store: Store, part: Part, row: int) -> None:
-    """Say which row is rendered next, so that a death after this names it."""
-    store.put(f"{ANNOUNCED}/{part.name}.json", to_json({"row": row}))
+def announce(store: Store, part: Part, row: int, token: str) -> None:
+    """Say which row is rendered next, so that a death after this names it. `token`: the attempt that says so."""
+    store.put(f"{ANNOUNCED}/{part.name}.json", to_json({"row": row, "token": token}))
 
 
-def announced_row(store: Store, part: Part) -> int | None:
+def announced_row(store: Store, part: Part, token: str) -> int | None:
+    """The row that this very attempt announced last; an announcement of another run or attempt blames nobody."""
     try:
-        return int(read_json(store, f"{ANNOUNCED}/{part.name}.json")["row"])
+        announced = read_json(store, f"{ANNOUNCED}/{part.name}.json")
     except KeyError:
         return None
+    return int(announced["row"]) if announced.get("token") == token else None
 
 
 def _finish(store: Store, part: Part, images: pa.Table, errors: pa.Table, *, adopted: bool) -> PartReceipt:

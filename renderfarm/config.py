@@ -180,6 +180,8 @@ def load_job(path: str | Path, sets: list[str] | None = None, out: str | None = 
     for item in sets or []:
         _set(data, item)
     if out is not None:
+        if not out.strip():
+            raise InvalidJob("--out is empty; give a folder (is a shell variable unset?)")
         output = data.get("output")
         data["output"] = {**(output if isinstance(output, dict) else {}), "path": _absolute(out, Path.cwd())}
     try:
@@ -301,7 +303,7 @@ def _nearest(location: tuple[int | str, ...]) -> str:
 
 
 def is_url(text: str) -> bool:
-    return re.match(r"^[a-z0-9+]+://", text) is not None
+    return re.match(r"^[a-z0-9+.-]+://", text, re.IGNORECASE) is not None
 
 
 def _absolute(text: str, base: Path) -> str:

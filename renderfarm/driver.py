@@ -27,6 +27,8 @@ from renderfarm.errors import (
     EXIT_OK,
     EXIT_ROWS_FAILED,
     Fatal,
+    Interrupted,
+    InvalidJob,
     ProfileMismatch,
     RenderfarmError,
     Transient,
@@ -86,6 +88,7 @@ class Driver:
         self.free: dict[str, list[Lease]] = {}  # ready workers, and the leases each holds
         self.starting: set[str] = set()
         self.again: deque[tuple[float, Lease]] = deque()  # (not before, lease)
+        self.restarts: list[float] = []  # when to try again to start a worker
         self.start_failures = self.worker_number = 0
         self.last_heartbeat = 0.0
 
@@ -105,8 +108,8 @@ class Driver:
             engine = make_engine()
             try:
                 self._loop(engine, leases(self.prepared.manifest, self.prepared.grid, lambda index: bool(done[index])))
-            except BaseException:
-                self.progress.state = "FAILED"
+            except BaseException as error:
+                self.progress.state = "INTERRUPTED" if isinstance(error, Interrupted) else "FAILED"
                 raise
             finally:
                 engine.shutdown()
@@ -121,6 +124,9 @@ class Driver:
         stop_at: float | None = None
         exhausted = False
         while True:
+            for due in [at for at in self.restarts if at <= time.monotonic()]:
+                self.restarts.remove(due)
+                self._start_worker(engine)
             if self.stop.is_set():
                 stop_at = stop_at or time.monotonic() + self.grace_s
                 if not self._in_flight() or time.monotonic() > stop_at:
@@ -205,7 +211,7 @@ class Driver:
         if isinstance(event.error, WorkerLost):
             self._lost(engine, event)
         elif event.lease is None:
-            self._start_failed(engine, event.worker, event.error)
+            self._start_failed(event.worker, event.error)
         elif event.worker in self.free:
             self.free[event.worker].remove(event.lease)
             self._retry(event.lease, event.error)
@@ -213,7 +219,7 @@ class Driver:
     def _lost(self, engine: Engine, event: Failed) -> None:
         """The worker is gone; each of its leases arrives here once."""
         if event.worker in self.starting:
-            self._start_failed(engine, event.worker, event.error)
+            self._start_failed(event.worker, event.error)
             return
         if event.worker in self.free:
             self.progress.lost_workers += 1
@@ -223,8 +229,8 @@ class Driver:
             self._start_worker(engine)
 
     def _suspect(self, lease: Lease) -> Lease:
-        if lease.announced:
-            rows = {row for part in lease.parts if (row := commit.announced_row(self.store, part)) is not None}
+        if token := lease.announce_as:
+            rows = {row for part in lease.parts if (row := commit.announced_row(self.store, part, token)) is not None}
             lease = replace(lease, killers=lease.killers | rows)
         losses = lease.losses + 1
         if losses > self.job.failure.attempts + len(lease.killers):
@@ -232,9 +238,10 @@ class Driver:
             raise Fatal(
                 f"{losses} workers died on {rows_text} and no row could be named; look at the workers' memory and logs, then run again"
             )
-        return replace(lease, losses=losses, announced=losses >= LOSSES_BEFORE_ANNOUNCING)
+        announce_as = f"{self.progress.run_id}.{losses}" if losses >= LOSSES_BEFORE_ANNOUNCING else None
+        return replace(lease, losses=losses, announce_as=announce_as)
 
-    def _start_failed(self, engine: Engine, worker: str, error: RenderfarmError) -> None:
+    def _start_failed(self, worker: str, error: RenderfarmError) -> None:
         self.starting.discard(worker)
         self.progress.workers[worker].state = "failed to start"
         if isinstance(error, ProfileMismatch):
@@ -243,9 +250,12 @@ class Driver:
                 raise error
             return
         self.start_failures += 1
-        if isinstance(error, Fatal) or self.start_failures >= START_ATTEMPTS:
+        alone = not self.free and not self.starting
+        if alone and (isinstance(error, Fatal) or self.start_failures >= START_ATTEMPTS):
             raise error if isinstance(error, Fatal) else Fatal(f"no worker could be started: {error}")
-        self._start_worker(engine)
+        if not isinstance(error, Fatal):
+            pause = 0.0 if alone else min(60.0, 2.0**self.start_failures)
+            self.restarts.append(time.monotonic() + pause)
 
     def _retry(self, lease: Lease, error: RenderfarmError) -> None:
         failures = lease.transient_failures + 1
@@ -261,8 +271,22 @@ class Driver:
             self.last_heartbeat = time.monotonic()
             self.store.put(commit.PROGRESS, commit.to_json(self.progress.snapshot()))
 
+    def _check_that_all_is_here(self) -> None:
+        """What workers say they committed must be in the store that this process sees."""
+        if self.progress.parts_done < self.progress.parts:
+            return
+        here = len(self.prepared.committed())
+        if here < self.progress.parts:
+            raise Fatal(
+                f"the workers committed {self.progress.parts} parts, but {self.store.url} holds {here}: "
+                "it is not the same place for every node; give a shared folder and run again"
+            )
+        if not self.progress.images and not self.progress.errors:
+            raise InvalidJob("manifest.where selects no row: nothing was rendered; correct it and give another output (--out)")
+
     def _finish(self) -> RunSummary:
         progress = self.progress
+        self._check_that_all_is_here()
         failed = progress.errors / max(1, progress.errors + progress.images)
         if progress.parts_done < progress.parts:
             progress.state, code = "INTERRUPTED", EXIT_INTERRUPTED

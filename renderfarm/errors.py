@@ -9,6 +9,7 @@
     ├── Transient           may succeed later (store busy, network): retried with backoff, charged to no row
     ├── WorkerLost          the worker died or hangs: its lease goes to another one
     ├── AlreadyExists       a key that was to be created is there; read it back and adopt it
+    ├── Interrupted         somebody wants the run to end now; run it again to continue (exit code 75)
     └── Fatal               the job cannot go on
         ├── InvalidJob      job file, manifest or option is wrong (exit code 2)
         └── ProfileMismatch a worker would render other pixels than the job's profile promises
@@ -24,7 +25,6 @@ EXIT_INTERNAL = 1
 EXIT_USAGE = 2
 EXIT_ROWS_FAILED = 3
 EXIT_STOPPED = 4
-EXIT_CANCELLED = 5
 EXIT_INTERRUPTED = 75
 
 
@@ -71,6 +71,12 @@ class WorkerLost(RenderfarmError):
 
 class AlreadyExists(RenderfarmError):
     """The key exists: someone else's bytes, or our own whose reply was lost."""
+
+
+class Interrupted(RenderfarmError):
+    """A second Ctrl-C or SIGTERM: end now, without waiting for what is in flight."""
+
+    exit_code = EXIT_INTERRUPTED
 
 
 class Fatal(RenderfarmError):

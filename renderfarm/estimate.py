@@ -15,6 +15,8 @@ def estimate(prepared: Prepared) -> dict[str, Any]:
     """Rows and parts exactly; images exactly unless rows say how many; bytes and time from what was rendered already."""
     job, model, grid = prepared.job, prepared.model, prepared.grid
     committed = prepared.committed()
+    if committed:
+        commit.check_job(prepared.store, prepared.frozen())
     images_done = sum(receipt.images for receipt in committed.values())
     errors_done = sum(receipt.errors for receipt in committed.values())
     rows_done = sum(grid.part(index).stop - grid.part(index).start for index in committed)
@@ -47,7 +49,4 @@ def estimate(prepared: Prepared) -> dict[str, Any]:
 
 
 def _last_rate(prepared: Prepared) -> float | None:
-    try:
-        return float(commit.read_json(prepared.store, commit.PROGRESS)["images_per_second"]) or None
-    except KeyError:
-        return None
+    return float(commit.read_progress(prepared.store).get("images_per_second", 0)) or None

@@ -108,8 +108,8 @@ def _in_ranges(ordinals: np.ndarray, text: str) -> np.ndarray:
     for piece in text.split(","):
         try:
             span, _, stride = piece.strip().partition(":")
-            first, _, last = span.partition("-")
-            start, end, step = int(first), int(last or first), int(stride or 1)
+            first, dash, last = span.partition("-")
+            start, end, step = int(first), int(last if dash else first), int(stride or 1)
             if step < 1 or end < start:
                 raise ValueError
         except ValueError:
@@ -261,6 +261,8 @@ def _find_files(spec: ManifestSpec) -> list[str]:
         except (ImportError, ValueError) as error:  # fsspec: a store whose package is missing, a scheme that it does not know
             raise InvalidJob(f"manifest {path}: cannot be read: {error}; stores are extras, such as renderfarm[s3]") from None
         found += sorted(fs.unstrip_protocol(name) if "://" in path else name for name in matches)
+    if twice := [name for name, count in Counter(found).items() if count > 1]:
+        raise InvalidJob(f"manifest: {twice[0]} is named twice, so its rows would be rendered twice; name it once")
     return found
 
 

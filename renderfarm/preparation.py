@@ -39,12 +39,26 @@ class Prepared:
                 "columns": self.manifest.columns,
                 "where": job.manifest.model_dump(mode="json")["where"],  # YAML knows dates, JSON does not
             },
-            "model": job.model.model_dump(),
-            "render": job.render.model_dump(mode="json"),
+            "model": {"id": self.model.name, "revision": self.model.revision},
+            "render": self._render_defaults(),
             "seed": job.seed,
             "seed_policy": job.seed_policy,
             "workers": {"batch_size": job.workers.batch_size, "dtype": job.workers.dtype},
             "output": {"layout": job.output.layout, "format": job.output.format, "part_rows": self.grid.part_rows},
+        }
+
+    def _render_defaults(self) -> dict[str, Any]:
+        """What a row that says nothing gets, resolved: a default that changes later must not slip into this output."""
+        given = self.job.render
+        names = ("height", "width", "num_inference_steps", "guidance_scale")
+        defaults: dict[str, Any] = {name: getattr(given, name) or getattr(self.model, name) for name in names}
+        if given.guidance_scale is not None:  # 0 is a value
+            defaults["guidance_scale"] = given.guidance_scale
+        return defaults | {
+            "sampler": find_sampler(given.sampler or self.model.sampler).name,
+            "negative_prompt": given.negative_prompt,
+            "num_images_per_prompt": given.num_images_per_prompt or 1,
+            "override": sorted(given.override),
         }
 
 
@@ -53,7 +67,9 @@ def prepare(job: Job) -> Prepared:
     model = describe(job.model)
     _check_render(job, model)
     manifest = open_manifest(job.manifest, model.arguments)
+    # expanded once and here: a worker's environment and folder may be others
     store = open_store(expand_env(job.output.path))
+    job = job.model_copy(update={"output": job.output.model_copy(update={"path": store.url})})
     return Prepared(job, model, manifest, store, Grid(manifest.rows, choose_part_rows(job)))
 
 

@@ -9,8 +9,6 @@ from typing import Any
 
 from renderfarm.records import PartReceipt, Receipt
 
-STATES = ("STARTING", "RUNNING", "SUCCEEDED", "PARTIAL", "FAILED", "INTERRUPTED")
-
 
 @dataclass
 class WorkerProgress:

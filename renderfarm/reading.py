@@ -28,6 +28,7 @@ class StoredSample:
     store: Store
 
     def image(self) -> Image.Image:
+        """Decoded on first use, as PIL does. Raises KeyError for a file that is gone, OSError for a damaged one."""
         return Image.open(io.BytesIO(self.store.read(self.key)))
 
 

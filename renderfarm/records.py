@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -19,7 +19,7 @@ class SampleKey:
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample with every argument resolved (row > job > family default); `args` are diffusers' argument names."""
+    """A sample with every argument resolved (row > job > family default); names are diffusers'."""
 
     key: SampleKey
     row_id: str
@@ -31,7 +31,6 @@ class Sample:
     num_inference_steps: int
     guidance_scale: float
     sampler: str
-    args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,8 @@ class Part:
 class Lease:
     """Whole consecutive parts for one worker, with their manifest rows (canonical column names, `row` first).
 
-    `losses`: workers that died on it. `announced`: render one row at a time and say which, so that the next death
-    names its row. `killers`: rows so named; they end as errors.
+    `losses`: workers that died on it. `announce_as`: render one row at a time and say which under this token, so that
+    the next death names its row. `killers`: rows so named; they end as errors.
     """
 
     number: int
@@ -72,7 +71,7 @@ class Lease:
     rows: pa.Table
     losses: int = 0
     transient_failures: int = 0
-    announced: bool = False
+    announce_as: str | None = None
     killers: frozenset[int] = frozenset()
 
 

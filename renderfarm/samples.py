@@ -112,14 +112,16 @@ def _samples(values: dict[str, Any], ordinal: int, row_id: str, count: int, job:
     height = check_side(_choose(_integer, values, "height", job, model.height), "height", model)
     width = check_side(_choose(_integer, values, "width", job, model.width), "width", model)
     steps = _choose(_integer, values, "num_inference_steps", job, model.num_inference_steps)
-    if not 1 <= steps <= 1000:
-        raise InvalidInput(f"num_inference_steps is {steps}; it must be between 1 and 1000")
+    if steps < 1:
+        raise InvalidInput(f"num_inference_steps is {steps}; it must be at least 1")
     guidance = _choose(_number, values, "guidance_scale", job, model.guidance_scale)
     if not 0 <= guidance <= 1000:
         raise InvalidInput(f"guidance_scale is {guidance}; it must be between 0 and 1000")
     sampler = find_sampler(_choose(_sampler, values, "sampler", job, model.sampler))
     if steps < sampler.min_steps:
         raise InvalidInput(f"num_inference_steps is {steps}; sampler {sampler.name} needs at least {sampler.min_steps}")
+    if steps > sampler.max_steps:
+        raise InvalidInput(f"num_inference_steps is {steps}; sampler {sampler.name} takes at most {sampler.max_steps}")
     row_seed = _seed(values, count, job)
     for k in range(count):
         yield Sample(

@@ -47,14 +47,8 @@ ERRORS_KEY = b"renderfarm.errors"  # Parquet footer metadata of a commit object:
 
 
 def output_name(column: str) -> str:
-    """The name under which a manifest's own column reaches the table."""
-    return f"input_{column}" if column in IMAGE_COLUMNS.names else column
-
-
-def image_schema(extras: pa.Schema) -> pa.Schema:
-    """The image table's columns, then the manifest's own."""
-    fields = [pa.field(output_name(field.name), field.type) for field in extras]
-    return pa.schema([*IMAGE_COLUMNS, *fields])
+    """The name under which a manifest's own column reaches the table. `image` is what readers call the picture."""
+    return f"input_{column}" if column in (*IMAGE_COLUMNS.names, "image") else column
 
 
 def errors_to_json(table: pa.Table) -> bytes:

@@ -46,7 +46,7 @@ class Counters:
     encoded_texts: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     sample: Sample
     future: Future[Rendered]
@@ -129,8 +129,8 @@ class SlotLoop:
             return
         try:
             self._encode(entering, group.waiting)
-        except Exception as error:  # one boundary for what torch may raise: these samples fail, the loop goes on
-            _fail(entering, error)
+        except Exception as error:  # one boundary for what torch may raise: samples fail, the loop goes on
+            self._fail_or_part(entering, error)
             return
         for job in entering:
             try:
@@ -160,9 +160,9 @@ class SlotLoop:
     def _step(self, group: _Group) -> None:
         try:
             finished = self._model.step([job.state for job in group.active])
-        except Exception as error:  # which of the B samples is to blame cannot be known: all of them fail, retryably
-            _fail(group.active, error)
-            group.active = []
+        except Exception as error:  # as above
+            blamed, group.active = group.active, []
+            self._fail_or_part(blamed, error)
             return
         self.counters.denoiser_calls += 1
         self.counters.useful_slots += len(group.active)
@@ -175,6 +175,16 @@ class SlotLoop:
                 job.future.set_result(Rendered(pixels, *self._model.count_tokens(job.sample.prompt)))
             except Exception as error:  # as above, for one sample
                 _fail([job], error)
+
+    def _fail_or_part(self, jobs: list[_Job], error: Exception) -> None:
+        """Which of several samples is to blame cannot be known: each starts again in a group of its own, and only one
+        that fails alone has failed. B is constant, so its pixels are the same without mates."""
+        if len(jobs) == 1:
+            _fail(jobs, error)
+            return
+        for job in jobs:
+            job.state = None
+            self._groups[job] = _Group(waiting=deque([job]))
 
 
 def _fail(jobs: list[_Job], error: Exception) -> None:

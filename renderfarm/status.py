@@ -16,10 +16,7 @@ def read_status(out: str) -> dict[str, Any]:
     """Counts come from the parts' index, so they are right even if no driver lives; the rest from its last heartbeat."""
     output: Output = open_output(out)
     committed = commit.committed_parts(output.store).values()
-    try:
-        progress = commit.read_json(output.store, commit.PROGRESS)
-    except KeyError:
-        progress = {}
+    progress = commit.read_progress(output.store)
     state, age = progress.get("state", "PLANNED"), time.time() - progress.get("updated", 0)
     if state in ("STARTING", "RUNNING") and age > STALE_S:
         state = "INTERRUPTED"

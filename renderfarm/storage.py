@@ -45,7 +45,7 @@ def open_store(url: str) -> Store:
     if "://" in url:
         scheme = url.partition("://")[0]
         raise InvalidJob(f"output {url}: {scheme}:// is not supported yet; write to a local path (or memory:// with --engine inline)")
-    return LocalStore(url)
+    return LocalStore(os.path.abspath(url))
 
 
 class LocalStore:

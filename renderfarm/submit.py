@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import yaml
@@ -52,11 +53,12 @@ def submit_job(job: Job, address: str) -> tuple[str, bool]:
 
 def wait_for(id_: str, address: str, poll_s: float = 1.0) -> str:
     """Wait until the submission has ended; its Ray status (SUCCEEDED, FAILED, STOPPED)."""
-    import time
-
     from ray.job_submission import JobSubmissionClient
 
-    client = JobSubmissionClient(address)
-    while not (status := client.get_job_status(id_)).is_terminal():
-        time.sleep(poll_s)
+    try:
+        client = JobSubmissionClient(address)
+        while not (status := client.get_job_status(id_)).is_terminal():
+            time.sleep(poll_s)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise Fatal(f"lost sight of {id_} at {address}: {error}; the same command attaches to it again") from error
     return str(status.value)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from renderfarm.errors import InvalidJob
 from renderfarm.preparation import Prepared
 from renderfarm.samples import expand_rows
 
@@ -32,7 +32,7 @@ class Validation:
         return not self.bad_rows and not self.duplicate_ids
 
 
-def validate_rows(prepared: Prepared, observe: Callable[[int], None] = lambda rows: None) -> Validation:
+def validate_rows(prepared: Prepared) -> Validation:
     """Stream the manifest through the very checks that a worker makes. Memory: 8 bytes a row for duplicate ids."""
     grid, manifest = prepared.grid, prepared.manifest
     found, ids = Validation(), array("Q")
@@ -46,7 +46,8 @@ def validate_rows(prepared: Prepared, observe: Callable[[int], None] = lambda ro
                 found.bad_rows += 1
                 found.classes[row.errors[0].error_class] += 1
                 _keep(found, f"{manifest.where_is(row.ordinal)}: {row.errors[0].error_message}")
-        observe(found.rows)
+    if not found.rows:
+        raise InvalidJob("manifest.where selects no row; correct it")
     _count_duplicates(prepared, found, np.frombuffer(ids, dtype=np.uint64))
     return found
 

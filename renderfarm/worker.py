@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from renderfarm import commit
-from renderfarm.config import Job, expand_env
+from renderfarm.config import Job
 from renderfarm.encode import encode
 from renderfarm.errors import RenderfarmError, WorkerCrashed
 from renderfarm.layouts import files
@@ -48,7 +48,7 @@ class Worker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec, self.job = spec, spec.job
-        self.store = open_store(expand_env(self.job.output.path))
+        self.store = open_store(self.job.output.path)
         self.started = time.monotonic()
         self.slots = SlotLoop(lambda: load_model(spec.model, self.job.workers))
         self.encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
@@ -94,7 +94,7 @@ class Worker:
         planned = sorted([*(s.key for s in samples), *(e.key for e in errors)])
 
         records: list[dict[str, Any]] = []
-        for outcome in self._render_samples(part, samples, lease.announced):
+        for outcome in self._render_samples(part, samples, lease.announce_as):
             result = outcome.result()
             if isinstance(result, RowError):
                 errors.append(result)
@@ -104,14 +104,14 @@ class Worker:
         assert ended == planned, f"{part.name}: samples planned and ended differ; nothing was committed"
         return commit.publish(self.store, part, self._image_table(records, rows), _error_table(errors))
 
-    def _render_samples(self, part: Part, samples: list[Sample], announced: bool) -> Iterator[Future[dict[str, Any] | RowError]]:
+    def _render_samples(self, part: Part, samples: list[Sample], announce_as: str | None) -> Iterator[Future[dict[str, Any] | RowError]]:
         """An outcome per sample: all at once, or row by row with an announcement that survives the worker's death."""
-        if not announced:
+        if announce_as is None:
             outcomes = [self._put_when_rendered(part, s, f) for s, f in zip(samples, self.slots.submit(samples), strict=True)]
             yield from outcomes
             return
         for sample in samples:
-            commit.announce(self.store, part, sample.key.row)
+            commit.announce(self.store, part, sample.key.row, announce_as)
             (rendered,) = self.slots.submit([sample])
             outcome = self._put_when_rendered(part, sample, rendered)
             wait([outcome])

@@ -153,3 +153,25 @@ def test_the_published_schema_is_that_of_the_code_and_accepts_the_shipped_jobs()
     assert published == Job.model_json_schema(), "run `make schema`"
     for job in (ROOT / "jobs").glob("*.yaml"):
         jsonschema.validate(yaml.safe_load(job.read_text()), published)
+
+
+def test_json_is_printed_for_an_error_too(write_manifest: Write, write_job: Write) -> None:
+    done = cli("run", write_job(write_manifest()), "--json", "--set", "render.height=60")
+    assert done.returncode == 2
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert (last["error_class"], last["exit_code"]) == ("InvalidJob", 2)
+
+
+def test_a_file_that_is_named_twice_an_empty_out_and_an_open_range_are_refused(write_manifest: Write, write_job: Write) -> None:
+    manifest = write_manifest()
+    job = write_job(manifest)
+    assert "is named twice" in refused("plan", job, "--set", f"manifest.path=[{manifest}, '{manifest.parent}/*.parquet']")
+    assert "--out is empty" in refused("run", job, "--out", "")
+    assert "'5-' is not a range" in refused("plan", job, "--set", 'manifest.where={row: "5-"}')
+    assert "S3:// is not supported yet" in refused("run", job, "--out", "S3://bucket/x")
+
+
+def test_plan_refuses_other_settings_than_the_output_was_begun_with(write_manifest: Write, write_job: Write) -> None:
+    job = write_job(write_manifest())
+    assert cli("run", job, "--engine", "inline").returncode == 0
+    assert "output.part_rows: 3 there, 12 now" in refused("plan", job, "--set", "output.part_rows=12")

@@ -25,7 +25,7 @@ from renderfarm.errors import InvalidJob, ProfileMismatch
 from renderfarm.layouts import files
 from renderfarm.preparation import prepare
 from renderfarm.records import Part, PartReceipt
-from renderfarm.schema import ERROR_COLUMNS, ERRORS_KEY, IMAGE_COLUMNS, errors_from_json, errors_to_json, image_schema, output_name
+from renderfarm.schema import ERROR_COLUMNS, ERRORS_KEY, IMAGE_COLUMNS, errors_from_json, errors_to_json, output_name
 from renderfarm.storage import LocalStore, Store, open_store
 
 PART = Part(7, 21, 24)
@@ -299,10 +299,11 @@ def test_foreign_keys_in_the_index_are_passed_over(store: Store) -> None:
 
 
 def test_the_row_that_is_rendered_next_is_announced_and_read_back(store: Store) -> None:
-    assert commit.announced_row(store, PART) is None
+    assert commit.announced_row(store, PART, "run.2") is None
     for row in (21, 2**40):
-        commit.announce(store, PART, row)
-        assert commit.announced_row(store, PART) == row
+        commit.announce(store, PART, row, "run.2")
+        assert commit.announced_row(store, PART, "run.2") == row
+        assert commit.announced_row(store, PART, "earlier-run.2") is None, "an old announcement blames nobody"
 
 
 # ---------------------------------------------------------------------------------------------------------- bytes
@@ -358,9 +359,3 @@ def test_the_same_profile_gives_the_same_json_whatever_the_order_of_its_keys() -
 def test_an_own_column_with_one_of_our_names_gets_a_prefix_and_every_other_keeps_its_own() -> None:
     assert [output_name(name) for name in IMAGE_COLUMNS.names] == [f"input_{name}" for name in IMAGE_COLUMNS.names]
     assert [output_name(name) for name in ("mood", "id", "Prompt", "")] == ["mood", "id", "Prompt", ""]
-
-
-def test_the_image_table_has_our_columns_first_then_the_manifests_own() -> None:
-    schema = image_schema(pa.schema([("mood", pa.string()), ("prompt", pa.int8())]))
-    assert schema.names == [*IMAGE_COLUMNS.names, "mood", "input_prompt"]
-    assert schema.field("input_prompt").type == pa.int8()

@@ -53,7 +53,7 @@ REFERENCE = {
 @pytest.fixture(scope="module")
 def pipe() -> diffusers.StableDiffusionPipeline:
     torch.set_num_threads(WORKERS.threads)
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(INFO.folder, torch_dtype=torch.float32, safety_checker=None)
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(INFO.folder, dtype=torch.float32, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.enable_slicing()
     pipe.original_config = dict(pipe.scheduler.config)

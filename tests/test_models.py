@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,3 +94,21 @@ def test_a_lease_carries_its_own_rows_only(write_manifest: Callable[..., Path], 
     prepared = prepare(load_job(write_job(manifest)))
     first = next(leases(prepared.manifest, Grid(1000, 4), lambda index: False))
     assert len(pickle.dumps(first)) < 20_000
+
+
+def test_the_profile_is_the_same_in_processes_with_other_hash_seeds(copy: Path) -> None:
+    """diffusers notes defaults of a short scheduler configuration in hash order; that must not reach the profile."""
+    config = copy / "scheduler/scheduler_config.json"
+    config.write_text(json.dumps({"_class_name": "DPMSolverMultistepScheduler", "beta_end": 0.012}))
+    script = (
+        "import json; from renderfarm.config import ModelSpec, Workers\n"
+        "from renderfarm.models.catalog import describe; from renderfarm.models.load import load_model\n"
+        f"print(json.dumps(load_model(describe(ModelSpec(id={str(copy)!r})), Workers()).profile(), sort_keys=True))\n"
+    )
+    profiles = {
+        subprocess.run(
+            [sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout.splitlines()[-1]
+        for seed in ("1", "2")
+    }
+    assert len(profiles) == 1

@@ -90,6 +90,25 @@ def test_a_killed_driver_leaves_no_ray_process_behind(write_manifest: Write, wri
 
 
 @pytest.mark.chaos
+@pytest.mark.parametrize("engine", ["inline", "ray"])
+def test_a_second_sigterm_ends_at_once_with_75(engine: str, write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    manifest = write_manifest({"prompt": [f"row {k}" for k in range(400)]})
+    job = write_job(manifest, output={"part_rows": 100}, render={"num_inference_steps": 20})
+    process = start(job, "--engine", engine, RENDERFARM_FAKE_STEP_S="0.5")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out/_renderfarm/profile.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None, "the parts in flight take minutes"
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=30)[0].decode()
+    assert process.returncode == 75, text
+    assert "Traceback" not in text
+    assert '"state": "INTERRUPTED"' in (tmp_path / "out/_renderfarm/progress.json").read_text()
+
+
+@pytest.mark.chaos
 def test_sigterm_finishes_the_parts_in_flight_and_exits_75(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
     manifest = write_manifest({"prompt": [f"row {k}" for k in range(90)]})
     job = write_job(manifest)

@@ -96,7 +96,7 @@ def test_bad_rows_become_error_rows_with_reasons_and_the_rest_renders(
             "sampler": ["euler", "euler", "euler", "euler", "ddim", "euler", "euler", "eulr"],
         }
     )
-    summary = renderfarm.run(write_job(manifest, workers={"batch_size": 1}), engine=engine)
+    summary = renderfarm.run(write_job(manifest), engine=engine)
     out = tmp_path / "out"
     check_complete(out, every(8))
     assert (summary.state, summary.exit_code, summary.images, summary.errors) == ("PARTIAL", 3, 1, 7)
@@ -226,3 +226,68 @@ def test_a_float_seed_that_is_no_longer_exact_is_refused(write_manifest: Write, 
     renderfarm.run(write_job(write_manifest({"prompt": ["a", "b"], "seed": [2.0**53, 2.0**60]})), engine="inline")
     assert [row["seed"] for row in image_rows(tmp_path / "out")] == [2**53]
     assert "write the column as int64" in error_rows(tmp_path / "out")[0]["error_message"]
+
+
+def test_a_row_that_fails_in_a_batch_costs_no_mate(engine: str, write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    manifest = write_manifest({"prompt": ["a", "b", "[error]", "d", "[oom]", "f"]})
+    renderfarm.run(write_job(manifest, output={"part_rows": 6}), engine=engine)
+    out = tmp_path / "out"
+    check_complete(out, every(6))
+    assert [(row["row"], row["error_class"]) for row in error_rows(out)] == [(2, "RenderFailed"), (4, "OutOfMemory")]
+
+
+def test_a_removed_or_damaged_picture_does_not_stop_the_next_run(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    job = write_job(write_manifest())
+    renderfarm.run(job, engine="inline")
+    gone, damaged = sorted((tmp_path / "out/data").rglob("*.png"))[:2]
+    gone.unlink()
+    damaged.write_bytes(b"")
+    assert renderfarm.run(job, engine="inline").state == "SUCCEEDED"
+
+
+def test_a_selection_of_no_row_is_an_error_that_says_so(write_manifest: Write, write_job: Write) -> None:
+    job = load_job(write_job(write_manifest()), ["manifest.where={category: hot}"])
+    with pytest.raises(InvalidJob, match="selects no row"):
+        renderfarm.run(job, engine="inline")
+
+
+def test_workers_that_write_elsewhere_do_not_count_as_done(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    """As on nodes whose folder of that name is not shared: receipts come, but the parts are not here."""
+    from renderfarm.driver import Driver
+    from renderfarm.engines.inline import InlineEngine
+    from renderfarm.preparation import prepare
+
+    job = load_job(write_job(write_manifest()))
+    elsewhere = job.model_copy(update={"output": job.output.model_copy(update={"path": str(tmp_path / "elsewhere")})})
+    prepared = prepare(job)
+    driver = Driver(prepared, threading.Event(), lambda progress: None)
+    driver.begin()
+    with pytest.raises(Fatal, match="not the same place for every node"):
+        driver.run(lambda: InlineEngine(elsewhere, prepared.model))
+
+
+def test_an_output_named_by_an_environment_variable_is_where_this_process_says(
+    engine: str, write_manifest: Write, write_job: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RENDERFARM_TEST_OUT", str(tmp_path / "named"))
+    summary = renderfarm.run(write_job(write_manifest(), output={"path": "${RENDERFARM_TEST_OUT}/x"}), engine=engine)
+    assert summary.out == str(tmp_path / "named/x")
+    check_complete(tmp_path / "named/x", every(8))
+    assert "RENDERFARM_TEST_OUT" not in (tmp_path / "named/x/README.md").read_text()
+
+
+def test_a_moved_model_and_an_explicit_default_are_the_same_job(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    from renderfarm.config import ModelSpec
+    from renderfarm.models.catalog import describe
+
+    manifest, shipped = write_manifest({"prompt": ["a"]}), str(describe(ModelSpec(id="builtin:shapes")).folder)
+    one, two = (shutil.copytree(shipped, tmp_path / place / "model") for place in "ab")
+    renderfarm.run(write_job(manifest, model=str(one)), engine="inline")
+    again = write_job(manifest, model=str(two), render={"height": 64, "sampler": "Euler"})
+    assert renderfarm.run(again, engine="inline").new_images == 0
+
+
+def test_a_column_called_image_does_not_hide_the_pictures(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    job = load_job(write_job(write_manifest({"prompt": ["a"], "image": ["old.png"]})), ["manifest.columns={image: null}"])
+    renderfarm.run(job, engine="inline")
+    assert image_rows(tmp_path / "out")[0]["input_image"] == "old.png"

@@ -241,8 +241,9 @@ def test_a_size_is_never_rounded_and_an_advised_one_is_accepted(value: int) -> N
 @pytest.mark.parametrize(
     ("cells", "expected"),
     [
-        ({"num_inference_steps": 0}, "num_inference_steps is 0; it must be between 1 and 1000"),
-        ({"num_inference_steps": 1001}, "num_inference_steps is 1001; it must be between 1 and 1000"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0; it must be at least 1"),
+        ({"num_inference_steps": 999}, "num_inference_steps is 999; sampler euler takes at most 998"),
+        ({"num_inference_steps": 51, "sampler": "lcm"}, "num_inference_steps is 51; sampler lcm takes at most 50"),
         ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5; it must be a whole number"),
         ({"num_inference_steps": 1, "sampler": "dpm++2s"}, "num_inference_steps is 1; sampler dpm++2s needs at least 2"),
         ({"guidance_scale": -0.5}, "guidance_scale is -0.5; it must be between 0 and 1000"),

@@ -93,12 +93,10 @@ def test_a_million_problems_are_all_counted_but_only_the_first_are_kept(write_ma
     assert found.problems[-1].startswith(f"prompts.parquet, row {KEPT_PROBLEMS - 1}: prompt is empty")
 
 
-def test_validating_writes_nothing_and_reports_progress(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+def test_validating_writes_nothing(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
     job = write_job(write_manifest())
     before = sorted(tmp_path.rglob("*"))
-    seen: list[int] = []
-    validate_rows(prepare(load_job(job)), seen.append)
-    assert seen == [3, 6, 8]
+    assert validate_rows(prepare(load_job(job))).rows == 8
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import queue
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable
 
 from renderfarm.config import Job
 from renderfarm.engines.base import Done, Event, Failed, Ready
 from renderfarm.errors import RenderFailed, RenderfarmError
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.records import Lease
-from renderfarm.worker import LEASES_IN_FLIGHT, Worker, WorkerSpec
+from renderfarm.worker import Worker, WorkerSpec
 
 
 class InlineEngine:
@@ -19,12 +20,12 @@ class InlineEngine:
     def __init__(self, job: Job, model: ModelInfo) -> None:
         self.job, self.model = job, model
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.threads = ThreadPoolExecutor(LEASES_IN_FLIGHT, thread_name_prefix="lease")
+        self.in_flight = 0
         self.worker: Worker | None = None
 
     def start_worker(self, name: str) -> None:
         self.worker = Worker(WorkerSpec(name, self.job, self.model))
-        self.threads.submit(self._ready, name, self.worker)
+        _start(self._ready, name, self.worker)
 
     def _ready(self, name: str, worker: Worker) -> None:
         try:
@@ -34,7 +35,8 @@ class InlineEngine:
 
     def submit(self, worker: str, lease: Lease) -> None:
         assert self.worker is not None
-        self.threads.submit(self._render, worker, self.worker, lease)
+        self.in_flight += 1
+        _start(self._render, worker, self.worker, lease)
 
     def _render(self, name: str, worker: Worker, lease: Lease) -> None:
         try:
@@ -44,14 +46,22 @@ class InlineEngine:
 
     def next_events(self, timeout_s: float) -> list[Event]:
         try:
-            return [self.events.get(timeout=timeout_s)]
+            event = self.events.get(timeout=timeout_s)
         except queue.Empty:
             return []
+        if isinstance(event, Done) or (isinstance(event, Failed) and event.lease is not None):
+            self.in_flight -= 1
+        return [event]
 
     def shutdown(self) -> None:
-        self.threads.shutdown()
-        if self.worker is not None:
+        """End the worker; one that is in the middle of leases is abandoned, as a killed process would be."""
+        if self.worker is not None and not self.in_flight:
             self.worker.close()
+
+
+def _start(target: Callable[..., None], *arguments: object) -> None:
+    """The driver bounds how many leases are in flight. Daemons: a run that is to end at once does not wait for them."""
+    threading.Thread(target=target, args=arguments, name="lease", daemon=True).start()
 
 
 def _ours(error: Exception) -> RenderfarmError:

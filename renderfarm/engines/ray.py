@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -138,6 +139,12 @@ def _uses_gpu(job: Job) -> bool | None:
     return has and job.workers.device == "auto"
 
 
+def _last_line(text: str) -> str:
+    """The line that holds the reason, without colours: Ray puts the remote traceback before it."""
+    lines = [line.strip() for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()]
+    return next((line for line in reversed(lines) if line), "the worker died")
+
+
 def _ours(error: Exception) -> RenderfarmError:
     """Ray's errors as ours, most specific first."""
     if isinstance(error, ray.exceptions.RayTaskError):
@@ -148,5 +155,5 @@ def _ours(error: Exception) -> RenderfarmError:
     if isinstance(error, RenderfarmError):
         return error
     if isinstance(error, ray.exceptions.RayActorError | ray.exceptions.WorkerCrashedError | ray.exceptions.OutOfMemoryError):
-        return WorkerLost(str(error).splitlines()[0])
+        return WorkerLost(_last_line(str(error)))
     return RenderFailed(f"{type(error).__name__}: {error}")

@@ -15,6 +15,8 @@ def load_model(info: ModelInfo, workers: Workers) -> SlotModel:
         from renderfarm.models.fake import Fake
 
         return Fake(info, workers)
+    # transformers speaks while it is imported, of image processors that nothing here uses
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # read when diffusers is imported: a model is data, never code
     from renderfarm.models.stable_diffusion import StableDiffusion
 

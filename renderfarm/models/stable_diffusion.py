@@ -50,7 +50,7 @@ class StableDiffusion:
         assert info.folder is not None
         try:
             self.pipe = StableDiffusionPipeline.from_pretrained(
-                info.folder, torch_dtype=self.dtype, use_safetensors=True, local_files_only=True, safety_checker=None
+                info.folder, dtype=self.dtype, use_safetensors=True, local_files_only=True, safety_checker=None
             ).to(self.device)
         except Exception as error:  # damaged weights raise many kinds; none of them is the row's fault
             raise Fatal(f"model {info.id}: cannot be loaded from {info.folder}: {error}") from error
@@ -58,7 +58,9 @@ class StableDiffusion:
         self.text_length = self.pipe.tokenizer.model_max_length
 
     def profile(self) -> dict[str, Any]:
-        own = {"text_length": self.text_length, "vae_slicing": True, "scheduler": dict(self.pipe.scheduler.config)}
+        # names with `_` are diffusers' own notes, one of them a list in hash order
+        scheduler = {key: value for key, value in self.pipe.scheduler.config.items() if not key.startswith("_")}
+        own = {"text_length": self.text_length, "vae_slicing": True, "scheduler": scheduler}
         return describe_profile(self.info, self.workers, self.device) | own
 
     def slot_group(self, sample: Sample) -> Hashable:

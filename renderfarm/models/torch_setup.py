@@ -53,6 +53,7 @@ def prepare_torch(workers: Workers) -> str:
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     return device
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from typing import Any
 
 from jinja2 import Environment
@@ -40,10 +41,10 @@ from datasets import load_dataset
 dataset = load_dataset({{ out|tojson }}, split="train")   # columns: image, prompt, seed, …
 
 import glob, pandas
-table = pandas.concat(map(pandas.read_parquet, sorted(glob.glob({{ (out ~ "/" ~ tables)|tojson }}))))
+table = pandas.concat(map(pandas.read_parquet, sorted(glob.glob({{ (escaped ~ "/" ~ tables)|tojson }}))))
 
 import duckdb
-table = duckdb.sql("select * from '{{ out }}/{{ tables }}'")
+table = duckdb.sql("select * from '{{ quoted }}/{{ tables }}'")
 
 import renderfarm
 for image, record in renderfarm.open({{ out|tojson }}): ...
@@ -80,6 +81,8 @@ def write_card(
         format=frozen["output"]["format"],
         seed=frozen["seed"],
         out=store.url,
+        escaped=glob.escape(store.url),
+        quoted=store.url.replace("'", "''"),
         tables=files.TABLES,
         sheet=sheet,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import textwrap
 
@@ -15,7 +16,11 @@ CELL_PX, CAPTION_PX, GAP_PX, COLUMNS = 128, 34, 8, 6
 
 def write_contact_sheet(output: Output, limit: int = 36) -> str | None:
     """Put a sheet of up to `limit` images, spread over the output, at KEY. None if there is no image."""
-    cells = [(sample.image(), sample.record["prompt"]) for sample in output.spread(limit)]
+    cells = []
+    for sample in output.spread(limit):
+        # a view must not fail for a picture that somebody removed or damaged
+        with contextlib.suppress(KeyError, OSError):
+            cells.append((sample.image().convert("RGB"), sample.record["prompt"]))
     if not cells:
         return None
     buffer = io.BytesIO()
@@ -32,7 +37,7 @@ def _draw(cells: list[tuple[Image.Image, str]]) -> Image.Image:
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     for index, (image, prompt) in enumerate(cells):
         x, y = GAP_PX + index % columns * wide, GAP_PX + index // columns * high
-        small = image.convert("RGB")
+        small = image
         scale = CELL_PX / max(small.size)
         size = (max(1, round(small.width * scale)), max(1, round(small.height * scale)))
         small = small.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)

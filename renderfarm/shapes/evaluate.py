@@ -77,7 +77,7 @@ class Adherence:
 
 def load_pipeline(folder: Path | str) -> StableDiffusionPipeline:
     """The model in fp32 on the CPU. Slicing decodes image by image, as a batch may round differently."""
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     pipe.vae.enable_slicing()
     return pipe

@@ -27,7 +27,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from renderfarm.shapes.scenes import SIZE_PX, caption, draw, random_scene
 
 TEXT_LENGTH = 77
-NOISE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+# Stage 1 learns shapes with Stable Diffusion's own schedule. That schedule never hides a plain background: at its last
+# timestep sqrt(alpha_bar) is 0.068, and the mean of 16×16 latents shows it through the noise, so the model reads it
+# there and not from the text. Stage 2 goes on with a schedule that ends in noise (0.006), and predicts v, which at that
+# end is the picture itself.
+EPSILON = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
+VELOCITY = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "v_prediction"}
 
 
 def make_tokenizer() -> CLIPTokenizer:
@@ -160,15 +165,17 @@ def train_unet(
     tokens: torch.Tensor,
     empty: torch.Tensor,
     checkpoint: Path,
+    noise_options: dict[str, Any],
     steps: int,
+    max_lr: float,
     batch: int = 32,
 ) -> None:
-    """Epsilon prediction; a tenth of the captions dropped for guidance; the averaged weights are left in the models."""
-    noise_schedule = DDPMScheduler(**NOISE)
+    """A tenth of the captions is dropped for guidance; the averaged weights are left in the models."""
+    noise_schedule = DDPMScheduler(num_train_timesteps=1000, **noise_options)
     live = torch.nn.ModuleList([unet, text_encoder])
     average = copy.deepcopy(live)
-    optimizer = torch.optim.AdamW(live.parameters(), lr=1e-3, weight_decay=1e-2, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.2e-3, total_steps=steps, pct_start=0.08)
+    optimizer = torch.optim.AdamW(live.parameters(), lr=max_lr, weight_decay=1e-2, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=max_lr, total_steps=steps, pct_start=0.08)
     generator, start, first, losses = torch.Generator().manual_seed(2), time.time(), 0, []
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
@@ -185,7 +192,8 @@ def train_unet(
         with bf16():
             text = text_encoder(ids)[0]
             predicted = unet(noise_schedule.add_noise(x, noise, t), t, text, return_dict=False)[0]
-        loss = F.mse_loss(predicted.float(), noise)
+        wanted = noise if noise_options["prediction_type"] == "epsilon" else noise_schedule.get_velocity(x, noise, t)
+        loss = F.mse_loss(predicted.float(), wanted)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(live.parameters(), 1.0)
@@ -210,7 +218,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the stages' results")
     parser.add_argument("--out", type=Path, required=True, help="where the finished model goes")
     parser.add_argument("--vae-steps", type=int, default=2500)
-    parser.add_argument("--unet-steps", type=int, default=7000)
+    parser.add_argument("--epsilon-steps", type=int, default=7000)
+    parser.add_argument("--velocity-steps", type=int, default=1800)
     parser.add_argument("--pool", type=int, default=40_000, help="scenes drawn for the UNet")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -235,8 +244,10 @@ def main() -> None:
     text_encoder, unet = make_text_encoder(tokenizer), make_unet().to(memory_format=torch.channels_last)
     tokens = tokenize(tokenizer, pool["captions"])
     empty = tokenize(tokenizer, [""])[0]
-    train_unet(unet, text_encoder, pool["latents"].float() * scale, tokens, empty, args.work / "unet.pt", args.unet_steps)
-    scheduler = EulerDiscreteScheduler(**NOISE, timestep_spacing="leading", steps_offset=1)
+    latents = pool["latents"].float() * scale
+    train_unet(unet, text_encoder, latents, tokens, empty, args.work / "unet.pt", EPSILON, args.epsilon_steps, 1.2e-3)
+    train_unet(unet, text_encoder, latents, tokens, empty, args.work / "velocity.pt", VELOCITY, args.velocity_steps, 8e-4)
+    scheduler = EulerDiscreteScheduler(**VELOCITY, timestep_spacing="leading", steps_offset=1)
     pipeline = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,

@@ -1,0 +1,102 @@
+"""The driver's loop against a scripted engine: what it does when workers fail to start or die."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from renderfarm.config import load_job
+from renderfarm.driver import Driver, RunSummary
+from renderfarm.engines.base import Done, Event, Failed, Ready
+from renderfarm.errors import Fatal, ProfileMismatch, RenderFailed, RenderfarmError, Transient, WorkerLost
+from renderfarm.preparation import Prepared, prepare
+from renderfarm.records import Lease, WorkerReady
+from renderfarm.worker import Worker, WorkerSpec
+
+Write = Callable[..., Path]
+
+
+class ScriptedEngine:
+    """Real workers, run one lease at a time in this thread; starts and leases fail as scripted."""
+
+    def __init__(self, prepared: Prepared, starts: dict[str, RenderfarmError], leases: dict[int, list[RenderfarmError]]) -> None:
+        self.prepared, self.starts, self.leases = prepared, starts, leases
+        self.max_workers = 2
+        self.workers: dict[str, Worker] = {}
+        self.events: deque[Event] = deque()
+        self.submitted: list[tuple[str, int]] = []
+
+    def start_worker(self, name: str) -> None:
+        if error := self.starts.get(name):
+            self.events.append(Failed(name, None, error))
+            return
+        self.workers[name] = Worker(WorkerSpec(name, self.prepared.job, self.prepared.model))
+        self.events.append(Ready(name, WorkerReady(name, self.workers[name].ready().profile_sha256, "cpu", 0.0)))
+
+    def submit(self, worker: str, lease: Lease) -> None:
+        self.submitted.append((worker, lease.number))
+        if self.leases.get(lease.number):
+            self.events.append(Failed(worker, lease, self.leases[lease.number].pop(0)))
+        else:
+            self.events.append(Done(worker, lease, self.workers[worker].render(lease)))
+
+    def next_events(self, timeout_s: float) -> list[Event]:
+        return [self.events.popleft()] if self.events else []
+
+    def shutdown(self) -> None:
+        for worker in self.workers.values():
+            worker.close()
+
+
+@pytest.fixture
+def drive(write_manifest: Write, write_job: Write) -> Callable[..., tuple[RunSummary, ScriptedEngine]]:
+    def run(
+        starts: dict[str, RenderfarmError] | None = None, leases: dict[int, list[RenderfarmError]] | None = None
+    ) -> tuple[RunSummary, ScriptedEngine]:
+        prepared = prepare(load_job(write_job(write_manifest())))
+        engine = ScriptedEngine(prepared, starts or {}, leases or {})
+        driver = Driver(prepared, threading.Event(), lambda progress: None)
+        driver.begin()
+        return driver.run(lambda: engine), engine
+
+    return run
+
+
+@pytest.mark.parametrize("error", [RenderFailed("x"), WorkerLost("x"), Fatal("x"), ProfileMismatch("x")])
+def test_a_worker_that_cannot_start_does_not_stop_the_one_that_works(
+    error: RenderfarmError, drive: Callable[..., tuple[RunSummary, ScriptedEngine]]
+) -> None:
+    summary, _ = drive(starts={"w1": error, "w2": error, "w3": error})
+    assert (summary.state, summary.images) == ("SUCCEEDED", 8)
+
+
+def test_a_worker_that_starts_late_is_tried_again_until_the_budget_ends(drive: Callable[..., tuple[RunSummary, ScriptedEngine]]) -> None:
+    summary, _ = drive(starts={"w0": WorkerLost("x"), "w1": WorkerLost("x")})
+    assert summary.state == "SUCCEEDED"
+
+
+def test_when_no_worker_can_be_started_the_job_stops_with_the_reason(drive: Callable[..., tuple[RunSummary, ScriptedEngine]]) -> None:
+    with pytest.raises(Fatal, match="no worker could be started: no memory"):
+        drive(starts={f"w{k}": WorkerLost("no memory") for k in range(20)})
+
+
+def test_a_lost_workers_leases_go_to_another_worker(drive: Callable[..., tuple[RunSummary, ScriptedEngine]]) -> None:
+    summary, engine = drive(leases={1: [WorkerLost("gone")]})
+    assert summary.images == 8
+    assert len({worker for worker, lease in engine.submitted if lease == 1}) == 2
+
+
+def test_a_transient_failure_is_tried_again_and_charged_to_no_row(drive: Callable[..., tuple[RunSummary, ScriptedEngine]]) -> None:
+    summary, _ = drive(leases={0: [Transient("busy"), Transient("busy")]})
+    assert (summary.images, summary.errors) == (8, 0)
+
+
+def test_workers_that_die_on_a_part_without_naming_a_row_stop_the_job_in_the_end(
+    drive: Callable[..., tuple[RunSummary, ScriptedEngine]],
+) -> None:
+    with pytest.raises(Fatal, match="workers died on rows 3 to 5 and no row could be named"):
+        drive(leases={1: [WorkerLost("gone") for _ in range(9)]})
