@@ -82,10 +82,16 @@ def _stop_on_signals() -> threading.Event:
     return stop
 
 
+def _shown(path: str) -> str:
+    """A local path below this folder as a person would type it."""
+    relative = os.path.relpath(path) if os.path.isabs(path) else path
+    return path if relative.startswith("..") else relative
+
+
 def _print_summary(summary: dict[str, Any], job: Path) -> None:
     from renderfarm.report.contact_sheet import KEY as SHEET
 
-    state = summary["state"]
+    state, out = summary["state"], _shown(summary["out"])
     if state == "INTERRUPTED":
         out_console.print("interrupted: run the same command again to continue")
     elif not summary["new_images"] and not summary["new_errors"]:
@@ -95,18 +101,18 @@ def _print_summary(summary: dict[str, Any], job: Path) -> None:
             f"{summary['new_images']:,} images in {summary['seconds']:.0f} s ({summary['images_per_second']:.1f} images/s while rendering)"
         )
     counts = f"{summary['images']:,} images, {summary['errors']:,} errors, {summary['rows']:,} rows"
-    out_console.print(f"{state.lower()}: {counts} in {summary['out']}")
+    out_console.print(f"{state.lower()}: {counts} in {out}")
     for name, count in summary["error_classes"].items():
-        out_console.print(f"  {name}: {count:,}  (reasons in {summary['out']}/errors/)")
+        out_console.print(f"  {name}: {count:,}  (reasons in {out}/errors/)")
     if summary["images"]:
-        out_console.print(f"contact sheet: {summary['out']}/{SHEET}")
+        out_console.print(f"contact sheet: {out}/{SHEET}")
     if state == "INTERRUPTED":
         return
     me = "renderfarm" if shutil.which("renderfarm") else sys.argv[0]
     out_console.print("next:")
-    out_console.print(f"  {me} status {summary['out']}")
+    out_console.print(f"  {me} status {out}")
     out_console.print(f"  {me} plan {job}")
-    out_console.print(f"  {me} run {job} --out {summary['out']}-8-steps --set render.num_inference_steps=8")
+    out_console.print(f"  {me} run {job} --out {out}-8-steps --set render.num_inference_steps=8")
 
 
 @app.command()

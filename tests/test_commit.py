@@ -82,7 +82,8 @@ def test_every_difference_is_printed_with_what_is_there_and_what_is_now(store: S
         '  manifest.where: null there, {"row": "0-1"} now',
         '  model.id: "m" there, "n" now',
         "  seed: 0 there, 1 now",
-        "restore them to continue, or give another output (--out)",
+        "restore them to continue, or give another output (--out); "
+        f"nothing is rendered yet, so you may also remove {store.url}/_renderfarm/job.json",
     ]
     assert commit.read_json(store, commit.JOB)["seed"] == 0
 
