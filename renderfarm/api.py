@@ -27,16 +27,18 @@ def run(
     address: str | None = None,
     observe: Observer = lambda progress: None,
     stop: threading.Event | None = None,
+    stop_now: threading.Event | None = None,
 ) -> RunSummary:
     """Render what the job's output does not hold yet; run it again and it continues.
 
     `engine="inline"` renders in this process with one worker; `address` joins a Ray cluster instead of starting one.
-    Setting `stop` ends the run after the leases in flight. Raises InvalidJob or Fatal; a bad row raises nothing.
+    Setting `stop` ends the run after the leases in flight, `stop_now` at once with Interrupted. Raises InvalidJob or
+    Fatal; a bad row raises nothing.
     """
     prepared = prepare(job if isinstance(job, Job) else load_job(job))
     if engine == "ray" and prepared.store.url.startswith("memory://"):
         raise InvalidJob("memory:// is this process's memory, which Ray's workers do not share; use --engine inline or a folder")
-    driver = Driver(prepared, stop or threading.Event(), observe)
+    driver = Driver(prepared, stop or threading.Event(), observe, stop_now=stop_now)
     driver.begin()
     _write_card(prepared)  # at the start, so that an interrupted output opens, too
     summary = driver.run(_engine_maker(prepared, engine, address))

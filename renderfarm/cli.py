@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from renderfarm.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_ROWS_FAILED, EXIT_USAGE, Interrupted, RenderfarmError
+from renderfarm.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_ROWS_FAILED, EXIT_USAGE, RenderfarmError
 
 app = typer.Typer(
     name="renderfarm",
@@ -57,9 +57,9 @@ def run(
     from renderfarm.report.live import Watcher
 
     loaded = load_job(job, sets, out, logical_date)
-    stop = _stop_on_signals()
+    stop, stop_now = _stop_on_signals()
     with Watcher(console, quiet=as_json) as watcher:
-        summary = run_job(loaded, engine=engine.value, address=address, observe=watcher, stop=stop)
+        summary = run_job(loaded, engine=engine.value, address=address, observe=watcher, stop=stop, stop_now=stop_now)
     if as_json:
         _print_json(summary.to_dict())
     else:
@@ -67,19 +67,23 @@ def run(
     raise typer.Exit(summary.exit_code)
 
 
-def _stop_on_signals() -> threading.Event:
-    """The first Ctrl-C or SIGTERM lets leases in flight finish; the second one ends at once."""
-    stop = threading.Event()
+def _stop_on_signals() -> tuple[threading.Event, threading.Event]:
+    """The first Ctrl-C or SIGTERM lets leases in flight finish; the second one ends at once.
+
+    Nothing is raised in the handler: an exception inside one of Ray's own calls becomes another error.
+    """
+    stop, stop_now = threading.Event(), threading.Event()
 
     def handle(number: int, frame: Any) -> None:
         if stop.is_set():
-            raise Interrupted("stopped at once: run the same command again to continue")
+            stop_now.set()
+            return
         stop.set()
         console.print("stopping: parts in flight are being finished (again: stop at once; nothing committed is lost)")
 
     signal.signal(signal.SIGINT, handle)
     signal.signal(signal.SIGTERM, handle)
-    return stop
+    return stop, stop_now
 
 
 def _shown(path: str) -> str:

@@ -76,7 +76,15 @@ class RunSummary:
 class Driver:
     """One run of one job."""
 
-    def __init__(self, prepared: Prepared, stop: threading.Event, observe: Observer, grace_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        stop: threading.Event,
+        observe: Observer,
+        grace_s: float = 30.0,
+        stop_now: threading.Event | None = None,
+    ) -> None:
+        self.stop_now = stop_now or threading.Event()
         self.prepared, self.job, self.store = prepared, prepared.job, prepared.store
         self.stop, self.observe, self.grace_s = stop, observe, grace_s
         self.progress = Progress(
@@ -127,6 +135,8 @@ class Driver:
             for due in [at for at in self.restarts if at <= time.monotonic()]:
                 self.restarts.remove(due)
                 self._start_worker(engine)
+            if self.stop_now.is_set():
+                raise Interrupted("stopped at once: run the same command again to continue")
             if self.stop.is_set():
                 stop_at = stop_at or time.monotonic() + self.grace_s
                 if not self._in_flight() or time.monotonic() > stop_at:

@@ -10,8 +10,11 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -49,7 +52,8 @@ class RayEngine:
         self._calls: dict[Any, tuple[str, Lease | None]] = {}
         self._own = not ray.is_initialized()
         if self._own:
-            self._connect(address)
+            with _signals_kept():
+                self._connect(address)
         gpu = _uses_gpu(job)
         if gpu is None:
             raise Fatal("workers.device is cuda, but no node of this Ray has a GPU; use device: auto or cpu")
@@ -129,6 +133,20 @@ class RayEngine:
             ray.shutdown()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """ray.init puts its own handlers in place, and a SIGTERM would end the driver without finishing what is in flight."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def _uses_gpu(job: Job) -> bool | None:

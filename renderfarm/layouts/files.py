@@ -56,7 +56,7 @@ def _parquet(table: pa.Table) -> bytes:
 def read_table(data: bytes) -> tuple[pa.Table, pa.Table]:
     """A commit object's (images, errors). Raises Fatal for one that is damaged: it was whole when it was committed."""
     try:
-        table = pq.read_table(io.BytesIO(data))
+        table = _read_parquet(data)
     except (pa.ArrowException, OSError, ValueError) as error:
         raise Fatal(f"a committed table is damaged ({str(error).splitlines()[0]}); restore the output from a copy") from error
     packed = (table.schema.metadata or {}).get(ERRORS_KEY)
@@ -65,4 +65,10 @@ def read_table(data: bytes) -> tuple[pa.Table, pa.Table]:
 
 
 def read_errors(data: bytes) -> pa.Table:
-    return pq.read_table(io.BytesIO(data))
+    return _read_parquet(data)
+
+
+def _read_parquet(data: bytes) -> pa.Table:
+    """In this thread and from Arrow's own buffer: read_table's threads may still let go of a Python file object while
+    the interpreter ends, which aborts the process."""
+    return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
