@@ -38,8 +38,8 @@ def choose_part_rows(job: Job) -> int:
 
 def leases(manifest: Manifest, grid: Grid, is_done: Callable[[int], bool]) -> Iterator[Lease]:
     """One lease per part that is not done, in order, with its rows read as it is asked for."""
-    todo, ahead = itertools.tee(grid.part(index) for index in range(len(grid)) if not is_done(index))
+    left, ahead = itertools.tee(grid.part(index) for index in range(len(grid)) if not is_done(index))
     tables = manifest.stream((part.start, part.stop) for part in ahead)
-    for part, rows in zip(todo, tables, strict=True):
+    for part, rows in zip(left, tables, strict=True):
         # a slice pickles with all of its batch's buffers; a copy holds the lease's own rows
         yield Lease(number=part.index, parts=(part,), rows=rows.take(pa.array(range(len(rows)), pa.int64())))
