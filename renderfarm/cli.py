@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -27,6 +28,9 @@ app = typer.Typer(
 )
 out_console = Console(soft_wrap=True, highlight=False)
 console = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+SAME_SIGNAL_S = 1.0
 
 
 class EngineChoice(StrEnum):
@@ -73,11 +77,16 @@ def _stop_on_signals() -> tuple[threading.Event, threading.Event]:
     Nothing is raised in the handler: an exception inside one of Ray's own calls becomes another error.
     """
     stop, stop_now = threading.Event(), threading.Event()
+    first = 0.0
 
     def handle(number: int, frame: Any) -> None:
+        nonlocal first
         if stop.is_set():
-            stop_now.set()
+            # `timeout` and service managers signal a process and its group, so one stop may arrive twice
+            if time.monotonic() - first > SAME_SIGNAL_S:
+                stop_now.set()
             return
+        first = time.monotonic()
         stop.set()
         console.print("stopping: parts in flight are being finished (again: stop at once; nothing committed is lost)")
 

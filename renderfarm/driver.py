@@ -107,7 +107,7 @@ class Driver:
 
     def run(self, make_engine: Callable[[], Engine]) -> RunSummary:
         """Render what is not done. Starts no worker when all is."""
-        done = bytearray(len(self.prepared.grid))
+        done = bytearray(self.prepared.grid.total)
         for index, receipt in self.prepared.committed().items():
             done[index] = 1
             self.progress.add_committed(receipt)

@@ -21,7 +21,7 @@ def estimate(prepared: Prepared) -> dict[str, Any]:
     errors_done = sum(receipt.errors for receipt in committed.values())
     rows_done = sum(grid.part(index).stop - grid.part(index).start for index in committed)
     per_row = (images_done + errors_done) / rows_done if rows_done and job.manifest.where is None else job.render.num_images_per_prompt or 1
-    images_left = round((grid.rows - rows_done) * per_row)
+    images_left = round((sum(part.stop - part.start for part in grid) - rows_done) * per_row)
     if images_done:
         bytes_per_image = sum(receipt.bytes for receipt in committed.values()) / images_done
     else:

@@ -102,9 +102,9 @@ def _is_one_of(column: pa.ChunkedArray, name: str, wanted: Any) -> pa.Array:
         ) from None
 
 
-def _in_ranges(ordinals: np.ndarray, text: str) -> np.ndarray:
+def parse_ranges(text: str) -> list[range]:
     """`1-3,5,7-20:2` as OpenJD writes it: both ends belong to a range, `:2` is the stride."""
-    keep = np.zeros(len(ordinals), dtype=bool)
+    found = []
     for piece in text.split(","):
         try:
             span, _, stride = piece.strip().partition(":")
@@ -114,7 +114,14 @@ def _in_ranges(ordinals: np.ndarray, text: str) -> np.ndarray:
                 raise ValueError
         except ValueError:
             raise InvalidJob(f"manifest.where.row: {piece.strip()!r} is not a range; write rows as 0-199,300,400-500:2") from None
-        keep |= (ordinals >= start) & (ordinals <= end) & ((ordinals - start) % step == 0)
+        found.append(range(start, end + 1, step))
+    return found
+
+
+def _in_ranges(ordinals: np.ndarray, text: str) -> np.ndarray:
+    keep = np.zeros(len(ordinals), dtype=bool)
+    for wanted in parse_ranges(text):
+        keep |= (ordinals >= wanted.start) & (ordinals < wanted.stop) & ((ordinals - wanted.start) % wanted.step == 0)
     return keep
 
 

@@ -10,7 +10,7 @@ from renderfarm.config import Job, expand_env
 from renderfarm.errors import InvalidInput, InvalidJob
 from renderfarm.manifest import Manifest, open_manifest
 from renderfarm.models.catalog import ModelInfo, describe
-from renderfarm.plan import Grid, choose_part_rows
+from renderfarm.plan import Grid, choose_part_rows, where_row
 from renderfarm.records import PartReceipt
 from renderfarm.samplers import find_sampler
 from renderfarm.samples import check_side
@@ -70,7 +70,7 @@ def prepare(job: Job) -> Prepared:
     # expanded once and here: a worker's environment and folder may be others
     store = open_store(expand_env(job.output.path))
     job = job.model_copy(update={"output": job.output.model_copy(update={"path": store.url})})
-    return Prepared(job, model, manifest, store, Grid(manifest.rows, choose_part_rows(job)))
+    return Prepared(job, model, manifest, store, Grid(manifest.rows, choose_part_rows(job), where_row(job.manifest.where)))
 
 
 def _check_render(job: Job, model: ModelInfo) -> None:

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from renderfarm import commit
+from renderfarm.plan import frozen_grid
 from renderfarm.reading import Output
 from renderfarm.reading import open as open_output
 
@@ -21,14 +22,13 @@ def read_status(out: str) -> dict[str, Any]:
     if state in ("STARTING", "RUNNING") and age > STALE_S:
         state = "INTERRUPTED"
     running = state in ("STARTING", "RUNNING")
-    frozen = output.job
-    rows = sum(file["rows"] for file in frozen["manifest"]["files"])
+    grid = frozen_grid(output.job)
     return {
         "out": output.store.url,
         "job": progress.get("job"),
         "state": state,
-        "rows": rows,
-        "parts": -(-rows // frozen["output"]["part_rows"]),
+        "rows": grid.rows,
+        "parts": len(grid),
         "parts done": len(committed),
         "images": sum(receipt.images for receipt in committed),
         "errors": sum(receipt.errors for receipt in committed),

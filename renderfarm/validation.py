@@ -36,7 +36,7 @@ def validate_rows(prepared: Prepared) -> Validation:
     """Stream the manifest through the very checks that a worker makes. Memory: 8 bytes a row for duplicate ids."""
     grid, manifest = prepared.grid, prepared.manifest
     found, ids = Validation(), array("Q")
-    ranges = ((part.start, part.stop) for part in map(grid.part, range(len(grid))))
+    ranges = ((part.start, part.stop) for part in grid)
     for table in manifest.stream(ranges):
         for row in expand_rows(table, prepared.job, prepared.model):
             found.rows += 1

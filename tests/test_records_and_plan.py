@@ -120,6 +120,18 @@ def test_a_lease_whose_rows_are_all_left_out_still_ends_its_part(write_manifest:
     assert [lease.rows.column(ROW).to_pylist() for lease in leases(manifest, Grid(4, 2), lambda index: False)] == [[0], []]
 
 
+@given(st.integers(1, 300), st.integers(1, 40), st.lists(st.tuples(st.integers(0, 350), st.integers(0, 60), st.integers(1, 5)), min_size=1))
+def test_only_parts_with_a_named_row_are_leased(rows: int, part_rows: int, spans: list[tuple[int, int, int]]) -> None:
+    grid = Grid(rows, part_rows, ",".join(f"{first}-{first + length}:{stride}" for first, length, stride in spans))
+    named = {row for first, length, stride in spans for row in range(first, first + length + 1, stride) if row < rows}
+    found = [part.index for part in grid]
+    assert len(found) == len(grid)
+    assert found == sorted(set(found)) and set(found) <= set(range(grid.total))
+    assert set(found) >= {row // part_rows for row in named}
+    near = {index for first, length, _ in spans for index in range(first // part_rows, (first + length) // part_rows + 1)}
+    assert set(found) <= near
+
+
 def test_a_lease_is_sent_with_its_own_rows_and_not_with_its_whole_batch(write_manifest: Write) -> None:
     manifest = opened(write_manifest({"prompt": [f"{k:01000d}" for k in range(2000)]}))
     first = next(leases(manifest, Grid(2000, 2), lambda index: False))
