@@ -17,11 +17,15 @@ ARGUMENTS: dict[str, str] = {
     "num_inference_steps": INTEGER,
     "guidance_scale": NUMBER,
     "sampler": TEXT_OR_INTEGER,
-    # known to diffusers, taken by no family here yet: a column of that name is refused rather than ignored
+    # taken by some families only; where one is not taken, a column of that name is refused rather than ignored
     "prompt_2": TEXT,
     "prompt_3": TEXT,
     "negative_prompt_2": TEXT,
+    "negative_prompt_3": TEXT,
     "true_cfg_scale": NUMBER,
+    "seed_b": INTEGER,
+    "blend": NUMBER,
+    # taken by no family here yet
     "image": ANY,
     "mask_image": ANY,
     "control_image": ANY,

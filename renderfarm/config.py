@@ -46,6 +46,8 @@ class ModelSpec(Strict):
     """`builtin:shapes`, a folder in diffusers' format, or a hub id `org/name`."""
     revision: str | None = None
     """A full commit hash; required for a hub id, so that the weights cannot change under the job."""
+    safety_checker: bool = False
+    """Run the model's own safety checker, if it has one; an image that it refuses ends as an error row."""
 
 
 class Render(Strict):
@@ -62,6 +64,11 @@ class Render(Strict):
     guidance_scale: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = None
     sampler: str | None = None
     """One of `renderfarm samplers`."""
+    true_cfg_scale: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = None
+    """FLUX: guidance with a second pass over a negative prompt; on above 1, for rows that have a negative prompt."""
+    on_truncation: Literal["record", "error"] = "record"
+    """What to do with a prompt that the model reads only a beginning of. record: render it, and say in the table what
+    was cut off. error: the row ends as an error."""
     override: tuple[Literal["height", "width", "num_inference_steps", "guidance_scale", "sampler"], ...] = ()
     """Arguments for which the job's value wins over the row's column, e.g. `[height, width]`."""
 

@@ -4,7 +4,9 @@
     ├── InvalidInput        this row cannot be rendered: an error row at once, never retried
     │   ├── OutOfMemory     this shape does not fit the device; the advice is in the message
     │   ├── WorkerCrashed   the row killed the workers that rendered it
-    │   └── NonFiniteOutput the model gave NaN or infinity for this sample
+    │   ├── NonFiniteOutput the model gave NaN or infinity for this sample, or nothing but black
+    │   ├── PromptTruncated the model would not see the whole prompt, and the job wants no such image
+    │   └── Filtered        the model's own safety checker refused the image
     ├── RenderFailed        torch or diffusers failed on this sample in a way that nobody foresaw
     ├── Transient           may succeed later (store busy, network): retried with backoff, charged to no row
     ├── WorkerLost          the worker died or hangs: its lease goes to another one
@@ -48,7 +50,15 @@ class OutOfMemory(InvalidInput):
 
 
 class NonFiniteOutput(InvalidInput):
-    """The model gave NaN or infinity; never painted as black."""
+    """The model gave NaN, infinity, or a wholly black picture, which is what those become when they are cast."""
+
+
+class PromptTruncated(InvalidInput):
+    """The prompt has more tokens than the model reads, and the job says `on_truncation: error`."""
+
+
+class Filtered(InvalidInput):
+    """The model's safety checker refused this image. Nothing is rendered in its place."""
 
 
 class WorkerCrashed(InvalidInput):

@@ -39,7 +39,7 @@ class Prepared:
                 "columns": self.manifest.columns,
                 "where": job.manifest.model_dump(mode="json")["where"],  # YAML knows dates, JSON does not
             },
-            "model": {"id": self.model.name, "revision": self.model.revision},
+            "model": {"id": self.model.name, "revision": self.model.revision, "safety_checker": job.model.safety_checker},
             "render": self._render_defaults(),
             "seed": job.seed,
             "seed_policy": job.seed_policy,
@@ -55,8 +55,10 @@ class Prepared:
         if given.guidance_scale is not None:  # 0 is a value
             defaults["guidance_scale"] = given.guidance_scale
         return defaults | {
-            "sampler": find_sampler(given.sampler or self.model.sampler).name,
+            "sampler": find_sampler(given.sampler or self.model.sampler, self.model.kind).name,
             "negative_prompt": given.negative_prompt,
+            "true_cfg_scale": given.true_cfg_scale,
+            "on_truncation": given.on_truncation,
             "num_images_per_prompt": given.num_images_per_prompt or 1,
             "override": sorted(given.override),
         }
@@ -77,7 +79,10 @@ def _check_render(job: Job, model: ModelInfo) -> None:
     """The job's own defaults must be renderable, or every row would fail."""
     try:
         if job.render.sampler is not None:
-            find_sampler(job.render.sampler)
+            find_sampler(job.render.sampler, model.kind)
+        for name in ("negative_prompt", "true_cfg_scale"):
+            if getattr(job.render, name) is not None and name not in model.arguments:
+                raise InvalidInput(f"{name} is not an argument of this model; leave it out")
         for name in ("height", "width"):
             if (value := getattr(job.render, name)) is not None:
                 check_side(value, name, model)

@@ -31,6 +31,13 @@ class Sample:
     num_inference_steps: int
     guidance_scale: float
     sampler: str
+    prompt_2: str | None = None
+    prompt_3: str | None = None
+    negative_prompt_2: str | None = None
+    negative_prompt_3: str | None = None
+    true_cfg_scale: float | None = None
+    seed_b: int | None = None
+    blend: float | None = None
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,20 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from renderfarm.errors import InvalidInput
+
+Kind = Literal["diffusion", "flow"]
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """`draws`: takes fresh noise at its steps, from the sample's own generator (ancestral and SDE kinds)."""
+    """`draws`: takes fresh noise at its steps, from the sample's own generator (ancestral and SDE kinds).
+
+    `kind`: what the model must have been trained for, diffusion (noise or v at a timestep) or flow (a velocity at a time
+    between picture and noise). The other kind's samplers run, too, and paint nonsense.
+    """
 
     name: str
     scheduler: str
@@ -26,8 +32,10 @@ class Sampler:
     draws: bool = False
     min_steps: int = 1
     max_steps: int = 998  # of 1000 training steps; at 999 and 1000 half of the schedulers fail or give NaN
+    kind: Kind = "diffusion"
 
 
+_FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 _KARRAS = {"use_karras_sigmas": True}
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
 _TABLE = (
@@ -57,8 +65,19 @@ _TABLE = (
     # distilled models' samplers draw their steps from the 50 that they were distilled on
     Sampler("lcm", "LCMScheduler", draws=True, max_steps=50),
     Sampler("tcd", "TCDScheduler", draws=True, max_steps=50),
+    Sampler("flow-euler", "FlowMatchEulerDiscreteScheduler", aliases=("flowmatch_euler", "fm_euler"), kind="flow"),
+    Sampler("flow-dpm++2m", "DPMSolverMultistepScheduler", _FLOW, ("flow_dpmpp_2m",), kind="flow", min_steps=2),
+    Sampler("flow-unipc", "UniPCMultistepScheduler", _FLOW, kind="flow", min_steps=2),
 )  # fmt: skip
 SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in _TABLE}
+
+# Samplers that diffusers has and that are refused here, by each of their usual names: why.
+_GLOBAL = "draws its noise from the process's global random state, so its pixels would depend on batch mates and order"
+REFUSED: dict[str, tuple[str, str]] = {
+    "dpmsolversde": (_GLOBAL, "dpm++sde"),
+    "flow-heun": ("fails in diffusers for every flow model tried", "flow-euler"),
+    "flow-lcm": (_GLOBAL, "flow-euler"),
+}
 
 # DiffusionDB's column `sampler`: https://huggingface.co/datasets/poloclub/diffusiondb, "Data Fields"
 DIFFUSIONDB_CODES = {1: "ddim", 2: "pndm", 3: "euler", 4: "euler-a", 5: "heun", 6: "dpm2", 7: "dpm2-a", 8: "lms"}
@@ -72,20 +91,45 @@ def _spelling(name: str) -> str:
 _BY_SPELLING = {_spelling(word): sampler for sampler in _TABLE for word in (sampler.name, *sampler.aliases)}
 
 
-def find_sampler(name: str | int) -> Sampler:
-    """The sampler of a name, an alias, or a DiffusionDB code. Raises InvalidInput with the nearest name."""
+def find_sampler(name: str | int, kind: Kind) -> Sampler:
+    """The sampler of a name, an alias, or a DiffusionDB code, for models of that kind.
+
+    Raises InvalidInput with the reason and the nearest name that is legal.
+    """
     if isinstance(name, int):
         if name in DIFFUSIONDB_CODES:
-            return SAMPLERS[DIFFUSIONDB_CODES[name]]
+            return _of_kind(SAMPLERS[DIFFUSIONDB_CODES[name]], kind)
         raise InvalidInput(
             f"sampler code {name} has no exact equivalent: DiffusionDB's codes 1 to 8 name samplers, "
             "9 means an unknown other one; give the row one of `renderfarm samplers`"
         )
     if found := _BY_SPELLING.get(_spelling(name)):
-        return found
-    close = difflib.get_close_matches(_spelling(name), list(_BY_SPELLING), n=1, cutoff=0.4)
+        return _of_kind(found, kind)
+    if refused := {_spelling(word): reason for word, reason in REFUSED.items()}.get(_spelling(name)):
+        raise InvalidInput(f"sampler {name!r} {refused[0]}; the nearest that does not: {_nearest(refused[1], kind)!r}")
+    legal = [spelling for spelling, sampler in _BY_SPELLING.items() if sampler.kind == kind]
+    close = difflib.get_close_matches(_spelling(name), legal, n=1, cutoff=0.4)
     hint = f"; did you mean {_BY_SPELLING[close[0]].name!r}?" if close else ""
     raise InvalidInput(f"unknown sampler {name!r}{hint} (`renderfarm samplers` lists them)")
+
+
+def _of_kind(sampler: Sampler, kind: Kind) -> Sampler:
+    if sampler.kind == kind:
+        return sampler
+    raise InvalidInput(
+        f"sampler {sampler.name} is for {sampler.kind} models, and this is a {kind} model: it would paint nonsense; "
+        f"use {_nearest(sampler.name, kind)!r}"
+    )
+
+
+def _nearest(name: str, kind: Kind) -> str:
+    """The sampler of that kind with the same scheduler class or the most similar name."""
+    wanted = SAMPLERS.get(name)
+    legal = [sampler for sampler in _TABLE if sampler.kind == kind]
+    if kin := [sampler.name for sampler in legal if wanted is not None and sampler.scheduler == wanted.scheduler]:
+        return kin[0]
+    bare = {sampler.name.removeprefix("flow-"): sampler.name for sampler in legal}
+    return bare[difflib.get_close_matches(name.removeprefix("flow-"), list(bare), n=1, cutoff=0.0)[0]]
 
 
 def make_scheduler(name: str, config: Any) -> Any:

@@ -117,12 +117,16 @@ def _samples(values: dict[str, Any], ordinal: int, row_id: str, count: int, job:
     guidance = _choose(_number, values, "guidance_scale", job, model.guidance_scale)
     if not 0 <= guidance <= 1000:
         raise InvalidInput(f"guidance_scale is {guidance}; it must be between 0 and 1000")
-    sampler = find_sampler(_choose(_sampler, values, "sampler", job, model.sampler))
+    sampler = find_sampler(_choose(_sampler, values, "sampler", job, model.sampler), model.kind)
     if steps < sampler.min_steps:
         raise InvalidInput(f"num_inference_steps is {steps}; sampler {sampler.name} needs at least {sampler.min_steps}")
     if steps > sampler.max_steps:
         raise InvalidInput(f"num_inference_steps is {steps}; sampler {sampler.name} takes at most {sampler.max_steps}")
-    row_seed = _seed(values, count, job)
+    row_seed, blend = _seed(values, count, job), _blend(values, count)
+    true_cfg = _number(values, "true_cfg_scale")
+    if true_cfg is not None and not 0 <= true_cfg <= 1000:
+        raise InvalidInput(f"true_cfg_scale is {true_cfg}; it must be between 0 and 1000")
+    texts = {name: _text(values, name) for name in ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3")}
     for k in range(count):
         yield Sample(
             key=SampleKey(ordinal, k),
@@ -135,6 +139,10 @@ def _samples(values: dict[str, Any], ordinal: int, row_id: str, count: int, job:
             num_inference_steps=steps,
             guidance_scale=guidance,
             sampler=sampler.name,
+            true_cfg_scale=true_cfg if true_cfg is not None else job.render.true_cfg_scale,
+            seed_b=blend[0] + k if blend else None,
+            blend=blend[1] if blend else None,
+            **texts,
         )
 
 
@@ -203,6 +211,20 @@ def _seed(values: dict[str, Any], count: int, job: Job) -> int | None:
     if seed is None and job.seed_policy == "same" and job.seed > largest:
         raise InvalidInput(f"the job's seed is {job.seed}; for {count} images it must be at most 2^63 - {count}")
     return seed
+
+
+def _blend(values: dict[str, Any], count: int) -> tuple[int, float] | None:
+    """`seed_b` and `blend`: the noise is that of `seed` at 0, that of `seed_b` at 1, and between them on the sphere."""
+    seed_b, blend = _integer(values, "seed_b"), _number(values, "blend")
+    if seed_b is None and blend is None:
+        return None
+    if seed_b is None or blend is None:
+        raise InvalidInput("seed_b and blend go together; give both, or neither")
+    if not 0 <= seed_b <= MAX_SEED - (count - 1):
+        raise InvalidInput(f"seed_b is {seed_b}; it must be between 0 and 2^63 - {count}")
+    if not 0 <= blend <= 1:
+        raise InvalidInput(f"blend is {blend}; it must be between 0 (the noise of seed) and 1 (that of seed_b)")
+    return seed_b, blend
 
 
 def _sampler(values: dict[str, Any], name: str) -> str | int | None:

@@ -26,10 +26,23 @@ IMAGE_COLUMNS = pa.schema(
         pa.field("profile_sha256", pa.string(), nullable=False),
         pa.field("prompt_tokens", pa.int32()),
         pa.field("prompt_truncated", pa.bool_()),
+        pa.field("prompt_cut_off", pa.string()),
         pa.field("format", pa.string(), nullable=False),
         pa.field("bytes", pa.int64(), nullable=False),
         pa.field("file_sha256", pa.string(), nullable=False),
         pa.field("pixel_sha256", pa.string(), nullable=False),
+    ]
+)
+# Arguments that only some families take. A table has such a column if the manifest or the job gives the argument.
+ARGUMENT_COLUMNS = pa.schema(
+    [
+        pa.field("prompt_2", pa.string()),
+        pa.field("prompt_3", pa.string()),
+        pa.field("negative_prompt_2", pa.string()),
+        pa.field("negative_prompt_3", pa.string()),
+        pa.field("true_cfg_scale", pa.float64()),
+        pa.field("seed_b", pa.int64()),
+        pa.field("blend", pa.float64()),
     ]
 )
 ERROR_COLUMNS = pa.schema(
@@ -48,7 +61,7 @@ ERRORS_KEY = b"renderfarm.errors"  # Parquet footer metadata of a commit object:
 
 def output_name(column: str) -> str:
     """The name under which a manifest's own column reaches the table. `image` is what readers call the picture."""
-    return f"input_{column}" if column in (*IMAGE_COLUMNS.names, "image") else column
+    return f"input_{column}" if column in (*IMAGE_COLUMNS.names, *ARGUMENT_COLUMNS.names, "image") else column
 
 
 def errors_to_json(table: pa.Table) -> bytes:

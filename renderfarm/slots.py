@@ -16,11 +16,11 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from renderfarm.errors import RenderFailed, RenderfarmError
+from renderfarm.errors import NonFiniteOutput, PromptTruncated, RenderFailed, RenderfarmError
 from renderfarm.models.base import SlotModel
 from renderfarm.records import Sample
 
@@ -29,11 +29,11 @@ MAX_CACHED_TEXTS = 2048
 
 @dataclass(frozen=True)
 class Rendered:
-    """A finished sample: H×W×3 uint8 pixels, and how its prompt fared in the tokenizer."""
+    """A finished sample: H×W×3 uint8 pixels, its prompt's tokens, and the end of the prompt that the model did not see."""
 
     pixels: np.ndarray
     prompt_tokens: int
-    prompt_truncated: bool
+    prompt_cut_off: str | None
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Counters:
 class _Job:
     sample: Sample
     future: Future[Rendered]
+    tokens: tuple[int, str | None] = (0, None)
     state: Any = None
 
 
@@ -65,12 +66,13 @@ class _Group:
 class SlotLoop:
     """Owns the model and the one thread that touches it."""
 
-    def __init__(self, load: Callable[[], SlotModel]) -> None:
+    def __init__(self, load: Callable[[], SlotModel], on_truncation: Literal["record", "error"] = "record") -> None:
+        self.on_truncation = on_truncation
         self.counters = Counters()
         self.ready: Future[SlotModel] = Future()
         self._inbox: queue.SimpleQueue[list[_Job] | None] = queue.SimpleQueue()
         self._groups: dict[Hashable, _Group] = {}
-        self._embeddings: OrderedDict[str, Any] = OrderedDict()
+        self._embeddings: OrderedDict[Hashable, Any] = OrderedDict()
         self._thread = threading.Thread(target=self._run, args=(load,), name="render", daemon=True)
         self._thread.start()
 
@@ -134,10 +136,16 @@ class SlotLoop:
             return
         for job in entering:
             try:
+                self._check_truncation(job)
                 job.state = self._model.start(job.sample, [self._embeddings[t] for t in self._model.texts(job.sample)])
                 group.active.append(job)
             except Exception as error:  # as above, for one sample
                 _fail([job], error)
+
+    def _check_truncation(self, job: _Job) -> None:
+        job.tokens = count, cut_off = self._model.count_tokens(job.sample.prompt)
+        if cut_off is not None and self.on_truncation == "error":
+            raise PromptTruncated(f"the prompt has {count} tokens; the model would not see its end: {cut_off!r}; shorten it")
 
     def _encode(self, entering: list[_Job], waiting: deque[_Job]) -> None:
         """Have the embeddings of all entering samples cached; fill the last chunk of B with texts needed soon."""
@@ -172,7 +180,9 @@ class SlotLoop:
         for job in done:
             try:
                 pixels = self._model.decode(job.state)
-                job.future.set_result(Rendered(pixels, *self._model.count_tokens(job.sample.prompt)))
+                if not pixels.any():
+                    raise NonFiniteOutput("the picture is wholly black, as after an overflow; try workers.dtype: float32 or bfloat16")
+                job.future.set_result(Rendered(pixels, *job.tokens))
             except Exception as error:  # as above, for one sample
                 _fail([job], error)
 

@@ -7,6 +7,7 @@ No engine appears here: `engines.inline` calls it in this process, `engines.ray`
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -25,7 +26,7 @@ from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.load import load_model
 from renderfarm.records import Lease, Part, PartReceipt, Receipt, RowError, Sample, SampleKey, WorkerReady
 from renderfarm.samples import expand_rows, row_error
-from renderfarm.schema import ERROR_COLUMNS, IMAGE_COLUMNS, output_name
+from renderfarm.schema import ARGUMENT_COLUMNS, ERROR_COLUMNS, IMAGE_COLUMNS, output_name
 from renderfarm.slots import Rendered, SlotLoop
 from renderfarm.storage import open_store
 
@@ -50,7 +51,7 @@ class Worker:
         self.spec, self.job = spec, spec.job
         self.store = open_store(self.job.output.path)
         self.started = time.monotonic()
-        self.slots = SlotLoop(lambda: load_model(spec.model, self.job.workers))
+        self.slots = SlotLoop(lambda: load_model(spec.model, self.job.workers), self.job.render.on_truncation)
         self.encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
         self.profile_sha256 = ""
 
@@ -141,23 +142,16 @@ class Worker:
         name = files.image_name(sample.key, image, format_)
         self.store.put(files.image_key(part, name), image.data)
         return {
+            **{field.name: getattr(sample, field.name) for field in dataclasses.fields(sample) if field.name != "key"},
             "row": sample.key.row,
-            "row_id": sample.row_id,
             "image_index": sample.key.image_index,
             "file_name": name,
-            "prompt": sample.prompt,
-            "negative_prompt": sample.negative_prompt,
-            "seed": sample.seed,
-            "height": sample.height,
-            "width": sample.width,
-            "num_inference_steps": sample.num_inference_steps,
-            "guidance_scale": sample.guidance_scale,
-            "sampler": sample.sampler,
             "model": self.spec.model.name,
             "model_revision": self.spec.model.revision,
             "profile_sha256": self.profile_sha256,
             "prompt_tokens": rendered.prompt_tokens,
-            "prompt_truncated": rendered.prompt_truncated,
+            "prompt_truncated": rendered.prompt_cut_off is not None,
+            "prompt_cut_off": rendered.prompt_cut_off,
             "format": format_,
             "bytes": len(image.data),
             "file_sha256": image.file_sha256,
@@ -167,7 +161,8 @@ class Worker:
     def _image_table(self, records: list[dict[str, Any]], rows: pa.Table) -> pa.Table:
         """Our columns, sorted by sample, then the manifest's own for each row."""
         records = sorted(records, key=lambda record: (record["row"], record["image_index"]))
-        table = pa.Table.from_pylist(records, schema=IMAGE_COLUMNS)
+        given = [f for f in ARGUMENT_COLUMNS if f.name in rows.column_names or getattr(self.job.render, f.name, None) is not None]
+        table = pa.Table.from_pylist(records, schema=pa.schema([*IMAGE_COLUMNS, *given]))
         place = {ordinal: index for index, ordinal in enumerate(rows.column(ROW).to_pylist())}
         source = rows.take(pa.array([place[record["row"]] for record in records], pa.int64()))
         for name in source.column_names:

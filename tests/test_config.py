@@ -34,7 +34,9 @@ def refusal(path: Path, **options: Any) -> str:
 def test_a_minimal_job_gets_every_default(tmp_path: Path) -> None:
     job = load_job(write(tmp_path))
     assert (job.seed, job.seed_policy, job.workers.batch_size, job.workers.dtype) == (0, "derive", 8, "float32")
-    assert job.render.model_dump(exclude={"override"}) == dict.fromkeys(job.render.model_dump(exclude={"override"}))
+    given = job.render.model_dump(exclude={"override", "on_truncation"})
+    assert given == dict.fromkeys(given)
+    assert job.render.on_truncation == "record"
     assert (job.output.layout, job.output.format, job.output.part_rows) == ("files", "png", "auto")
 
 

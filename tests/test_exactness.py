@@ -20,6 +20,8 @@ B = 3
 WORKERS = Workers(batch_size=B)
 INFO = describe(ModelSpec(id="builtin:shapes"))
 
+LEGAL = [name for name, sampler in SAMPLERS.items() if sampler.kind == INFO.kind]
+
 # Written apart from the package's table, as a user of diffusers would write it.
 REFERENCE = {
     "ddpm": (diffusers.DDPMScheduler, {}),
@@ -106,10 +108,10 @@ def rendered(futures: list[Future[Rendered]]) -> list[np.ndarray]:
 
 
 def test_the_reference_covers_every_sampler_offered() -> None:
-    assert set(REFERENCE) == set(SAMPLERS)
+    assert set(REFERENCE) == set(LEGAL)
 
 
-@pytest.mark.parametrize("sampler", list(SAMPLERS))
+@pytest.mark.parametrize("sampler", LEGAL)
 def test_pixels_equal_those_of_diffusers_own_pipeline(sampler: str, pipe: diffusers.StableDiffusionPipeline, slots: SlotLoop) -> None:
     ours = rendered(slots.submit([sample(0, sampler)]))[0]
     np.testing.assert_array_equal(ours, reference(pipe, sample(0, sampler)))
@@ -118,7 +120,7 @@ def test_pixels_equal_those_of_diffusers_own_pipeline(sampler: str, pipe: diffus
 def mixed_rows() -> list[Sample]:
     """Samplers, steps, guidance (on and off), negatives, sizes and seeds, all different."""
     rows, colours = [], ("red", "green", "blue", "yellow", "purple")
-    for row, sampler in enumerate(SAMPLERS):
+    for row, sampler in enumerate(LEGAL):
         rows.append(
             sample(
                 row,

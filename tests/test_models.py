@@ -31,7 +31,7 @@ def copy(tmp_path: Path) -> Path:
 
 def test_the_embedded_model_says_its_size_and_defaults() -> None:
     assert (SHAPES.height, SHAPES.width, SHAPES.factor, SHAPES.num_inference_steps) == (64, 64, 8, 20)
-    assert SHAPES.family == "stable_diffusion"
+    assert SHAPES.adapter == "stable_diffusion:StableDiffusion"
 
 
 def test_the_embedded_model_is_small_and_only_safetensors() -> None:

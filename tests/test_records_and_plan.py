@@ -126,7 +126,8 @@ def test_only_parts_with_a_named_row_are_leased(rows: int, part_rows: int, spans
     named = {row for first, length, stride in spans for row in range(first, first + length + 1, stride) if row < rows}
     found = [part.index for part in grid]
     assert len(found) == len(grid)
-    assert found == sorted(set(found)) and set(found) <= set(range(grid.total))
+    assert found == sorted(set(found))
+    assert set(found) <= set(range(grid.total))
     assert set(found) >= {row // part_rows for row in named}
     near = {index for first, length, _ in spans for index in range(first // part_rows, (first + length) // part_rows + 1)}
     assert set(found) <= near

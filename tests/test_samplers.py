@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from renderfarm.errors import InvalidInput
-from renderfarm.samplers import DIFFUSIONDB_CODES, SAMPLERS, find_sampler
+from renderfarm.samplers import DIFFUSIONDB_CODES, SAMPLERS, Kind, find_sampler
 
 WORDS = [(word, sampler.name) for sampler in SAMPLERS.values() for word in (sampler.name, *sampler.aliases)]
 
@@ -21,7 +22,7 @@ def plain(word: str) -> str:
 @pytest.mark.parametrize(("word", "name"), WORDS)
 def test_every_name_and_alias_finds_its_sampler_in_any_spelling(word: str, name: str) -> None:
     for spelling in (word, word.upper(), word.replace("_", " "), word.replace("-", "_"), f" {word} ", word.replace("dpm++", "dpmpp")):
-        assert find_sampler(spelling).name == name, spelling
+        assert find_sampler(spelling, SAMPLERS[name].kind).name == name, spelling
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
@@ -51,11 +52,11 @@ def test_no_spelling_means_two_samplers() -> None:
     ],
 )
 def test_the_names_of_other_tools_are_known(word: str, name: str) -> None:
-    assert find_sampler(word).name == name
+    assert find_sampler(word, "diffusion").name == name
 
 
 def test_diffusiondbs_codes_are_those_of_its_data_card() -> None:
-    found = {code: find_sampler(code).name for code in range(1, 9)}
+    found = {code: find_sampler(code, "diffusion").name for code in range(1, 9)}
     assert found == {1: "ddim", 2: "pndm", 3: "euler", 4: "euler-a", 5: "heun", 6: "dpm2", 7: "dpm2-a", 8: "lms"}
     assert set(DIFFUSIONDB_CODES.values()) <= set(SAMPLERS)
 
@@ -63,7 +64,7 @@ def test_diffusiondbs_codes_are_those_of_its_data_card() -> None:
 @pytest.mark.parametrize("code", [9, 0, -1, 10, 2**40])
 def test_a_code_without_a_sampler_is_refused_and_says_what_to_give(code: int) -> None:
     with pytest.raises(InvalidInput, match=rf"sampler code {code} .*codes 1 to 8.*renderfarm samplers"):
-        find_sampler(code)
+        find_sampler(code, "diffusion")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_a_code_without_a_sampler_is_refused_and_says_what_to_give(code: int) ->
 )
 def test_an_unknown_name_is_refused_with_the_nearest_one(word: str, nearest: str) -> None:
     with pytest.raises(InvalidInput) as caught:
-        find_sampler(word)
+        find_sampler(word, "diffusion")
     assert f"unknown sampler {word!r}; did you mean '{nearest}'?" in str(caught.value)
     assert "renderfarm samplers" in str(caught.value)
 
@@ -79,18 +80,46 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(word: str, nearest: str
 @pytest.mark.parametrize("word", ["", " ", "_", "-", "d", "p", "m", "s", "e", "1", "9", "\x00", "☃"])
 def test_a_blank_or_a_single_letter_is_no_sampler(word: str) -> None:
     with pytest.raises(InvalidInput, match="unknown sampler"):
-        find_sampler(word)
+        find_sampler(word, "diffusion")
 
 
 @given(st.text(max_size=30))
 def test_any_text_is_a_known_spelling_or_refused(text: str) -> None:
-    known = {plain(word) for word, _ in WORDS}
+    known = {plain(word) for word, name in WORDS if SAMPLERS[name].kind == "diffusion"}
     if plain("".join(text.split())) in known:
-        assert find_sampler(text).name in SAMPLERS
+        assert find_sampler(text, "diffusion").name in SAMPLERS
         return
     with pytest.raises(InvalidInput) as caught:
-        find_sampler(text)
+        find_sampler(text, "diffusion")
     assert repr(text) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_for_the_other_kind_of_model_is_refused_with_one_that_is_legal(name: str) -> None:
+    other: Kind = "flow" if SAMPLERS[name].kind == "diffusion" else "diffusion"
+    with pytest.raises(InvalidInput, match="it would paint nonsense") as caught:
+        find_sampler(name, other)
+    legal = str(caught.value).rpartition("use ")[2].strip("'")
+    assert find_sampler(legal, other).kind == other
+
+
+def test_the_nearest_legal_sampler_is_the_one_that_people_would_expect() -> None:
+    for name, near in {"euler": "flow-euler", "dpm++2m-karras": "flow-dpm++2m", "unipc": "flow-unipc"}.items():
+        with pytest.raises(InvalidInput, match=f"use '{re.escape(near)}'"):
+            find_sampler(name, "flow")
+    with pytest.raises(InvalidInput, match="use 'euler'"):
+        find_sampler("flow-euler", "diffusion")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("DPMSolverSDE", "global random state"), ("flow_lcm", "global random state"), ("Flow Heun", "fails")]
+)
+def test_samplers_of_diffusers_that_are_not_exact_are_refused_with_the_reason(name: str, reason: str) -> None:
+    for kind in ("diffusion", "flow"):
+        with pytest.raises(InvalidInput, match=reason) as caught:
+            find_sampler(name, kind)  # type: ignore[arg-type]
+        legal = str(caught.value).rpartition(": ")[2].strip("'")
+        assert find_sampler(legal, kind).kind == kind  # type: ignore[arg-type]
 
 
 def test_every_table_line_is_another_scheduler_or_another_setting_of_it() -> None:

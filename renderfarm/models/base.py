@@ -26,14 +26,14 @@ class SlotModel(Protocol):
     def slot_group(self, sample: Sample) -> Hashable:
         """What must be equal for samples to share denoiser calls."""
 
-    def texts(self, sample: Sample) -> tuple[str, ...]:
-        """The texts whose embeddings `start` needs, in its order."""
+    def texts(self, sample: Sample) -> tuple[Hashable, ...]:
+        """The texts whose embeddings `start` needs, in its order: a string, or a tuple of one for each text encoder."""
 
-    def encode_texts(self, texts: Sequence[str]) -> list[Any]:
-        """Embeddings of at most B texts, computed at the constant shape B×L."""
+    def encode_texts(self, texts: Sequence[Any]) -> list[Any]:
+        """Embeddings of at most B such texts, computed at the constant shape B×L."""
 
-    def count_tokens(self, prompt: str) -> tuple[int, bool]:
-        """Tokens of the whole prompt (with specials), and whether the model sees only a beginning of it."""
+    def count_tokens(self, prompt: str) -> tuple[int, str | None]:
+        """Tokens of the whole prompt (with specials), and the end of it that the model does not see."""
 
     def start(self, sample: Sample, embeddings: Sequence[Any]) -> Any:
         """A new state."""

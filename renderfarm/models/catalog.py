@@ -15,17 +15,31 @@ from typing import Any
 
 from renderfarm.config import ModelSpec, expand_env
 from renderfarm.errors import Fatal, InvalidJob
-from renderfarm.samplers import SAMPLERS
+from renderfarm.samplers import SAMPLERS, Kind
 
-# `_class_name` in model_index.json → module of the family
-FAMILIES = {"StableDiffusionPipeline": "stable_diffusion"}
-
-_TEXT_TO_IMAGE = frozenset(
+_ALWAYS = frozenset(
     [
-        *("id", "prompt", "negative_prompt", "seed", "num_images_per_prompt"),
+        *("id", "prompt", "seed", "num_images_per_prompt", "seed_b", "blend"),
         *("height", "width", "num_inference_steps", "guidance_scale", "sampler"),
     ]
 )
+
+
+@dataclass(frozen=True)
+class Family:
+    """A pipeline class: who renders it (`module:class` in this package), what rows may say, and the pipeline's own defaults."""
+
+    adapter: str
+    kind: Kind
+    arguments: frozenset[str]
+    num_inference_steps: int
+    guidance_scale: float
+
+
+# by `_class_name` in model_index.json
+FAMILIES = {
+    "StableDiffusionPipeline": Family("stable_diffusion:StableDiffusion", "diffusion", _ALWAYS | {"negative_prompt"}, 50, 7.5),
+}
 
 
 @dataclass(frozen=True)
@@ -33,7 +47,8 @@ class ModelInfo:
     """A model's identity, defaults and limits. Sizes in pixels; a size must be a multiple of `factor`."""
 
     id: str
-    family: str
+    adapter: str
+    kind: Kind
     folder: str | None
     revision: str | None
     factor: int
@@ -43,7 +58,8 @@ class ModelInfo:
     num_inference_steps: int
     guidance_scale: float
     sampler: str
-    arguments: frozenset[str] = _TEXT_TO_IMAGE
+    arguments: frozenset[str]
+    safety_checker: bool = False
 
     @property
     def name(self) -> str:
@@ -55,7 +71,8 @@ def describe(spec: ModelSpec) -> ModelInfo:
     """Find the model (downloading a pinned hub model if it is not in the cache) and read what it is."""
     model_id = expand_env(spec.id)
     if model_id == "builtin:fake":
-        return ModelInfo(model_id, "fake", None, None, 8, 64, 64, 4096, 20, 5.0, "euler")
+        arguments = _ALWAYS | {"negative_prompt"}
+        return ModelInfo(model_id, "fake:Fake", "diffusion", None, None, 8, 64, 64, 4096, 20, 5.0, "euler", arguments)
     folder = _find_folder(model_id, spec.revision)
     index = _read_json(folder / "model_index.json", f"model {model_id}: {folder} is not a model in diffusers' format")
     class_name = index.get("_class_name", "")
@@ -71,16 +88,19 @@ def describe(spec: ModelSpec) -> ModelInfo:
     builtin = model_id == "builtin:shapes"
     return ModelInfo(
         id=model_id,
-        family=family,
+        adapter=family.adapter,
+        kind=family.kind,
         folder=str(folder),
         revision=spec.revision,
         factor=math.lcm(8, scale),  # StableDiffusionPipeline.check_inputs wants multiples of 8
         height=side,
         width=side,
         max_side=4 * side,
-        num_inference_steps=20 if builtin else 50,  # the pipeline's own default
-        guidance_scale=5.0 if builtin else 7.5,
-        sampler=_default_sampler(folder, index),
+        num_inference_steps=20 if builtin else family.num_inference_steps,
+        guidance_scale=5.0 if builtin else family.guidance_scale,
+        sampler=_default_sampler(index, family.kind),
+        arguments=family.arguments,
+        safety_checker=spec.safety_checker,
     )
 
 
@@ -131,8 +151,8 @@ def _read_json(path: Path, problem: str) -> dict[str, Any]:
         raise InvalidJob(f"{problem} ({path.name})") from None
 
 
-def _default_sampler(folder: Path, index: dict[str, Any]) -> str:
-    """The table's name for the scheduler that the model comes with; DDIM for one that the table does not have."""
+def _default_sampler(index: dict[str, Any], kind: Kind) -> str:
+    """The table's name for the scheduler that the model comes with; a plain one of its kind if the table has it not."""
     class_name = index.get("scheduler", [None, None])[1]
-    kin = [sampler for sampler in SAMPLERS.values() if sampler.scheduler == class_name]
-    return min(kin, key=lambda sampler: len(sampler.overrides)).name if kin else "ddim"
+    kin = [sampler for sampler in SAMPLERS.values() if sampler.scheduler == class_name and sampler.kind == kind]
+    return min(kin, key=lambda sampler: len(sampler.overrides)).name if kin else {"diffusion": "ddim", "flow": "flow-euler"}[kind]

@@ -46,9 +46,9 @@ class Fake:
     def encode_texts(self, texts: Sequence[str]) -> list[Any]:
         return list(texts)
 
-    def count_tokens(self, prompt: str) -> tuple[int, bool]:
-        count = len(prompt.split()) + 2
-        return count, count > TEXT_LENGTH
+    def count_tokens(self, prompt: str) -> tuple[int, str | None]:
+        words = prompt.split()
+        return len(words) + 2, " ".join(words[TEXT_LENGTH - 2 :]) or None
 
     def start(self, sample: Sample, embeddings: Sequence[Any]) -> State:
         return State(sample, sample.num_inference_steps)

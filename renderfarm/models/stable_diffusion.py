@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from diffusers.utils.torch_utils import randn_tensor
 
 from renderfarm.config import Workers
-from renderfarm.errors import Fatal, NonFiniteOutput
+from renderfarm.errors import Fatal
 from renderfarm.models.catalog import ModelInfo
+from renderfarm.models.common import count_tokens, finite_pixels, initial_noise
 from renderfarm.models.torch_setup import describe_profile, prepare_torch, translated
 from renderfarm.records import Sample
 from renderfarm.samplers import make_scheduler
@@ -79,18 +79,16 @@ class StableDiffusion:
         embeddings_BLD, _ = self.pipe.encode_prompt(padded, self.device, 1, do_classifier_free_guidance=False)
         return list(embeddings_BLD[: len(texts)])
 
-    def count_tokens(self, prompt: str) -> tuple[int, bool]:
-        count = len(self.pipe.tokenizer(prompt, truncation=False, verbose=False).input_ids)
-        return count, count > self.text_length
+    def count_tokens(self, prompt: str) -> tuple[int, str | None]:
+        return count_tokens(self.pipe.tokenizer, prompt, self.text_length)
 
     @torch.inference_mode()
     def start(self, sample: Sample, embeddings: Sequence[torch.Tensor]) -> State:
         scheduler = make_scheduler(sample.sampler, self.pipe.scheduler.config)
         scheduler.set_timesteps(sample.num_inference_steps, device=self.device)
-        generator = torch.Generator("cpu").manual_seed(sample.seed)
         scale = self.pipe.vae_scale_factor
         shape = (1, self.pipe.unet.config.in_channels, sample.height // scale, sample.width // scale)
-        latents = randn_tensor(shape, generator=generator, device=torch.device(self.device), dtype=self.dtype)
+        latents, generator = initial_noise(sample, shape, self.device, self.dtype)
         accepted = inspect.signature(scheduler.step).parameters
         arguments: dict[str, Any] = {"eta": 0.0} if "eta" in accepted else {}
         if "generator" in accepted:
@@ -138,9 +136,4 @@ class StableDiffusion:
         vae = self.pipe.vae
         # one image at a time, as vae.enable_slicing() does: a batched VAE in bf16 gives other pixels
         image = vae.decode(state.latents_1Chw / vae.config.scaling_factor, return_dict=False)[0]
-        if not torch.isfinite(image).all():
-            raise NonFiniteOutput(
-                "the model gave NaN or infinite values; try workers.dtype: float32 or bfloat16, or another sampler or guidance_scale"
-            )
-        pixels = self.pipe.image_processor.postprocess(image, output_type="np")[0]
-        return np.ascontiguousarray((pixels * 255).round().astype("uint8"))
+        return finite_pixels(image, self.pipe.image_processor)

@@ -243,13 +243,17 @@ def _guidances(text: str) -> list[float]:
 
 def _sampler(text: str) -> str:
     try:
-        return find_sampler(text.strip()).name
+        return find_sampler(text.strip(), "diffusion").name
     except RenderfarmError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _samplers(text: str) -> list[str]:
-    return list(SAMPLERS) if text == "all" else [_sampler(word) for word in text.split(",")]
+    return (
+        [name for name, sampler in SAMPLERS.items() if sampler.kind == "diffusion"]
+        if text == "all"
+        else [_sampler(word) for word in text.split(",")]
+    )
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:

@@ -35,7 +35,7 @@ EPSILON = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_li
 VELOCITY = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "v_prediction"}
 # One after the other, each with a learning rate that rises to its third number and falls to nothing: how the shipped
 # weights came to be. Shapes learnt with the first schedule served; a second time the first cycle could be left out.
-CYCLES = ((EPSILON, 7000, 1.2e-3), (VELOCITY, 1800, 8e-4), (VELOCITY, 9000, 1e-3))
+CYCLES = ((EPSILON, 7000, 1.2e-3), (VELOCITY, 1800, 8e-4), (VELOCITY, 8000, 5e-4))
 
 
 def make_tokenizer() -> CLIPTokenizer:
@@ -177,7 +177,7 @@ def train_unet(
     noise_schedule = DDPMScheduler(num_train_timesteps=1000, **noise_options)
     # The backward pass of fused attention is slow on CPUs; with plain products and compiled, a step takes half as long.
     unet.set_attn_processor(AttnProcessor())
-    denoise = torch.compile(unet)
+    denoise: Any = torch.compile(unet)
     live = torch.nn.ModuleList([unet, text_encoder])
     average = copy.deepcopy(live)
     optimizer = torch.optim.AdamW(live.parameters(), lr=max_lr, weight_decay=1e-2, betas=(0.9, 0.98), fused=True)

@@ -1,0 +1,65 @@
+"""What several families do in the same way: the first noise, counting tokens, pixels from the autoencoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from renderfarm.errors import NonFiniteOutput
+from renderfarm.records import Sample
+
+
+def initial_noise(sample: Sample, shape: tuple[int, ...], device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Generator]:
+    """The sample's first noise, drawn on the CPU, and the generator that its sampler goes on drawing from.
+
+    With `blend`, a point on the great circle between the noises of `seed` and `seed_b`: both ends are those noises, bit
+    for bit, and what is drawn later comes from the generator of the nearer end.
+    """
+    first = _draw(sample.seed, shape, device, dtype)
+    if sample.seed_b is None or sample.blend is None:
+        return first
+    second = _draw(sample.seed_b, shape, device, dtype)
+    generator = first[1] if sample.blend < 0.5 else second[1]
+    return slerp(first[0], second[0], sample.blend), generator
+
+
+def _draw(seed: int, shape: tuple[int, ...], device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Generator]:
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return randn_tensor(shape, generator=generator, device=torch.device(device), dtype=dtype), generator
+
+
+def slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
+    """Spherical interpolation (Shoemake 1985): a mean of two noises would be too weak, a point on the arc between them is not."""
+    if t in (0.0, 1.0):
+        return b if t else a
+    x, y = a.double(), b.double()
+    cosine = (x * y).sum() / (x.norm() * y.norm())
+    angle = torch.arccos(cosine.clamp(-1, 1))
+    if angle.abs() < 1e-3:
+        return torch.lerp(x, y, t).to(a.dtype)
+    return ((torch.sin((1 - t) * angle) * x + torch.sin(t * angle) * y) / torch.sin(angle)).to(a.dtype)
+
+
+def count_tokens(tokenizer: Any, prompt: str, length: int) -> tuple[int, str | None]:
+    """Tokens of the whole prompt, and the exact end of it that does not fit in `length` tokens."""
+    encoded = tokenizer(prompt, truncation=False, verbose=False, return_offsets_mapping=tokenizer.is_fast)
+    count = len(encoded.input_ids)
+    if count <= length:
+        return count, None
+    kept = length - 1  # of a truncated prompt, the last token is the end mark
+    if not tokenizer.is_fast:
+        return count, str(tokenizer.decode(encoded.input_ids[kept:-1]))
+    return count, prompt[encoded.offset_mapping[kept][0] :]
+
+
+def finite_pixels(image_13HW: torch.Tensor, image_processor: Any) -> np.ndarray:
+    """H×W×3 uint8, by the pipeline's own rounding. Raises NonFiniteOutput rather than paint NaN as black."""
+    if not torch.isfinite(image_13HW).all():
+        raise NonFiniteOutput(
+            "the model gave NaN or infinite values; try workers.dtype: float32 or bfloat16, or another sampler or guidance_scale"
+        )
+    pixels = image_processor.postprocess(image_13HW, output_type="np")[0]
+    return np.ascontiguousarray((pixels * 255).round().astype("uint8"))
