@@ -16,8 +16,9 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from renderfarm.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_ROWS_FAILED, EXIT_USAGE, RenderfarmError
+from renderfarm.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_ROWS_FAILED, EXIT_USAGE, InvalidJob, RenderfarmError
 
 app = typer.Typer(
     name="renderfarm",
@@ -181,6 +182,96 @@ def status(out: Annotated[str, typer.Argument(help="The output folder.", show_de
         _print_pairs(found)
 
 
+Model = Annotated[str | None, typer.Option("--model", help="Where the model lies, if the job named a folder.")]
+
+
+@app.command()
+def verify(
+    out: Annotated[str, typer.Argument(help="The output folder.", show_default=False)],
+    sample: Annotated[int, typer.Option(min=0, help="So many images, spread at random, are rendered again; 0: files only.")] = 8,
+    rows: Annotated[str | None, typer.Option(help="Render these rows again: 0-5,7.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Render everything again.")] = False,
+    model: Model = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check every file against its table, and render some images again: the same bits must come out."""
+    from dataclasses import asdict
+
+    from renderfarm.verification import Choice
+    from renderfarm.verification import verify as verify_output
+
+    found = verify_output(out, Choice(all=all_, rows=rows, sample=sample), model)
+    if as_json:
+        _print_json({**asdict(found), "ok": found.ok})
+    else:
+        _print_verification(asdict(found))
+    raise typer.Exit(EXIT_OK if found.ok else EXIT_ROWS_FAILED)
+
+
+def _print_verification(found: dict[str, Any]) -> None:
+    what = f"{found['images']:,} images and {found['errors']:,} error rows in {found['parts_done']:,} of {found['parts']:,} parts"
+    if not found["problem_count"]:
+        out_console.print(f"files: {what}; each one is what its table says")
+    else:
+        out_console.print(f"files: {what}; {found['problem_count']:,} problems")
+        for problem in found["problems"]:
+            out_console.print(f"  {problem}", markup=False)
+        if found["problem_count"] > len(found["problems"]):
+            out_console.print("  …")
+    if found["parts_done"] < found["parts"]:
+        out_console.print("not finished: what is missing was not rendered yet; `renderfarm run` continues")
+    if not found["again"]:
+        return
+    if found["profile_differences"]:
+        out_console.print("this machine would render with another profile, so equal bits are not promised and pictures are compared:")
+        for line in found["profile_differences"]:
+            out_console.print(f"  {line}", markup=False)
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    for column in ("row", "image", "sampler", "prompt", "rendered again", "PSNR"):
+        table.add_column(column)
+    for again in found["again"]:
+        prompt = again["prompt"] if len(again["prompt"]) <= 48 else again["prompt"][:47] + "…"
+        psnr = "" if again["psnr"] is None else f"{again['psnr']:.1f} dB"
+        cells = (str(again["row"]), str(again["image_index"]), again["sampler"], prompt, again["result"], psnr)
+        table.add_row(*(Text(cell) for cell in cells))
+    out_console.print(table)
+    same = sum(again["result"] == "identical" for again in found["again"])
+    out_console.print(f"rendered again: {same:,} of {len(found['again']):,} identical, bit for bit")
+
+
+@app.command()
+def inspect(
+    out: Annotated[str, typer.Argument(help="The output folder.", show_default=False)],
+    image: Annotated[str, typer.Argument(metavar="ROW[:K]", help="The row's ordinal, and which of its images.", show_default=False)],
+    render: Annotated[Path | None, typer.Option(help="Render that image again, alone, into this PNG file, and compare.")] = None,
+    model: Model = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show where one image comes from; with --render, make it again."""
+    from dataclasses import asdict
+
+    from renderfarm.verification import inspect as inspect_image
+    from renderfarm.verification import render_to
+
+    row, _, k = image.partition(":")
+    if not row.isdecimal() or not (k or "0").isdecimal():
+        raise InvalidJob(f"{image!r} is not ROW or ROW:K; the row's ordinal counts from 0, for example 12 or 12:3")
+    found = inspect_image(out, int(row), int(k or 0))
+    again = render_to(found, render, model) if render else None
+    if as_json:
+        shown = {"out": found.out, "part": found.part, "file": found.file, "record": found.record, "profile": found.profile}
+        _print_json({**shown, "again": asdict(again) if again else None})
+    else:
+        _print_pairs({"part": found.part, "file": found.file, **found.record})
+        out_console.print("render profile:")
+        _print_pairs({name: value for name, value in found.profile.items() if not isinstance(value, dict)})
+        if again:
+            psnr = f", {again.psnr:.1f} dB" if again.psnr is not None else ""
+            out_console.print(f"rendered again into {render}: {again.result}{psnr}")
+    if again and not again.ok:
+        raise typer.Exit(EXIT_ROWS_FAILED)
+
+
 @app.command()
 def models(as_json: AsJson = False) -> None:
     """List the model families that can be rendered, and the builtin models."""
@@ -287,7 +378,7 @@ def _print_pairs(pairs: dict[str, Any]) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2))
     for name, value in pairs.items():
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-        table.add_row(name, "—" if value is None else shown)
+        table.add_row(name, Text("—" if value is None else shown))  # Text: a prompt may hold what rich takes for markup
     out_console.print(table)
 
 

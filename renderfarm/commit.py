@@ -76,26 +76,27 @@ def check_job(store: Store, wanted: dict[str, Any]) -> dict[str, Any]:
     """The stored job, if it is the wanted one. Raises KeyError where there is none, InvalidJob for another."""
     wanted = {"format_version": FORMAT_VERSION, **wanted}
     stored = read_json(store, JOB)
-    if differences := list(_differences(stored, json.loads(to_json(wanted)), "")):
+    if found := differences(stored, json.loads(to_json(wanted))):
         # never replaced here: another driver may be about to render what it froze
         begin_anew = "" if store.list(PARTS) else f"; nothing is rendered yet, so you may also remove {store.url}/{JOB}"
         raise InvalidJob(
             f"{store.url} was begun with other settings, and these decide pixels or layout:\n"
-            + "\n".join(f"  {line}" for line in differences)
+            + "\n".join(f"  {line}" for line in found)
             + "\nrestore them to continue, or give another output (--out)"
             + begin_anew
         )
     return stored
 
 
-def _differences(old: Any, new: Any, path: str) -> list[str]:
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Every place in which two JSON values differ, as a line for a person."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in sorted({*old, *new}):
-            found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            found += differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
         return found
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        return [line for k, pair in enumerate(zip(old, new, strict=True)) for line in _differences(*pair, f"{path}[{k}]")]
+        return [line for k, pair in enumerate(zip(old, new, strict=True)) for line in differences(*pair, f"{path}[{k}]")]
     return [] if old == new else [f"{path}: {json.dumps(old)} there, {json.dumps(new)} now"]
 
 
@@ -105,13 +106,21 @@ def publish_profile(store: Store, profile: dict[str, Any]) -> str:
     try:
         store.put_if_absent(PROFILE, data)
     except AlreadyExists:
-        if differences := _differences(read_json(store, PROFILE), json.loads(data), ""):
+        if found := differences(read_json(store, PROFILE), json.loads(data)):
             raise ProfileMismatch(
                 "this worker would render other pixels than the output's profile promises:\n"
-                + "\n".join(f"  {line}" for line in differences)
+                + "\n".join(f"  {line}" for line in found)
                 + "\nrun where these are equal, or give another output (--out)"
             ) from None
     return profile_sha256(profile)
+
+
+def read_profile(store: Store) -> dict[str, Any]:
+    """The render profile. Raises InvalidJob where no worker has published one yet."""
+    try:
+        return read_json(store, PROFILE)
+    except KeyError:
+        raise InvalidJob(f"{store.url}: nothing was rendered yet; run its job first") from None
 
 
 def profile_sha256(profile: dict[str, Any]) -> str:

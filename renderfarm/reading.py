@@ -15,6 +15,7 @@ from renderfarm import commit
 from renderfarm.config import expand_env
 from renderfarm.errors import InvalidJob
 from renderfarm.layouts import files
+from renderfarm.plan import frozen_grid
 from renderfarm.schema import ERROR_COLUMNS, IMAGE_COLUMNS
 from renderfarm.storage import Store, open_store
 
@@ -42,14 +43,15 @@ class Output:
         except KeyError:
             raise InvalidJob(f"{url}: not an output of renderfarm (it has no {commit.JOB}); give the folder that `run` printed") from None
 
+        self.grid = frozen_grid(self.job)
+
     def __iter__(self) -> Iterator[tuple[Image.Image, dict[str, Any]]]:
         return ((sample.image(), sample.record) for sample in self.samples())
 
     def samples(self) -> Iterator[StoredSample]:
         """Every committed sample in manifest order; its image is read only when asked for."""
-        for folder, images in self._parts():
-            for record in images.to_pylist():
-                yield StoredSample(record, f"{folder}/{record['file_name']}", self.store)
+        for key in self._tables():
+            yield from self._stored(key, files.read_table(self.store.read(key))[0])
 
     def __len__(self) -> int:
         return sum(receipt.images for receipt in commit.committed_parts(self.store).values())
@@ -72,9 +74,28 @@ class Output:
         tables = [files.read_errors(self.store.read(key)) for key in self.store.list("errors")]
         return pa.concat_tables([ERROR_COLUMNS.empty_table(), *tables])
 
-    def _parts(self) -> Iterator[tuple[str, pa.Table]]:
-        for key in self._tables():
-            yield key.rpartition("/")[0], files.read_table(self.store.read(key))[0]
+    def committed(self) -> list[int]:
+        """Indices of the parts that have a commit object, ascending; not taken from the index of parts."""
+        named = (files.part_of(key) for key in (*self._tables(), *self.store.list("errors")))
+        return sorted({index for index in named if index is not None})
+
+    def part(self, index: int) -> tuple[list[StoredSample], list[dict[str, Any]]]:
+        """A part's samples and error rows; both are empty for one that is not committed. Raises Fatal for a damaged one."""
+        part = self.grid.part(index)
+        try:
+            key = files.commit_key(part)
+            images, errors = files.read_table(self.store.read(key))
+            return list(self._stored(key, images)), errors.to_pylist()
+        except KeyError:
+            pass
+        try:
+            return [], files.read_errors(self.store.read(files.errors_key(part))).to_pylist()
+        except KeyError:
+            return [], []
+
+    def _stored(self, key: str, images: pa.Table) -> Iterator[StoredSample]:
+        folder = key.rpartition("/")[0]
+        return (StoredSample(record, f"{folder}/{record['file_name']}", self.store) for record in images.to_pylist())
 
     def _tables(self) -> list[str]:
         return [key for key in self.store.list("data") if key.endswith("/metadata.parquet")]

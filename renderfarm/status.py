@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 from renderfarm import commit
-from renderfarm.plan import frozen_grid
 from renderfarm.reading import Output
 from renderfarm.reading import open as open_output
 
@@ -22,13 +21,12 @@ def read_status(out: str) -> dict[str, Any]:
     if state in ("STARTING", "RUNNING") and age > STALE_S:
         state = "INTERRUPTED"
     running = state in ("STARTING", "RUNNING")
-    grid = frozen_grid(output.job)
     return {
         "out": output.store.url,
         "job": progress.get("job"),
         "state": state,
-        "rows": grid.rows,
-        "parts": len(grid),
+        "rows": output.grid.rows,
+        "parts": len(output.grid),
         "parts done": len(committed),
         "images": sum(receipt.images for receipt in committed),
         "errors": sum(receipt.errors for receipt in committed),

@@ -6,7 +6,10 @@ error rows. Images are put before it; one that no table names belongs to an atte
 
 from __future__ import annotations
 
+import contextlib
 import io
+import re
+from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +24,12 @@ TABLES = "data/*/metadata.parquet"
 
 def commit_key(part: Part) -> str:
     return f"data/{part.name}/metadata.parquet"
+
+
+def part_of(key: str) -> int | None:
+    """The index of the part that a table's key names."""
+    match = re.match(r"(?:data|errors)/part-(\d+)[/.]", key)
+    return int(match[1]) if match else None
 
 
 def image_name(key: SampleKey, image: EncodedImage, format_: str) -> str:
@@ -55,17 +64,25 @@ def _parquet(table: pa.Table) -> bytes:
 
 def read_table(data: bytes) -> tuple[pa.Table, pa.Table]:
     """A commit object's (images, errors). Raises Fatal for one that is damaged: it was whole when it was committed."""
-    try:
+    with _damage_named():
         table = _read_parquet(data)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise Fatal(f"a committed table is damaged ({str(error).splitlines()[0]}); restore the output from a copy") from error
     packed = (table.schema.metadata or {}).get(ERRORS_KEY)
     errors = errors_from_json(packed) if packed else ERROR_COLUMNS.empty_table()
     return table.replace_schema_metadata(None), errors
 
 
 def read_errors(data: bytes) -> pa.Table:
-    return _read_parquet(data)
+    """Raises Fatal for a damaged one."""
+    with _damage_named():
+        return _read_parquet(data)
+
+
+@contextlib.contextmanager
+def _damage_named() -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise Fatal(f"a committed table is damaged ({str(error).splitlines()[0]}); restore the output from a copy") from error
 
 
 def _read_parquet(data: bytes) -> pa.Table:

@@ -1,0 +1,66 @@
+"""Render committed samples again, from the output alone: a table's row says everything about its sample, the render
+profile everything else."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from concurrent.futures import Future
+from typing import Any
+
+from renderfarm import commit
+from renderfarm.config import ModelSpec, Workers
+from renderfarm.errors import InvalidJob
+from renderfarm.models.catalog import describe
+from renderfarm.models.load import load_model
+from renderfarm.reading import Output
+from renderfarm.records import Sample, SampleKey
+from renderfarm.slots import Rendered, SlotLoop
+
+
+class Renderer:
+    """The output's model, set up as its profile says. `differences`: where this machine does not match that profile."""
+
+    def __init__(self, output: Output, model: str | None = None) -> None:
+        """`model`: where a model lies that the job knew by a folder. Raises InvalidJob if it cannot be found."""
+        profile = commit.read_profile(output.store)
+        info = describe(_model_spec(output.job, model))
+        # the name that the output has for the model: whether it is the same one, the weights' hashes say
+        info = dataclasses.replace(info, id=output.job["model"]["id"])
+        self._slots = SlotLoop(lambda: load_model(info, _workers(output.job, profile)))
+        mine = json.loads(commit.to_json(self._slots.ready.result().profile()))
+        self.differences = commit.differences(profile, mine)
+
+    def render(self, records: Iterable[dict[str, Any]]) -> list[Future[Rendered]]:
+        """Submit table rows; the slots that they leave free hold filler."""
+        return self._slots.submit([sample_of(record) for record in records])
+
+    def close(self) -> None:
+        self._slots.close()
+
+
+def sample_of(record: dict[str, Any]) -> Sample:
+    """The sample that a row of the image table is about."""
+    names = {field.name for field in dataclasses.fields(Sample)} - {"key"}
+    return Sample(key=SampleKey(record["row"], record["image_index"]), **{n: record[n] for n in names if n in record})
+
+
+def _model_spec(job: dict[str, Any], model: str | None) -> ModelSpec:
+    stored = job["model"]
+    if model is None and stored["revision"] is None and not stored["id"].startswith("builtin:"):
+        raise InvalidJob(f"the output was rendered with a model in a folder named {stored['id']!r}; say where it is: --model FOLDER")
+    return ModelSpec(
+        id=model or stored["id"],
+        revision=None if model else stored["revision"],
+        safety_checker=stored.get("safety_checker", False),
+    )
+
+
+def _workers(job: dict[str, Any], profile: dict[str, Any]) -> Workers:
+    return Workers(
+        batch_size=profile["batch_size"],
+        dtype=job["workers"]["dtype"],
+        device="cpu" if profile.get("device") == "cpu" else "auto",
+        threads=profile.get("threads") or 1,
+    )

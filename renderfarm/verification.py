@@ -1,0 +1,259 @@
+"""`renderfarm verify` and `inspect`: are the files what the tables say, and do the same pixels come out again?"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import random
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from renderfarm import commit
+from renderfarm.encode import encode, pixel_sha256
+from renderfarm.errors import Fatal, InvalidJob, RenderfarmError
+from renderfarm.manifest import parse_ranges
+from renderfarm.reading import Output, StoredSample
+from renderfarm.rerender import Renderer
+
+READERS = 8
+GROUP = 256  # samples submitted together: enough to keep slots full, few enough to hold their pixels
+SAME_PICTURE_DB = 30.0  # below this PSNR, people see another picture and not another rounding
+KEPT_PROBLEMS = 100
+
+
+@dataclass(frozen=True)
+class Again:
+    """One sample rendered again. `psnr`: dB against the stored picture, None where it is infinite or cannot be known."""
+
+    row: int
+    image_index: int
+    sampler: str
+    prompt: str
+    result: str
+    psnr: float | None
+    ok: bool
+
+
+@dataclass
+class Verification:
+    """`problems`: one line for each thing that is not as it should be, at most KEPT_PROBLEMS; `problem_count` counts all."""
+
+    parts: int
+    parts_done: int = 0
+    images: int = 0
+    errors: int = 0
+    problem_count: int = 0
+    problems: list[str] = field(default_factory=list)
+    again: list[Again] = field(default_factory=list)
+    profile_differences: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.problem_count and all(again.ok for again in self.again)
+
+    def add(self, problem: str) -> None:
+        self.problem_count += 1
+        if len(self.problems) < KEPT_PROBLEMS:
+            self.problems.append(problem)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which samples to render again: all, those of some rows, or so many at random (the same ones each time)."""
+
+    all: bool = False
+    rows: str | None = None
+    sample: int = 8
+
+
+def verify(out: str, choice: Choice, model: str | None = None) -> Verification:
+    """Check every file against its table, then render the chosen samples again.
+
+    Raises InvalidJob for what is no output, and for a choice that names no image.
+    """
+    output = Output(out)
+    found = Verification(parts=len(output.grid))
+    chosen = _Chosen(choice)
+    with ThreadPoolExecutor(READERS) as readers:
+        for index in output.committed():
+            found.parts_done += 1
+            try:
+                samples, errors = output.part(index)
+            except Fatal as error:
+                found.add(f"part {index}: {error}")
+                continue
+            _check_part(found, output, index, samples, errors)
+            for problem in filter(None, readers.map(_file_problem, samples)):
+                found.add(problem)
+            chosen.offer(samples)
+    for index in sorted(commit.committed_parts(output.store).keys() - set(output.committed())):
+        found.add(f"part {index}: was committed, and its table is missing; restore it from a copy")
+    if choice.rows is not None and not chosen.samples:
+        raise InvalidJob(f"rows {choice.rows}: no committed image; `renderfarm status {out}` shows what there is")
+    if chosen.samples:
+        _render_again(found, output, chosen.samples, model)
+    return found
+
+
+class _Chosen:
+    """Picks while the tables pass by; a random choice by reservoir sampling (Vitter's algorithm R), in bounded memory."""
+
+    def __init__(self, choice: Choice) -> None:
+        self.choice, self.samples, self.seen = choice, list[StoredSample](), 0
+        self.ranges = parse_ranges(choice.rows) if choice.rows is not None else []
+        self.random = random.Random(0)
+
+    def offer(self, samples: Iterable[StoredSample]) -> None:
+        for sample in samples:
+            self.seen += 1
+            if self.choice.all or any(sample.record["row"] in wanted for wanted in self.ranges):
+                self.samples.append(sample)
+            elif self.choice.rows is None and self.choice.sample:
+                if len(self.samples) < self.choice.sample:
+                    self.samples.append(sample)
+                elif (place := self.random.randrange(self.seen)) < self.choice.sample:
+                    self.samples[place] = sample
+
+
+# ---------------------------------------------------------------------------------------------- files against tables
+
+
+def _check_part(found: Verification, output: Output, index: int, samples: list[StoredSample], errors: list[dict[str, Any]]) -> None:
+    """Every row of the part ended, each sample exactly once."""
+    found.images += len(samples)
+    found.errors += len(errors)
+    part = output.grid.part(index)
+    ended = Counter((record["row"], record["image_index"]) for record in (*(sample.record for sample in samples), *errors))
+    for (row, k), count in ended.items():
+        if count > 1:
+            found.add(f"{part.name}: row {row}, image {k} ended {count} times")
+    rows, planned = {row for row, _ in ended}, set(range(part.start, part.stop))
+    for row in sorted(rows - planned):
+        found.add(f"{part.name}: row {row} does not belong to it")
+    if output.job["manifest"]["where"] is None:
+        for row in sorted(planned - rows):
+            found.add(f"{part.name}: row {row} is missing")
+
+
+def _file_problem(sample: StoredSample) -> str | None:
+    """What is wrong with a sample's file, or None."""
+    record, name = sample.record, f"row {sample.record['row']}, image {sample.record['image_index']} ({sample.key})"
+    try:
+        data = sample.store.read(sample.key)
+    except KeyError:
+        return f"{name}: the file is missing"
+    if len(data) != record["bytes"]:
+        return f"{name}: has {len(data):,} bytes, the table says {record['bytes']:,}"
+    if hashlib.sha256(data).hexdigest() != record["file_sha256"]:
+        return f"{name}: its bytes are not those that were written (SHA-256 differs)"
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = np.asarray(image)
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        return f"{name}: cannot be decoded: {error}"
+    if pixels.shape != (record["height"], record["width"], 3):
+        return f"{name}: is {pixels.shape[1]}×{pixels.shape[0]}, the table says {record['width']}×{record['height']}"
+    if pixel_sha256(pixels) != record["pixel_sha256"]:
+        return f"{name}: its pixels are not those that were rendered (pixel SHA-256 differs)"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- render again
+
+
+def _render_again(found: Verification, output: Output, samples: list[StoredSample], model: str | None) -> None:
+    renderer = Renderer(output, model)
+    found.profile_differences = renderer.differences
+    try:
+        for start in range(0, len(samples), GROUP):
+            group = samples[start : start + GROUP]
+            for sample, future in zip(group, renderer.render(sample.record for sample in group), strict=True):
+                try:
+                    found.again.append(compare(sample, future.result().pixels, exact=not renderer.differences))
+                except RenderfarmError as error:
+                    found.again.append(_again(sample, f"{type(error).__name__}: {error}", None, ok=False))
+    finally:
+        renderer.close()
+
+
+def compare(sample: StoredSample, pixels: np.ndarray, *, exact: bool) -> Again:
+    """`exact`: the profile is the same, so anything but equal bits is a difference; else the pictures must look alike."""
+    if pixel_sha256(pixels) == sample.record["pixel_sha256"]:
+        return _again(sample, "identical", None, ok=True)
+    try:
+        stored = np.asarray(sample.image(), dtype=np.float64)
+        error = float(((stored - pixels) ** 2).mean())
+    except (KeyError, OSError, ValueError):
+        return _again(sample, "differs from the table, and the file cannot be read", None, ok=False)
+    if not error:
+        return _again(sample, "differs from the table, but not from the file", None, ok=False)
+    psnr = 10 * math.log10(255**2 / error)
+    values = int((stored != pixels).sum())
+    return _again(sample, f"differs in {values:,} of {stored.size:,} values", psnr, ok=not exact and psnr >= SAME_PICTURE_DB)
+
+
+def _again(sample: StoredSample, result: str, psnr: float | None, *, ok: bool) -> Again:
+    record = sample.record
+    return Again(record["row"], record["image_index"], record["sampler"], record["prompt"], result, psnr, ok)
+
+
+# ---------------------------------------------------------------------------------------------- one image
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where one sample comes from. `record`: its row of the image table, or of the error table (then `file` is None)."""
+
+    out: str
+    part: str
+    file: str | None
+    record: dict[str, Any]
+    profile: dict[str, Any]
+    stored: StoredSample | None
+
+
+def inspect(out: str, row: int, image_index: int) -> Provenance:
+    """Find one sample of an output. Raises InvalidJob where it is not."""
+    output = Output(out)
+    grid = output.grid
+    if not 0 <= row < grid.rows:
+        raise InvalidJob(f"row {row}: the manifest has rows 0 to {grid.rows - 1}")
+    part = grid.part(row // grid.part_rows)
+    samples, errors = output.part(part.index)
+    profile = commit.read_profile(output.store)
+    for sample in samples:
+        if (sample.record["row"], sample.record["image_index"]) == (row, image_index):
+            return Provenance(output.store.url, part.name, sample.key, sample.record, profile, sample)
+    for error in errors:
+        if (error["row"], error["image_index"]) == (row, image_index):
+            return Provenance(output.store.url, part.name, None, error, profile, None)
+    images = sorted(s.record["image_index"] for s in samples if s.record["row"] == row)
+    there = f"it has the images {images[0]} to {images[-1]}" if images else "it is not rendered yet, or `where` leaves it out"
+    raise InvalidJob(f"row {row} has no image {image_index}: {there}")
+
+
+def render_to(found: Provenance, path: Path, model: str | None = None) -> Again:
+    """Render one image again, alone: filler takes the place of its batch mates. Writes a PNG file.
+
+    Raises InvalidJob for an error row, and for a file that cannot be written.
+    """
+    if found.stored is None:
+        raise InvalidJob(f"row {found.record['row']} has no image: it ended as {found.record['error_class']}")
+    renderer = Renderer(Output(found.out), model)
+    try:
+        pixels = renderer.render([found.record])[0].result().pixels
+    finally:
+        renderer.close()
+    try:
+        path.write_bytes(encode(pixels, "png").data)
+    except OSError as error:
+        raise InvalidJob(f"{path}: cannot be written: {error.strerror}; give another file") from None
+    return compare(found.stored, pixels, exact=not renderer.differences)
