@@ -27,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out_console = Console(soft_wrap=True, highlight=False)
+out_console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
@@ -262,7 +262,7 @@ def inspect(
         shown = {"out": found.out, "part": found.part, "file": found.file, "record": found.record, "profile": found.profile}
         _print_json({**shown, "again": asdict(again) if again else None})
     else:
-        _print_pairs({"part": found.part, "file": found.file, **found.record})
+        _print_pairs({"part": found.part, "file": found.file, **{name: str(v) for name, v in found.record.items() if v is not None}})
         out_console.print("render profile:")
         _print_pairs({name: value for name, value in found.profile.items() if not isinstance(value, dict)})
         if again:
@@ -378,7 +378,7 @@ def _print_pairs(pairs: dict[str, Any]) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2))
     for name, value in pairs.items():
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-        table.add_row(name, Text("—" if value is None else shown))  # Text: a prompt may hold what rich takes for markup
+        table.add_row(name, Text("—" if value is None else shown, overflow="fold"))  # Text: a prompt may hold what rich takes for markup
     out_console.print(table)
 
 

@@ -2,6 +2,7 @@
 
     _renderfarm/job.json       the frozen job: what decides pixels and layout (create-if-absent)
     _renderfarm/profile.json   the render profile, by the first worker ready (create-if-absent)
+    _renderfarm/profiles/…     others, by their SHA-256, if the job allows them
     _renderfarm/parts/…        one key a part, its counts in its name, so that one listing tells what is done;
                                derived: a missing entry costs one request, never an image
     data/…, errors/…           the commit objects (see layouts)
@@ -27,8 +28,8 @@ from renderfarm.schema import IMAGE_COLUMNS
 from renderfarm.storage import Store
 
 FORMAT_VERSION = 1
-JOB, PROFILE, PROGRESS, PARTS, RUNS, ANNOUNCED = (
-    f"_renderfarm/{name}" for name in ("job.json", "profile.json", "progress.json", "parts", "runs", "announced")
+JOB, PROFILE, PROFILES, PROGRESS, PARTS, RUNS, ANNOUNCED = (
+    f"_renderfarm/{name}" for name in ("job.json", "profile.json", "profiles", "progress.json", "parts", "runs", "announced")
 )
 
 
@@ -100,19 +101,26 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {json.dumps(old)} there, {json.dumps(new)} now"]
 
 
-def publish_profile(store: Store, profile: dict[str, Any]) -> str:
-    """Publish this worker's profile, or check that it is the published one. Returns its SHA-256."""
-    data = to_json(profile)
+def publish_profile(store: Store, profile: dict[str, Any], *, record_others: bool = False) -> str:
+    """Publish this worker's profile, or check that it is the published one. Returns its SHA-256.
+
+    `record_others`: another profile than the published one is stored beside it instead of being refused.
+    """
+    data, sha256 = to_json(profile), profile_sha256(profile)
     try:
         store.put_if_absent(PROFILE, data)
     except AlreadyExists:
-        if found := differences(read_json(store, PROFILE), json.loads(data)):
+        found = differences(read_json(store, PROFILE), json.loads(data))
+        if found and record_others:
+            store.put(f"{PROFILES}/{sha256}.json", data)
+        elif found:
             raise ProfileMismatch(
                 "this worker would render other pixels than the output's profile promises:\n"
                 + "\n".join(f"  {line}" for line in found)
-                + "\nrun where these are equal, or give another output (--out)"
+                + "\nrun where these are equal, give another output (--out), or let rows name their own profile "
+                "(workers.other_profiles: record)"
             ) from None
-    return profile_sha256(profile)
+    return sha256
 
 
 def read_profile(store: Store) -> dict[str, Any]:
@@ -121,6 +129,12 @@ def read_profile(store: Store) -> dict[str, Any]:
         return read_json(store, PROFILE)
     except KeyError:
         raise InvalidJob(f"{store.url}: nothing was rendered yet; run its job first") from None
+
+
+def read_profiles(store: Store) -> dict[str, dict[str, Any]]:
+    """Every profile that rows may name, by its SHA-256: the output's own and the recorded others."""
+    found = [read_profile(store), *(read_json(store, key) for key in store.list(PROFILES))]
+    return {profile_sha256(profile): profile for profile in found}
 
 
 def profile_sha256(profile: dict[str, Any]) -> str:

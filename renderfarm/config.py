@@ -103,6 +103,10 @@ class Workers(Strict):
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     """Torch threads per worker on a CPU; part of the render profile. Use more workers rather than more threads."""
 
+    other_profiles: Literal["refuse", "record"] = "refuse"
+    """A worker whose render profile is not the output's (another CPU, another version) would render other bits. refuse:
+    it is benched. record: it renders, and its rows name its own profile; the same row on another worker may differ."""
+
     @model_validator(mode="after")
     def _ordered(self) -> Workers:
         if self.min > self.max:

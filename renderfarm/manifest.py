@@ -102,7 +102,7 @@ def _is_one_of(column: pa.ChunkedArray, name: str, wanted: Any) -> pa.Array:
         ) from None
 
 
-def parse_ranges(text: str) -> list[range]:
+def parse_ranges(text: str, name: str = "manifest.where.row") -> list[range]:
     """`1-3,5,7-20:2` as OpenJD writes it: both ends belong to a range, `:2` is the stride."""
     found = []
     for piece in text.split(","):
@@ -113,7 +113,7 @@ def parse_ranges(text: str) -> list[range]:
             if step < 1 or end < start:
                 raise ValueError
         except ValueError:
-            raise InvalidJob(f"manifest.where.row: {piece.strip()!r} is not a range; write rows as 0-199,300,400-500:2") from None
+            raise InvalidJob(f"{name}: {piece.strip()!r} is not a range; write rows as 0-199,300,400-500:2") from None
         found.append(range(start, end + 1, step))
     return found
 

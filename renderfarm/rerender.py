@@ -31,10 +31,15 @@ class Renderer:
         self._slots = SlotLoop(lambda: load_model(info, _workers(output.job, profile)))
         mine = json.loads(commit.to_json(self._slots.ready.result().profile()))
         self.differences = commit.differences(profile, mine)
+        self.profile_sha256 = commit.profile_sha256(mine)
 
     def render(self, records: Iterable[dict[str, Any]]) -> list[Future[Rendered]]:
         """Submit table rows; the slots that they leave free hold filler."""
         return self._slots.submit([sample_of(record) for record in records])
+
+    def promises(self, record: dict[str, Any]) -> bool:
+        """Whether the row was rendered with this very profile, so that the same bits must come out."""
+        return bool(record["profile_sha256"] == self.profile_sha256)
 
     def close(self) -> None:
         self._slots.close()

@@ -81,7 +81,7 @@ def verify(out: str, choice: Choice, model: str | None = None) -> Verification:
     """
     output = Output(out)
     found = Verification(parts=len(output.grid))
-    chosen = _Chosen(choice)
+    chosen, named = _Chosen(choice), set[str]()
     with ThreadPoolExecutor(READERS) as readers:
         for index in output.committed():
             found.parts_done += 1
@@ -91,15 +91,18 @@ def verify(out: str, choice: Choice, model: str | None = None) -> Verification:
                 found.add(f"part {index}: {error}")
                 continue
             _check_part(found, output, index, samples, errors)
+            named |= {sample.record["profile_sha256"] for sample in samples}
             for problem in filter(None, readers.map(_file_problem, samples)):
                 found.add(problem)
             chosen.offer(samples)
+    for sha256 in sorted(named - commit.read_profiles(output.store).keys() if named else ()):
+        found.add(f"rows name the render profile {sha256}, and no profile in the output has that hash; was it changed?")
     for index in sorted(commit.committed_parts(output.store).keys() - set(output.committed())):
         found.add(f"part {index}: was committed, and its table is missing; restore it from a copy")
     if choice.rows is not None and not chosen.samples:
         raise InvalidJob(f"rows {choice.rows}: no committed image; `renderfarm status {out}` shows what there is")
     if chosen.samples:
-        _render_again(found, output, chosen.samples, model)
+        _render_again(found, output, sorted(chosen.samples, key=lambda sample: sample.key), model)
     return found
 
 
@@ -108,7 +111,7 @@ class _Chosen:
 
     def __init__(self, choice: Choice) -> None:
         self.choice, self.samples, self.seen = choice, list[StoredSample](), 0
-        self.ranges = parse_ranges(choice.rows) if choice.rows is not None else []
+        self.ranges = parse_ranges(choice.rows, "--rows") if choice.rows is not None else []
         self.random = random.Random(0)
 
     def offer(self, samples: Iterable[StoredSample]) -> None:
@@ -177,7 +180,7 @@ def _render_again(found: Verification, output: Output, samples: list[StoredSampl
             group = samples[start : start + GROUP]
             for sample, future in zip(group, renderer.render(sample.record for sample in group), strict=True):
                 try:
-                    found.again.append(compare(sample, future.result().pixels, exact=not renderer.differences))
+                    found.again.append(compare(sample, future.result().pixels, exact=renderer.promises(sample.record)))
                 except RenderfarmError as error:
                     found.again.append(_again(sample, f"{type(error).__name__}: {error}", None, ok=False))
     finally:
@@ -228,13 +231,14 @@ def inspect(out: str, row: int, image_index: int) -> Provenance:
         raise InvalidJob(f"row {row}: the manifest has rows 0 to {grid.rows - 1}")
     part = grid.part(row // grid.part_rows)
     samples, errors = output.part(part.index)
-    profile = commit.read_profile(output.store)
+    profiles = commit.read_profiles(output.store)
     for sample in samples:
         if (sample.record["row"], sample.record["image_index"]) == (row, image_index):
+            profile = profiles.get(sample.record["profile_sha256"], {})
             return Provenance(output.store.url, part.name, sample.key, sample.record, profile, sample)
     for error in errors:
         if (error["row"], error["image_index"]) == (row, image_index):
-            return Provenance(output.store.url, part.name, None, error, profile, None)
+            return Provenance(output.store.url, part.name, None, error, {}, None)
     images = sorted(s.record["image_index"] for s in samples if s.record["row"] == row)
     there = f"it has the images {images[0]} to {images[-1]}" if images else "it is not rendered yet, or `where` leaves it out"
     raise InvalidJob(f"row {row} has no image {image_index}: {there}")
@@ -256,4 +260,4 @@ def render_to(found: Provenance, path: Path, model: str | None = None) -> Again:
         path.write_bytes(encode(pixels, "png").data)
     except OSError as error:
         raise InvalidJob(f"{path}: cannot be written: {error.strerror}; give another file") from None
-    return compare(found.stored, pixels, exact=not renderer.differences)
+    return compare(found.stored, pixels, exact=renderer.promises(found.record))

@@ -58,7 +58,7 @@ class Worker:
     def ready(self) -> WorkerReady:
         """Wait until the pipeline is loaded and publish or match the render profile."""
         model = self.slots.ready.result()
-        self.profile_sha256 = commit.publish_profile(self.store, model.profile())
+        self.profile_sha256 = commit.publish_profile(self.store, model.profile(), record_others=self.job.workers.other_profiles == "record")
         return WorkerReady(self.spec.name, self.profile_sha256, model.device, time.monotonic() - self.started)
 
     def render(self, lease: Lease) -> Receipt:

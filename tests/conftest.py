@@ -9,10 +9,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+
+# how long an example takes says something of the machine, and machines are shared
+hypothesis.settings.register_profile("renderfarm", deadline=None)
+hypothesis.settings.load_profile("renderfarm")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +63,43 @@ def test_run_status_plan_and_validate_speak_json(write_manifest: Write, write_jo
     assert (status["images"], status["parts done"], status["state"]) == (8, 3, "SUCCEEDED")
     assert json.loads(cli("validate", job, "--json").stdout)["ok"] is True
     assert json.loads(cli("plan", job, "--json").stdout)["parts left"] == 0
+
+
+def test_verify_and_inspect_say_what_is_right_and_exit_3_where_it_is_not(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "nothing was rendered yet" in refused("verify", prepared_only(write_job(write_manifest()), out))
+    assert cli("run", tmp_path / "job.yaml", "--engine", "inline").returncode == 0
+    done = cli("verify", out)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 images and 0 error rows in 3 of 3 parts; each one is what its table says" in done.stdout
+    assert "rendered again: 8 of 8 identical, bit for bit" in done.stdout
+    assert json.loads(cli("verify", out, "--sample", "0", "--json").stdout)["again"] == []
+    assert len(json.loads(cli("verify", out, "--all", "--json").stdout)["again"]) == 8
+    assert "'3-' is not a range" in refused("verify", out, "--rows", "3-")
+
+    shown = cli("inspect", out, "4", "--render", tmp_path / "alone.png")
+    assert "a large orange circle on a white background" in shown.stdout
+    assert f"rendered again into {tmp_path / 'alone.png'}: identical" in shown.stdout
+    assert json.loads(cli("inspect", out, "4:0", "--json").stdout)["record"]["row"] == 4
+    assert "rows 0 to 7" in refused("inspect", out, "8")
+    assert "not ROW or ROW:K" in refused("inspect", out, "four")
+    assert "cannot be written" in refused("inspect", out, "4", "--render", tmp_path / "no/such/folder.png")
+
+    sorted(out.glob("data/*/*.png"))[0].unlink()
+    done = cli("verify", out, "--sample", "0")
+    assert done.returncode == 3
+    assert "1 problems" in done.stdout
+    assert "the file is missing" in done.stdout
+
+
+def prepared_only(job: Path, out: Path) -> Path:
+    """An output that `run` began and that no worker has touched."""
+    from renderfarm.config import load_job
+    from renderfarm.driver import Driver
+    from renderfarm.preparation import prepare
+
+    Driver(prepare(load_job(job)), threading.Event(), lambda progress: None).begin()
+    return out
 
 
 @pytest.mark.parametrize("command", [["models"], ["samplers"], ["schema", "job"], ["schema", "images"], ["schema", "errors"]])

@@ -157,7 +157,18 @@ def test_a_worker_that_would_paint_other_pixels_is_told_each_difference(store: S
     with pytest.raises(ProfileMismatch) as caught:
         commit.publish_profile(store, {"torch": "2.11", "device": "cpu", "threads": 2})
     assert '  threads: 1 there, 2 now\n  torch: "2.10" there, "2.11" now\n' in str(caught.value)
-    assert "run where these are equal, or give another output (--out)" in str(caught.value)
+    assert "run where these are equal, give another output (--out), or let rows name" in str(caught.value)
+
+
+def test_other_profiles_are_recorded_where_the_job_allows_them(store: Store) -> None:
+    own, other = {"torch": "2.10"}, {"torch": "2.11"}
+    assert commit.publish_profile(store, own, record_others=True) == commit.profile_sha256(own)
+    assert commit.publish_profile(store, other, record_others=True) == commit.profile_sha256(other)
+    assert commit.publish_profile(store, own, record_others=True) == commit.profile_sha256(own)
+    assert commit.read_profile(store) == own
+    assert commit.read_profiles(store) == {commit.profile_sha256(profile): profile for profile in (own, other)}
+    with pytest.raises(ProfileMismatch):
+        commit.publish_profile(store, other)
 
 
 # ---------------------------------------------------------------------------------------------------- publish, adopt

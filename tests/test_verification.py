@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import renderfarm
+from renderfarm.commit import profile_sha256
 from renderfarm.errors import InvalidJob
 from renderfarm.verification import Choice, inspect, render_to, verify
 
@@ -89,12 +90,12 @@ def one_bit(out: Path) -> None:
     path.write_bytes(data)
 
 
-def rewritten(out: Path, change: Callable[[dict[str, object]], dict[str, object]], row: int = 1) -> None:
-    """Change what the table says of a row's first image."""
+def rewritten(out: Path, change: Callable[[dict[str, object]], dict[str, object]], row: int = 1, image_index: int = 0) -> None:
+    """Change what the table says of an image."""
     table = some_png(out, row).parent / "metadata.parquet"
     read = pq.read_table(table)
     rows = read.to_pylist()
-    place = next(index for index, record in enumerate(rows) if record["row"] == row)
+    place = next(index for index, record in enumerate(rows) if (record["row"], record["image_index"]) == (row, image_index))
     rows[place] |= change(rows[place])
     pq.write_table(pa.Table.from_pylist(rows, schema=read.schema), table)
 
@@ -169,11 +170,17 @@ def test_a_table_that_tells_another_story_than_the_pixels_is_found(change: dict[
 
 def test_with_another_profile_pictures_are_compared_and_the_difference_is_named(out: Path) -> None:
     profile = json.loads((out / "_renderfarm/profile.json").read_text())
-    (out / "_renderfarm/profile.json").write_text(json.dumps(profile | {"cpu_capability": "of another machine"}))
-    rewritten(out, lambda record: {"pixel_sha256": "0" * 64}, row=3)  # as if its pixels had been rounded otherwise
+    elsewhere = profile | {"cpu_capability": "of another machine"}
+    (out / "_renderfarm/profile.json").write_text(json.dumps(elsewhere))
+    problem = verify(str(out), FILES_ONLY).problems
+    assert len(problem) == 1
+    assert "no profile in the output has that hash" in problem[0]
+    for row in (0, 1, 3, 4):
+        rewritten(out, lambda record: {"profile_sha256": profile_sha256(elsewhere)}, row=row)
+    rewritten(out, lambda record: {"profile_sha256": profile_sha256(elsewhere)}, row=1, image_index=1)
     found = verify(str(out), Choice(all=True))
+    assert found.ok
     assert any("cpu_capability" in line for line in found.profile_differences)
-    assert all(again.ok for again in found.again if again.row != 3)
 
     png = some_png(out, row=4)
     stored = np.asarray(Image.open(png)).astype(int)
@@ -194,8 +201,10 @@ def test_a_model_in_a_folder_must_be_pointed_to_and_its_weights_decide(out: Path
     stored = json.loads((out / "_renderfarm/job.json").read_text())
     stored["model"]["id"] = "mine"
     (out / "_renderfarm/job.json").write_text(json.dumps(stored))
-    profile = json.loads((out / "_renderfarm/profile.json").read_text())
-    (out / "_renderfarm/profile.json").write_text(json.dumps(profile | {"model": "mine"}))
+    profile = json.loads((out / "_renderfarm/profile.json").read_text()) | {"model": "mine"}
+    (out / "_renderfarm/profile.json").write_text(json.dumps(profile))
+    for row, k in ((0, 0), (1, 0), (1, 1), (3, 0), (4, 0)):
+        rewritten(out, lambda record: {"profile_sha256": profile_sha256(profile)}, row=row, image_index=k)
     with pytest.raises(InvalidJob, match="--model FOLDER"):
         verify(str(out), Choice(sample=1))
     assert verify(str(out), Choice(all=True), model=str(folder)).ok

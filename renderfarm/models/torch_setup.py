@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import transformers
 from renderfarm.config import Workers
 from renderfarm.errors import OutOfMemory
 from renderfarm.models.catalog import ModelInfo
+from renderfarm.models.fingerprint import weight_hashes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -78,14 +78,3 @@ def describe_profile(info: ModelInfo, workers: Workers, device: str) -> dict[str
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def weight_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every weight and configuration file that a pipeline may read."""
-    wanted = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json", ".txt", ".model"))
-    return {path.relative_to(folder).as_posix(): _file_sha256(path) for path in wanted}
-
-
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
