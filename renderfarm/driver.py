@@ -196,6 +196,8 @@ class Driver:
     # ------------------------------------------------------------------------------------------ events
 
     def _start_worker(self, engine: Engine) -> None:
+        if self.stop.is_set():  # it would only have to be stopped again
+            return
         name = f"w{self.worker_number}"
         self.worker_number += 1
         self.starting.add(name)

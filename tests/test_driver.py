@@ -100,3 +100,21 @@ def test_workers_that_die_on_a_part_without_naming_a_row_stop_the_job_in_the_end
 ) -> None:
     with pytest.raises(Fatal, match="workers died on rows 3 to 5 and no row could be named"):
         drive(leases={1: [WorkerLost("gone") for _ in range(9)]})
+
+
+def test_a_worker_that_dies_while_the_run_is_being_stopped_is_not_replaced(write_manifest: Write, write_job: Write) -> None:
+    prepared = prepare(load_job(write_job(write_manifest())))
+    stop = threading.Event()
+
+    class Stopped(ScriptedEngine):
+        def submit(self, worker: str, lease: Lease) -> None:
+            super().submit(worker, lease)
+            stop.set()
+
+    engine = Stopped(prepared, {}, {lease: [WorkerLost("the node is going away")] for lease in range(3)})
+    driver = Driver(prepared, stop, lambda progress: None)
+    driver.begin()
+    summary = driver.run(lambda: engine)
+    assert (summary.state, summary.exit_code, summary.images) == ("INTERRUPTED", 75, 0)
+    assert sorted(engine.workers) == ["w0", "w1"], "and no third one"
+    assert driver.progress.lost_workers >= 1
