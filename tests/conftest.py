@@ -48,6 +48,15 @@ def engine(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's tiny model, by its name in `families.BUILDERS`, built on first use."""
+    import families
+
+    root = tmp_path_factory.mktemp("models")
+    return lambda name: families.build(name, root / name)
+
+
 @pytest.fixture
 def write_manifest(tmp_path: Path) -> Callable[..., Path]:
     """Write a Parquet manifest; without columns, eight rows about coloured circles."""
