@@ -57,6 +57,17 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     return lambda name: families.build(name, root / name)
 
 
+@pytest.fixture(scope="session")
+def model(tiny_model: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
+    """`oracle.Model`s of families by name and dtype, each loaded once."""
+    from oracle import Model
+
+    made: dict[tuple[str, str], Model] = {}
+    yield lambda name, dtype="float32": made.setdefault((name, dtype), Model(name, tiny_model(name), dtype))
+    for one in made.values():
+        one.close()
+
+
 @pytest.fixture
 def write_manifest(tmp_path: Path) -> Callable[..., Path]:
     """Write a Parquet manifest; without columns, eight rows about coloured circles."""

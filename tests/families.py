@@ -85,7 +85,14 @@ def guidance_embedded() -> diffusers.StableDiffusionPipeline:
 
 def safety_checker(flags: bool) -> Any:
     """Flags every picture, or none: no cosine is above 2, all are above -2."""
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
     checker = StableDiffusionSafetyChecker(transformers.CLIPConfig(vision_config=vision, projection_dim=16))
     with torch.no_grad():
         checker.concept_embeds_weights.fill_(-2.0 if flags else 2.0)

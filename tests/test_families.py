@@ -3,150 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import families
 import numpy as np
 import pytest
 import torch
-from test_exactness import REFERENCE
+from oracle import CLASSES, LEGAL, B, Model, row
 
-from renderfarm.config import ModelSpec, Workers
-from renderfarm.errors import Filtered, InvalidInput, InvalidJob
-from renderfarm.models.catalog import ModelInfo, describe
+from renderfarm.config import Workers
+from renderfarm.models.common import initial_noise
 from renderfarm.models.load import load_model
-from renderfarm.records import Sample, SampleKey
-from renderfarm.samplers import SAMPLERS, find_sampler
-from renderfarm.slots import Rendered, SlotLoop
+from renderfarm.records import Sample
+from renderfarm.samplers import SAMPLERS
 
-B = 3
-FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-
-# Written apart from the package's tables, as a user of diffusers would write it.
-CLASSES = {
-    "sd": diffusers.StableDiffusionPipeline,
-    "sd-guidance-embedded": diffusers.StableDiffusionPipeline,
-    "lcm": diffusers.LatentConsistencyModelPipeline,
-    "sdxl": diffusers.StableDiffusionXLPipeline,
-    "sdxl-plain": diffusers.StableDiffusionXLPipeline,
-    "sd3": diffusers.StableDiffusion3Pipeline,
-    "sd3-dynamic": diffusers.StableDiffusion3Pipeline,
-    "flux-dev": diffusers.FluxPipeline,
-    "flux-schnell": diffusers.FluxPipeline,
-}
-FLOW_REFERENCE: dict[str, tuple[Any, dict[str, Any]]] = {
-    "flow-euler": (diffusers.FlowMatchEulerDiscreteScheduler, {}),
-    "flow-dpm++2m": (diffusers.DPMSolverMultistepScheduler, {**FLOW, "algorithm_type": "dpmsolver++"}),
-    "flow-unipc": (diffusers.UniPCMultistepScheduler, FLOW),
-}
-LEGAL: dict[str, list[str]] = {
-    "sd": list(REFERENCE),
-    "sd-guidance-embedded": list(REFERENCE),
-    "lcm": ["lcm"],
-    "sdxl": list(REFERENCE),
-    "sdxl-plain": ["euler"],
-    "sd3": list(FLOW_REFERENCE),
-    "sd3-dynamic": list(FLOW_REFERENCE),
-    "flux-dev": list(FLOW_REFERENCE),
-    "flux-schnell": ["flow-euler", "flow-unipc"],
-}
 DTYPES = ("float32", "bfloat16")
-
-
-@dataclass
-class Model:
-    """One family at one dtype: ours behind a slot loop, and diffusers' own pipeline, both loaded on first use."""
-
-    name: str
-    folder: Path
-    dtype: str
-
-    @cached_property
-    def info(self) -> ModelInfo:
-        return describe(ModelSpec(id=str(self.folder)))
-
-    @cached_property
-    def loop(self) -> SlotLoop:
-        loop = SlotLoop(lambda: load_model(self.info, Workers(batch_size=B, dtype=self.dtype)))  # type: ignore[arg-type]
-        loop.ready.result()
-        return loop
-
-    @property
-    def adapter(self) -> Any:
-        return self.loop.ready.result()
-
-    @property
-    def denoiser(self) -> torch.nn.Module:
-        found: torch.nn.Module = getattr(self.adapter.pipe, "unet", None) or self.adapter.pipe.transformer
-        return found
-
-    @cached_property
-    def pipe(self) -> Any:
-        absent = {"text_encoder_3": None, "tokenizer_3": None} if self.name == "sd3-dynamic" else {}
-        pipe = CLASSES[self.name].from_pretrained(self.folder, dtype=getattr(torch, self.dtype), **absent)
-        pipe.set_progress_bar_config(disable=True)
-        pipe.vae.enable_slicing()
-        pipe.original_config = dict(pipe.scheduler.config)
-        return pipe
-
-    def render(self, rows: list[Sample]) -> list[np.ndarray]:
-        return pixels(self.loop.submit(rows))
-
-    def reference(self, wanted: Sample) -> np.ndarray:
-        """Image 0 of diffusers' pipeline called with B copies of the row."""
-        kind, changes = (REFERENCE | FLOW_REFERENCE)[wanted.sampler]
-        if changes.get("use_flow_sigmas"):
-            changes = {**changes, "flow_shift": self.pipe.original_config["shift"]}
-        self.pipe.scheduler = kind.from_config(self.pipe.original_config, **changes)
-        texts = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
-        arguments = {name: [getattr(wanted, name)] * B for name in texts if getattr(wanted, name) is not None}
-        if wanted.true_cfg_scale is not None:
-            arguments["true_cfg_scale"] = wanted.true_cfg_scale
-        images = self.pipe(
-            **arguments,
-            height=wanted.height,
-            width=wanted.width,
-            num_inference_steps=wanted.num_inference_steps,
-            guidance_scale=wanted.guidance_scale,
-            generator=[torch.Generator("cpu").manual_seed(wanted.seed) for _ in range(B)],
-        ).images
-        return np.asarray(images[0])
-
-
-def pixels(futures: list[Future[Rendered]]) -> list[np.ndarray]:
-    return [future.result(timeout=300).pixels for future in futures]
-
-
-@pytest.fixture(scope="session")
-def model(tiny_model: Callable[[str], Path]) -> Iterator[Callable[..., Model]]:
-    made: dict[tuple[str, str], Model] = {}
-
-    def get(name: str, dtype: str = "float32") -> Model:
-        return made.setdefault((name, dtype), Model(name, tiny_model(name), dtype))
-
-    yield get
-    for one in made.values():
-        if "loop" in vars(one):
-            one.loop.close()
-
-
-def row(number: int = 0, **values: Any) -> Sample:
-    usual: dict[str, Any] = {
-        "prompt": "a red circle",
-        "negative_prompt": None,
-        "seed": 7 + number,
-        "height": 32,
-        "width": 32,
-        "num_inference_steps": 3,
-        "guidance_scale": 4.5,
-    }
-    return Sample(key=SampleKey(number, 0), row_id=str(number), **usual | values)
+Models = Callable[..., Model]
 
 
 def mixed_rows(name: str) -> list[Sample]:
@@ -173,7 +47,7 @@ def mixed_rows(name: str) -> list[Sample]:
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_the_samplers_compared_here_are_those_offered(name: str, model: Callable[..., Model]) -> None:
+def test_the_samplers_compared_here_are_those_offered(name: str, model: Models) -> None:
     info = model(name).info
     offered = {sampler.name for sampler in SAMPLERS.values() if sampler.kind == info.kind} - set(info.refused_samplers)
     assert offered == set(LEGAL[name]) or name == "sdxl-plain"
@@ -181,7 +55,7 @@ def test_the_samplers_compared_here_are_those_offered(name: str, model: Callable
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "sampler"), [(name, sampler) for name, samplers in LEGAL.items() for sampler in samplers])
-def test_pixels_equal_those_of_diffusers_own_pipeline(name: str, sampler: str, dtype: str, model: Callable[..., Model]) -> None:
+def test_pixels_equal_those_of_diffusers_own_pipeline(name: str, sampler: str, dtype: str, model: Models) -> None:
     one = model(name, dtype)
     wanted = row(sampler=sampler)
     np.testing.assert_array_equal(one.render([wanted])[0], one.reference(wanted))
@@ -189,7 +63,144 @@ def test_pixels_equal_those_of_diffusers_own_pipeline(name: str, sampler: str, d
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_mixed_batch_gives_each_row_the_pixels_that_diffusers_gives_it_alone(name: str, dtype: str, model: Callable[..., Model]) -> None:
+def test_a_mixed_batch_gives_each_row_the_pixels_that_diffusers_gives_it_alone(name: str, dtype: str, model: Models) -> None:
     one, rows = model(name, dtype), mixed_rows(name)
     for wanted, ours in zip(rows, one.render(rows), strict=True):
         np.testing.assert_array_equal(ours, one.reference(wanted), err_msg=str(wanted))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_order_and_mates_move_no_pixel(name: str, model: Models) -> None:
+    one, rows = model(name), mixed_rows(name)
+    first = one.render(rows)
+    for a, b in zip(first, one.render(rows[::-1])[::-1], strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(first[::4], one.render(rows[::4]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_random_numbers_drawn_by_others_between_the_steps_move_no_pixel(name: str, model: Models) -> None:
+    one, rows = model(name), mixed_rows(name)
+    quiet, calls = one.render(rows), 0
+
+    def disturb(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        torch.manual_seed(calls)
+        np.random.seed(calls)
+        random.seed(calls)
+
+    handle = one.denoiser.register_forward_hook(disturb)
+    try:
+        disturbed = one.render(rows)
+    finally:
+        handle.remove()
+    assert calls > 3
+    for a, b in zip(quiet, disturbed, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["sd", "lcm", "sdxl", "sd3", "flux-dev"])
+def test_with_two_threads_the_reference_is_diffusers_with_two_threads(name: str, tiny_model: Callable[[str], Path]) -> None:
+    one = Model(name, tiny_model(name), threads=2)
+    rows = [replace(wanted, height=64, width=64) for wanted in mixed_rows(name)[:4]]
+    try:
+        for wanted, ours in zip(rows, one.render(rows), strict=True):
+            np.testing.assert_array_equal(ours, one.reference(wanted), err_msg=str(wanted))
+    finally:
+        one.close()
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler-a"])
+def test_in_float16_the_autoencoder_of_sdxl_computes_in_float32_as_in_the_pipeline(sampler: str, model: Models) -> None:
+    one = model("sdxl", "float16")
+    assert one.adapter.pipe.vae.dtype == torch.float32
+    wanted = row(sampler=sampler, negative_prompt="grey")
+    np.testing.assert_array_equal(one.render([wanted])[0], one.reference(wanted))
+
+
+def denoiser_batches(one: Model, rows: list[Sample]) -> list[int]:
+    seen: list[int] = []
+
+    def note(_: Any, positional: Any, named: Any) -> None:
+        seen.append((positional[0] if positional else named["hidden_states"]).shape[0])
+
+    handle = one.denoiser.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        one.render(rows)
+    finally:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("name", "off", "on", "batches"),
+    [
+        ("sdxl", {"guidance_scale": 1.0}, {"guidance_scale": 1.01}, [2 * B] * 3),
+        ("sd3", {"guidance_scale": 1.0, "negative_prompt": "x"}, {"guidance_scale": 1.01}, [2 * B] * 3),
+        ("flux-dev", {"true_cfg_scale": 3.0}, {"true_cfg_scale": 3.0, "negative_prompt": ""}, [B] * 6),
+        ("flux-dev", {"true_cfg_scale": 1.0, "negative_prompt": "x"}, {"true_cfg_scale": 1.01, "negative_prompt": "x"}, [B] * 6),
+    ],
+)
+def test_guidance_costs_a_second_prediction_only_where_it_is_on(name: str, off: Any, on: Any, batches: list[int], model: Models) -> None:
+    usual = row(sampler=LEGAL[name][0])
+    assert denoiser_batches(model(name), [replace(usual, **off)]) == [B] * 3
+    assert denoiser_batches(model(name), [replace(usual, **on)]) == batches
+
+
+@pytest.mark.parametrize("name", ["lcm", "sd-guidance-embedded"])
+def test_guidance_as_an_embedding_never_costs_a_second_prediction_and_still_tells(name: str, model: Models) -> None:
+    rows = [row(sampler="lcm", guidance_scale=8.5), row(sampler="lcm", guidance_scale=2.0)]
+    assert denoiser_batches(model(name), rows) == [B] * 3
+    a, b = model(name).render(rows)
+    assert (a != b).mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"), [("sd", "euler-a"), ("lcm", "lcm"), ("sdxl", "dpm++sde"), ("sd3", "flow-euler"), ("flux-dev", "flow-unipc")]
+)
+def test_a_blend_of_seeds_ends_at_both_of_them_bit_for_bit(name: str, sampler: str, model: Models) -> None:
+    wanted = row(sampler=sampler, seed=5)
+    blends = [replace(wanted, seed_b=9, blend=at) for at in (0.0, 0.5, 1.0)]
+    five, nine, at_0, at_half, at_1 = model(name).render([wanted, replace(wanted, seed=9), *blends])
+    np.testing.assert_array_equal(at_0, five)
+    np.testing.assert_array_equal(at_1, nine)
+    assert (at_half != five).mean() > 0.5
+    assert (at_half != nine).mean() > 0.5
+
+
+def test_a_blend_of_noises_is_as_strong_as_noise() -> None:
+    for at in (0.0, 0.3, 0.5, 1.0):
+        noise, _ = initial_noise(row(sampler="euler", seed_b=9, blend=at), (1, 4, 64, 64), "cpu", torch.float32)
+        assert abs(noise.std().item() - 1) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "per_letter"),
+    [("sd", 77, 1), ("lcm", 77, 1), ("sdxl", 77, 1), ("sd3", 256, 1), ("sd3-dynamic", 77, 1), ("flux-dev", 512, 1)],
+)
+def test_the_tokens_that_count_are_those_of_the_text_encoder_that_reads_most(
+    name: str, length: int, per_letter: int, model: Models
+) -> None:
+    adapter = model(name).adapter
+    short, cut = adapter.count_tokens("x" * 40)
+    assert 40 < short <= 43
+    assert cut is None
+    long, cut = adapter.count_tokens("x" * 600)
+    assert 600 < long <= 603
+    assert length - 4 <= 600 - len(cut) < length
+
+
+def test_the_profile_names_what_decides_pixels(model: Models) -> None:
+    profile = model("flux-dev").adapter.profile()
+    assert profile["text_length"] == 512
+    assert profile["scheduler"]["use_dynamic_shifting"] is True
+    assert profile["safety_checker"] is False
+    assert {"transformer/diffusion_pytorch_model.safetensors", "text_encoder_2/model.safetensors"} <= set(profile["weights"])
+
+
+def test_another_batch_size_is_another_profile(model: Models) -> None:
+    profiles = [load_model(model("sd3").info, Workers(batch_size=size)).profile()["batch_size"] for size in (2, 5)]
+    assert profiles == [2, 5]

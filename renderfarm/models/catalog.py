@@ -146,8 +146,7 @@ def describe(spec: ModelSpec) -> ModelInfo:
         _read_json(folder / file, f"model {model_id}: {file} is missing or damaged")
         for file in (f"{family.denoiser}/config.json", "vae/config.json", "scheduler/scheduler_config.json")
     )
-    distilled = denoiser.get("time_cond_proj_dim") is not None
-    if class_name == _LCM and not distilled:
+    if class_name == _LCM and denoiser.get("time_cond_proj_dim") is None:
         raise InvalidJob(f"model {model_id}: its UNet takes no guidance embedding (time_cond_proj_dim), so {_LCM} cannot run it")
     builtin = model_id == "builtin:shapes"
     return ModelInfo(
@@ -160,8 +159,7 @@ def describe(spec: ModelSpec) -> ModelInfo:
         num_inference_steps=20 if builtin else family.num_inference_steps,
         guidance_scale=5.0 if builtin else family.guidance_scale,
         sampler=_default_sampler(index, family.kind),
-        # where guidance is an embedding there is no second pass: a negative prompt would be ignored
-        arguments=family.arguments - _NEGATIVE if distilled else family.arguments,
+        arguments=family.arguments - _unread(denoiser, index),
         safety_checker=spec.safety_checker,
         refused_samplers={**family.refused_samplers, **_refused_by_configuration(class_name, scheduler)},
     )
@@ -173,6 +171,15 @@ def _check_safety_checker(spec: ModelSpec, family: Family, index: Config, folder
     parts = ("safety_checker", "feature_extractor")
     if not family.safety_checker or any(index.get(part, [None])[0] is None or not (folder / part).is_dir() for part in parts):
         raise InvalidJob(f"model {spec.id}: it has no safety checker; leave model.safety_checker out, or give a model that has one")
+
+
+def _unread(denoiser: Config, index: Config) -> frozenset[str]:
+    """Arguments of the family that this model's pipeline would ignore: where guidance is an embedding there is no second
+    pass for a negative prompt, and without T5 nobody reads the third prompt."""
+    unread = _NEGATIVE if denoiser.get("time_cond_proj_dim") is not None else frozenset()
+    if index.get("text_encoder_3", [None])[0] is None:
+        unread |= {"prompt_3", "negative_prompt_3"}
+    return unread
 
 
 def _refused_by_configuration(class_name: str, scheduler: Config) -> dict[str, str]:
