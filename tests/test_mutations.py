@@ -1,0 +1,100 @@
+"""The exactness comparison can fail: with any one of its conditions broken on purpose, pixels differ from the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import B, Model, row
+
+from renderfarm.models import pipeline
+from renderfarm.models.common import finite_pixels
+from renderfarm.models.pipeline import SlotPipeline, State
+from renderfarm.records import Sample
+
+Models = Callable[..., Model]
+
+
+def rows(sampler: str, side: int) -> list[Sample]:
+    """Four in a row, so that the last one is alone in the batch for some of its steps."""
+    prompts = ("a red circle", "two blue squares", "a green star on a white background", "a sky")
+    usual = [row(number, sampler=sampler, height=side, width=side, prompt=prompt) for number, prompt in enumerate(prompts)]
+    return [replace(wanted, num_inference_steps=3 + number) for number, wanted in enumerate(usual)]
+
+
+def differs(one: Model, wanted: Sequence[Sample], reference: Model | None = None) -> bool:
+    """Whether the comparison of `test_families.py` fails for any of the rows."""
+    pairs = [((reference or one).reference(sample), ours) for sample, ours in zip(wanted, one.render(wanted), strict=True)]
+    return not all(np.array_equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"), CASES := [("sd", "euler-a"), ("sdxl", "euler"), ("sd3", "flow-euler"), ("flux-dev", "flow-euler")]
+)
+def test_without_padding_pixels_differ(name: str, sampler: str, model: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, wanted = model(name), rows(sampler, 96)
+    assert not differs(one, wanted)
+    padded = SlotPipeline.step
+
+    def unpadded(self: SlotPipeline, states: Sequence[State]) -> list[bool]:
+        monkeypatch.setattr(self, "batch_size", len(states))
+        try:
+            return padded(self, states)
+        finally:
+            monkeypatch.setattr(self, "batch_size", B)
+
+    monkeypatch.setattr(SlotPipeline, "step", unpadded)
+    assert differs(one, wanted)
+
+
+@pytest.mark.parametrize(("name", "sampler"), CASES)
+def test_a_worker_with_another_batch_size_differs(name: str, sampler: str, model: Models, tiny_model: Callable[[str], Path]) -> None:
+    other = Model(name, tiny_model(name), batch_size=1)
+    try:
+        assert differs(other, rows(sampler, 96), reference=model(name))
+    finally:
+        other.close()
+
+
+@pytest.mark.parametrize(("name", "sampler"), CASES)
+def test_an_autoencoder_that_decodes_a_batch_differs_in_bfloat16(
+    name: str, sampler: str, model: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, wanted = model(name, "bfloat16"), rows(sampler, 96)
+    assert not differs(one, wanted)
+
+    @torch.inference_mode()
+    def batched(self: SlotPipeline, state: State) -> np.ndarray:
+        latents = self._unscaled(state.latents.to(self.dtype), state.sample)
+        images = self.pipe.vae.decode(torch.cat([latents] * B), return_dict=False)[0]
+        return finite_pixels(images[:1], self.pipe.image_processor)
+
+    monkeypatch.setattr(SlotPipeline, "decode", batched)
+    assert differs(one, wanted)
+
+
+def test_samples_that_share_a_generator_differ(model: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, wanted = model("sd"), rows("euler-a", 32)
+    own, shared = pipeline.initial_noise, torch.Generator("cpu").manual_seed(wanted[0].seed)
+
+    def sharing(*arguments: Any) -> tuple[torch.Tensor, torch.Generator]:
+        return own(*arguments)[0], shared
+
+    monkeypatch.setattr(pipeline, "initial_noise", sharing)
+    assert differs(one, wanted)
+    for first, second in zip(one.render(wanted), one.render(wanted[::-1])[::-1], strict=True):
+        assert not np.array_equal(first, second)
+
+
+def test_noise_from_the_global_random_state_differs_once_that_is_disturbed(model: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, wanted = model("sdxl"), rows("dpm++sde", 32)[:1]
+    monkeypatch.setattr(one.adapter, "_step_arguments", lambda scheduler, generator: {})
+    torch.manual_seed(1)
+    first = one.render(wanted)[0]
+    torch.manual_seed(2)
+    assert not np.array_equal(first, one.render(wanted)[0])
