@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +19,34 @@ from renderfarm.records import Sample
 Models = Callable[..., Model]
 
 
+# In float32 another shape moves about one pixel in 20,000 by one level: several rows of 96 pixels, so that some are hit.
+# In bfloat16 the tiny denoisers give equal pixels at B = 1 and 3 on a CPU (the products are summed in float32 either way);
+# there it is the autoencoder whose batch shows.
+CASES = [("sd", "euler-a"), ("sd3", "flow-euler")]
+
+
 def rows(sampler: str, side: int) -> list[Sample]:
-    """Four in a row, so that the last one is alone in the batch for some of its steps."""
     prompts = ("a red circle", "two blue squares", "a green star on a white background", "a sky")
-    usual = [row(number, sampler=sampler, height=side, width=side, prompt=prompt) for number, prompt in enumerate(prompts)]
-    return [replace(wanted, num_inference_steps=3 + number) for number, wanted in enumerate(usual)]
+    return [row(number, sampler=sampler, height=side, width=side, prompt=prompt) for number, prompt in enumerate(prompts)]
 
 
 def differs(one: Model, wanted: Sequence[Sample], reference: Model | None = None) -> bool:
-    """Whether the comparison of `test_families.py` fails for any of the rows."""
-    pairs = [((reference or one).reference(sample), ours) for sample, ours in zip(wanted, one.render(wanted), strict=True)]
-    return not all(np.array_equal(a, b) for a, b in pairs)
+    """Whether the comparison of `test_families.py` fails for any of the rows, each rendered alone."""
+    return any(not np.array_equal(one.render([sample])[0], (reference or one).reference(sample)) for sample in wanted)
 
 
-@pytest.mark.parametrize(
-    ("name", "sampler"), CASES := [("sd", "euler-a"), ("sdxl", "euler"), ("sd3", "flow-euler"), ("flux-dev", "flow-euler")]
-)
+@pytest.mark.parametrize(("name", "sampler"), CASES)
 def test_without_padding_pixels_differ(name: str, sampler: str, model: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     one, wanted = model(name), rows(sampler, 96)
     assert not differs(one, wanted)
     padded = SlotPipeline.step
 
     def unpadded(self: SlotPipeline, states: Sequence[State]) -> list[bool]:
-        monkeypatch.setattr(self, "batch_size", len(states))
+        self.batch_size = len(states)
         try:
             return padded(self, states)
         finally:
-            monkeypatch.setattr(self, "batch_size", B)
+            self.batch_size = B
 
     monkeypatch.setattr(SlotPipeline, "step", unpadded)
     assert differs(one, wanted)
@@ -61,11 +61,11 @@ def test_a_worker_with_another_batch_size_differs(name: str, sampler: str, model
         other.close()
 
 
-@pytest.mark.parametrize(("name", "sampler"), CASES)
+@pytest.mark.parametrize(("name", "sampler"), [("sd", "euler-a"), ("flux-dev", "flow-euler")])
 def test_an_autoencoder_that_decodes_a_batch_differs_in_bfloat16(
     name: str, sampler: str, model: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, wanted = model(name, "bfloat16"), rows(sampler, 96)
+    one, wanted = model(name, "bfloat16"), rows(sampler, 96)[:2]
     assert not differs(one, wanted)
 
     @torch.inference_mode()
@@ -88,7 +88,7 @@ def test_samples_that_share_a_generator_differ(model: Models, monkeypatch: pytes
     monkeypatch.setattr(pipeline, "initial_noise", sharing)
     assert differs(one, wanted)
     for first, second in zip(one.render(wanted), one.render(wanted[::-1])[::-1], strict=True):
-        assert not np.array_equal(first, second)
+        assert not np.array_equal(first, second)  # and order decides pixels
 
 
 def test_noise_from_the_global_random_state_differs_once_that_is_disturbed(model: Models, monkeypatch: pytest.MonkeyPatch) -> None:
