@@ -68,8 +68,8 @@ _TABLE = (
     Sampler("lcm", "LCMScheduler", draws=True, max_steps=50),
     Sampler("tcd", "TCDScheduler", draws=True, max_steps=50),
     Sampler("flow-euler", "FlowMatchEulerDiscreteScheduler", aliases=("flowmatch_euler", "fm_euler"), kind="flow"),
-    Sampler("flow-dpm++2m", "DPMSolverMultistepScheduler", _FLOW_DPM, ("flow_dpmpp_2m",), kind="flow", min_steps=2),
-    Sampler("flow-unipc", "UniPCMultistepScheduler", _FLOW, kind="flow", min_steps=2),
+    Sampler("flow-dpm++2m", "DPMSolverMultistepScheduler", _FLOW_DPM, ("flow_dpmpp_2m",), kind="flow"),
+    Sampler("flow-unipc", "UniPCMultistepScheduler", _FLOW, kind="flow"),
 )  # fmt: skip
 SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in _TABLE}
 

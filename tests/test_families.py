@@ -30,7 +30,7 @@ def mixed_rows(name: str) -> list[Sample]:
         values: dict[str, Any] = {
             "sampler": LEGAL[name][number % len(LEGAL[name])],
             "prompt": f"a {('red', 'green', 'blue')[number % 3]} star {number}",
-            "num_inference_steps": 2 + number % 3,
+            "num_inference_steps": max(1 + number % 4, SAMPLERS[LEGAL[name][number % len(LEGAL[name])]].min_steps),
             "guidance_scale": (1.0, 3.0, 7.5, 0.0)[number % 4],
             "height": (32, 40)[number // 3 % 2],
         }

@@ -219,7 +219,7 @@ def _from_hub(model_id: str, spec: ModelSpec) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    unwanted = ["*.fp16.safetensors", "*.non_ema.safetensors"]
+    unwanted = ["*.fp16.safetensors", "*.fp16-*.safetensors", "*.non_ema.safetensors"]
     wanted: dict[str, Any] = {
         "revision": spec.revision,
         # the components' folders only: single-file checkpoints beside them hold the same weights once more

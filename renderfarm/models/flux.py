@@ -16,6 +16,7 @@ from renderfarm.records import Sample
 
 class Flux(SlotPipeline):
     pipeline = FluxPipeline
+    cached_texts = 256  # 4 MB each in bfloat16
     text_length = 512  # T5's, and the pipeline's default max_sequence_length; CLIP gives a pooled embedding only
 
     def _guided(self, sample: Sample) -> bool:

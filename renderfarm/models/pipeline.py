@@ -51,6 +51,7 @@ class SlotPipeline(ABC):
     """A loaded diffusers pipeline behind the `SlotModel` protocol."""
 
     pipeline: ClassVar[Any]
+    cached_texts = 2048  # 0.2 MB each for CLIP in float32
     text_length: int
 
     def __init__(self, info: ModelInfo, workers: Workers) -> None:
