@@ -26,10 +26,10 @@ def t5_tokenizer() -> Any:
     return transformers.T5Tokenizer(vocab=pieces, extra_ids=0)
 
 
-def clip(projection: bool) -> Any:
+def clip(projection: bool, width: int = 64) -> Any:
     size = len(WORDS) * 2 + 2
     config = transformers.CLIPTextConfig(
-        vocab_size=size, hidden_size=32, intermediate_size=37, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=size, hidden_size=32, intermediate_size=width, num_hidden_layers=3, num_attention_heads=4,
         bos_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1, projection_dim=32,
     )  # fmt: skip
     return transformers.CLIPTextModelWithProjection(config) if projection else transformers.CLIPTextModel(config)
@@ -37,7 +37,7 @@ def clip(projection: bool) -> Any:
 
 def t5() -> Any:
     config = transformers.T5Config(
-        vocab_size=len(WORDS) + 4, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4, dropout_rate=0.0, is_encoder_decoder=False
+        vocab_size=len(WORDS) + 4, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0, is_encoder_decoder=False
     )
     return transformers.T5EncoderModel(config)
 
@@ -72,11 +72,16 @@ def unet(**changes: Any) -> UNet2DConditionModel:
 SCALED_LINEAR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
-def stable_diffusion(**unet_changes: Any) -> diffusers.StableDiffusionPipeline:
+def stable_diffusion(width: int = 64, **unet_changes: Any) -> diffusers.StableDiffusionPipeline:
     return diffusers.StableDiffusionPipeline(
-        vae(), clip(False), clip_tokenizer(), unet(**unet_changes), diffusers.PNDMScheduler(**SCALED_LINEAR, skip_prk_steps=True),
+        vae(), clip(False, width), clip_tokenizer(), unet(**unet_changes), diffusers.PNDMScheduler(**SCALED_LINEAR, skip_prk_steps=True),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
+
+
+def odd_width() -> diffusers.StableDiffusionPipeline:
+    """Its CLIP's layers are no whole number of vector registers wide."""
+    return stable_diffusion(37)
 
 
 def guidance_embedded() -> diffusers.StableDiffusionPipeline:
@@ -115,8 +120,8 @@ def latent_consistency() -> diffusers.LatentConsistencyModelPipeline:
 
 def stable_diffusion_xl(force_zeros: bool = True, **vae_changes: Any) -> diffusers.StableDiffusionXLPipeline:
     conditioned = unet(
-        cross_attention_dim=64, addition_embed_type="text_time", addition_time_embed_dim=8,
-        transformer_layers_per_block=1, projection_class_embeddings_input_dim=8 * 6 + 32, use_linear_projection=True,
+        cross_attention_dim=64, addition_embed_type="text_time", addition_time_embed_dim=32,
+        transformer_layers_per_block=1, projection_class_embeddings_input_dim=32 * 6 + 32, use_linear_projection=True,
     )  # fmt: skip
     return diffusers.StableDiffusionXLPipeline(
         vae(**vae_changes), clip(False), clip(True), clip_tokenizer(), clip_tokenizer(), conditioned,
@@ -171,6 +176,7 @@ def flux_schnell() -> diffusers.FluxPipeline:
 
 BUILDERS: dict[str, Callable[[], Any]] = {
     "sd": stable_diffusion,
+    "sd-odd-width": odd_width,
     "sd-guidance-embedded": guidance_embedded,
     "lcm": latent_consistency,
     "sdxl": stable_diffusion_xl,
@@ -197,4 +203,8 @@ def save(pipe: Any, folder: Path) -> Path:
 
 def build(name: str, folder: Path) -> Path:
     """The folder of that family's model, built on first use."""
-    return folder if folder.exists() else save(BUILDERS[name](), folder)
+    if folder.exists():
+        return folder
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return save(BUILDERS[name](), folder)

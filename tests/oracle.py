@@ -28,6 +28,7 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 
 CLASSES = {
     "sd": diffusers.StableDiffusionPipeline,
+    "sd-odd-width": diffusers.StableDiffusionPipeline,
     "sd-guidance-embedded": diffusers.StableDiffusionPipeline,
     "lcm": diffusers.LatentConsistencyModelPipeline,
     "sdxl": diffusers.StableDiffusionXLPipeline,
@@ -44,6 +45,7 @@ FLOW_REFERENCE: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 LEGAL: dict[str, list[str]] = {
     "sd": list(REFERENCE),
+    "sd-odd-width": ["euler", "euler-a"],
     "sd-guidance-embedded": list(REFERENCE),
     "lcm": ["lcm"],
     "sdxl": list(REFERENCE),

@@ -78,6 +78,23 @@ def test_an_autoencoder_that_decodes_a_batch_differs_in_bfloat16(
     assert differs(one, wanted)
 
 
+def test_texts_encoded_with_others_differ_where_a_layer_is_no_whole_number_of_vectors_wide(
+    model: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = model("sd-odd-width").adapter
+    texts = [f"a {colour} star {number}" for number in range(4) for colour in ("red", "green", "blue")]
+    chunks = [texts[start : start + B] for start in range(0, len(texts), B)]
+    apart = [embedding for chunk in chunks for (embedding,) in adapter.encode_texts(chunk)]
+    monkeypatch.setattr(adapter, "mixes_texts", True)
+    mixed = [embedding for chunk in chunks for (embedding,) in adapter.encode_texts(chunk)]
+    assert not all(torch.equal(a, b) for a, b in zip(apart, mixed, strict=True))
+    usual = model("sd").adapter
+    assert usual.mixes_texts
+    mixed = [embedding for chunk in chunks for (embedding,) in usual.encode_texts(chunk)]
+    alone = [usual.encode_texts([text])[0][0] for text in texts]
+    assert all(torch.equal(a, b) for a, b in zip(alone, mixed, strict=True))
+
+
 def test_samples_that_share_a_generator_differ(model: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     one, wanted = model("sd"), rows("euler-a", 32)
     own, shared = pipeline.initial_noise, torch.Generator("cpu").manual_seed(wanted[0].seed)

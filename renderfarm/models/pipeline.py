@@ -23,7 +23,7 @@ import torch
 from renderfarm.config import Workers
 from renderfarm.errors import Fatal, Filtered
 from renderfarm.models.catalog import ModelInfo
-from renderfarm.models.common import count_tokens, finite_pixels, initial_noise
+from renderfarm.models.common import count_tokens, fills_vectors, finite_pixels, initial_noise
 from renderfarm.models.torch_setup import describe_profile, prepare_torch, translated
 from renderfarm.records import Sample
 from renderfarm.samplers import make_scheduler
@@ -65,6 +65,8 @@ class SlotPipeline(ABC):
             ).to(self.device)
         except Exception as error:  # damaged weights raise many kinds; none of them is the row's fault
             raise Fatal(f"model {info.id}: cannot be loaded from {info.folder}: {error}") from error
+        encoders = (getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
+        self.mixes_texts = all(fills_vectors(encoder) for encoder in encoders if encoder is not None)
 
     def _load_arguments(self) -> dict[str, Any]:
         return {}
@@ -85,6 +87,8 @@ class SlotPipeline(ABC):
     @translated
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[Any]) -> list[Embedding]:
+        if not self.mixes_texts:
+            return [tuple(part[0] for part in self._encode([text] * self.batch_size)) for text in texts]
         padded = [*texts, *[texts[0]] * (self.batch_size - len(texts))]
         return list(zip(*self._encode(padded), strict=True))[: len(texts)]
 
