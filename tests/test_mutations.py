@@ -11,6 +11,7 @@ import pytest
 import torch
 from oracle import B, Model, row
 
+from renderfarm.config import Workers
 from renderfarm.models import pipeline
 from renderfarm.models.common import finite_pixels
 from renderfarm.models.pipeline import SlotPipeline, State
@@ -115,3 +116,27 @@ def test_noise_from_the_global_random_state_differs_once_that_is_disturbed(model
     first = one.render(wanted)[0]
     torch.manual_seed(2)
     assert not np.array_equal(first, one.render(wanted)[0])
+
+
+def test_with_more_than_two_threads_an_activation_depends_on_its_place_in_the_batch() -> None:
+    """Why `workers.threads` ends at 2. Half a batch of the sizes that models have is a whole number of vectors; a third is not."""
+    generator = torch.Generator().manual_seed(0)
+    copies = [torch.stack([torch.randn((320, 8, 8), generator=generator) * 3] * 4) for _ in range(20)]
+
+    def places_agree(threads: int) -> bool:
+        torch.set_num_threads(threads)
+        activated = [torch.nn.functional.silu(batch) for batch in copies]
+        return all(torch.equal(batch[0], batch[k]) for batch in activated for k in range(1, 4))
+
+    try:
+        assert places_agree(1)
+        assert places_agree(2)
+        assert not places_agree(3)
+        assert not places_agree(4)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_job_with_more_than_two_threads_is_refused() -> None:
+    with pytest.raises(ValueError, match="less than or equal to 2"):
+        Workers(threads=3)
