@@ -100,8 +100,9 @@ class Workers(Strict):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one, else cpu."""
-    threads: Annotated[int, Field(ge=1, le=256)] = 1
-    """Torch threads per worker on a CPU; part of the render profile. Use more workers rather than more threads."""
+    threads: Annotated[int, Field(ge=1, le=2)] = 1
+    """Torch threads per worker on a CPU, 1 or 2; part of the render profile. From 3 on, torch may cut a batch in the
+    middle of a vector register, and a sample's pixels would depend on its slot: use more workers instead."""
 
     other_profiles: Literal["refuse", "record"] = "refuse"
     """A worker whose render profile is not the output's (another CPU, another version) would render other bits. refuse:

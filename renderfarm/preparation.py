@@ -55,7 +55,7 @@ class Prepared:
         if given.guidance_scale is not None:  # 0 is a value
             defaults["guidance_scale"] = given.guidance_scale
         return defaults | {
-            "sampler": find_sampler(given.sampler or self.model.sampler, self.model.kind).name,
+            "sampler": find_sampler(given.sampler or self.model.sampler, self.model.kind, self.model.refused_samplers).name,
             "negative_prompt": given.negative_prompt,
             "true_cfg_scale": given.true_cfg_scale,
             "on_truncation": given.on_truncation,
@@ -78,8 +78,7 @@ def prepare(job: Job) -> Prepared:
 def _check_render(job: Job, model: ModelInfo) -> None:
     """The job's own defaults must be renderable, or every row would fail."""
     try:
-        if job.render.sampler is not None:
-            find_sampler(job.render.sampler, model.kind)
+        find_sampler(job.render.sampler or model.sampler, model.kind, model.refused_samplers)
         for name in ("negative_prompt", "true_cfg_scale"):
             if getattr(job.render, name) is not None and name not in model.arguments:
                 raise InvalidInput(f"{name} is not an argument of this model; leave it out")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ class Sampler:
 
 
 _FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+_FLOW_DPM = {**_FLOW, "algorithm_type": "dpmsolver++"}
 _KARRAS = {"use_karras_sigmas": True}
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
 _TABLE = (
@@ -66,17 +68,17 @@ _TABLE = (
     Sampler("lcm", "LCMScheduler", draws=True, max_steps=50),
     Sampler("tcd", "TCDScheduler", draws=True, max_steps=50),
     Sampler("flow-euler", "FlowMatchEulerDiscreteScheduler", aliases=("flowmatch_euler", "fm_euler"), kind="flow"),
-    Sampler("flow-dpm++2m", "DPMSolverMultistepScheduler", _FLOW, ("flow_dpmpp_2m",), kind="flow", min_steps=2),
-    Sampler("flow-unipc", "UniPCMultistepScheduler", _FLOW, kind="flow", min_steps=2),
+    Sampler("flow-dpm++2m", "DPMSolverMultistepScheduler", _FLOW_DPM, ("flow_dpmpp_2m",), kind="flow"),
+    Sampler("flow-unipc", "UniPCMultistepScheduler", _FLOW, kind="flow"),
 )  # fmt: skip
 SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in _TABLE}
 
 # Samplers that diffusers has and that are refused here, by each of their usual names: why.
-_GLOBAL = "draws its noise from the process's global random state, so its pixels would depend on batch mates and order"
+GLOBAL_STATE = "draws its noise from the process's global random state, so its pixels would depend on batch mates and order"
 REFUSED: dict[str, tuple[str, str]] = {
-    "dpmsolversde": (_GLOBAL, "dpm++sde"),
+    "dpmsolversde": (GLOBAL_STATE, "dpm++sde"),
     "flow-heun": ("fails in diffusers for every flow model tried", "flow-euler"),
-    "flow-lcm": (_GLOBAL, "flow-euler"),
+    "flow-lcm": (GLOBAL_STATE, "flow-euler"),
 }
 
 # DiffusionDB's column `sampler`: https://huggingface.co/datasets/poloclub/diffusiondb, "Data Fields"
@@ -88,44 +90,50 @@ def _spelling(name: str) -> str:
     return re.sub(r"[\s_\-]+", "", name.lower().replace("dpmpp", "dpm++"))
 
 
+NOTHING: Mapping[str, str] = {}
 _BY_SPELLING = {_spelling(word): sampler for sampler in _TABLE for word in (sampler.name, *sampler.aliases)}
 
 
-def find_sampler(name: str | int, kind: Kind) -> Sampler:
+def find_sampler(name: str | int, kind: Kind, refused: Mapping[str, str] = NOTHING) -> Sampler:
     """The sampler of a name, an alias, or a DiffusionDB code, for models of that kind.
 
-    Raises InvalidInput with the reason and the nearest name that is legal.
+    `refused`: the samplers that the model cannot use although they are of its kind, and why. Raises InvalidInput with
+    the reason and the nearest name that is legal.
     """
     if isinstance(name, int):
         if name in DIFFUSIONDB_CODES:
-            return _of_kind(SAMPLERS[DIFFUSIONDB_CODES[name]], kind)
+            return _legal(SAMPLERS[DIFFUSIONDB_CODES[name]], kind, refused)
         raise InvalidInput(
             f"sampler code {name} has no exact equivalent: DiffusionDB's codes 1 to 8 name samplers, "
             "9 means an unknown other one; give the row one of `renderfarm samplers`"
         )
     if found := _BY_SPELLING.get(_spelling(name)):
-        return _of_kind(found, kind)
-    if refused := {_spelling(word): reason for word, reason in REFUSED.items()}.get(_spelling(name)):
-        raise InvalidInput(f"sampler {name!r} {refused[0]}; the nearest that does not: {_nearest(refused[1], kind)!r}")
-    legal = [spelling for spelling, sampler in _BY_SPELLING.items() if sampler.kind == kind]
+        return _legal(found, kind, refused)
+    if inexact := {_spelling(word): reason for word, reason in REFUSED.items()}.get(_spelling(name)):
+        raise InvalidInput(f"sampler {name!r} {inexact[0]}; the nearest that does not: {_nearest(inexact[1], kind, refused)!r}")
+    legal = [spelling for spelling, sampler in _BY_SPELLING.items() if sampler.kind == kind and sampler.name not in refused]
     close = difflib.get_close_matches(_spelling(name), legal, n=1, cutoff=0.4)
     hint = f"; did you mean {_BY_SPELLING[close[0]].name!r}?" if close else ""
     raise InvalidInput(f"unknown sampler {name!r}{hint} (`renderfarm samplers` lists them)")
 
 
-def _of_kind(sampler: Sampler, kind: Kind) -> Sampler:
-    if sampler.kind == kind:
-        return sampler
-    raise InvalidInput(
-        f"sampler {sampler.name} is for {sampler.kind} models, and this is a {kind} model: it would paint nonsense; "
-        f"use {_nearest(sampler.name, kind)!r}"
-    )
+def _legal(sampler: Sampler, kind: Kind, refused: Mapping[str, str]) -> Sampler:
+    if sampler.kind != kind:
+        raise InvalidInput(
+            f"sampler {sampler.name} is for {sampler.kind} models, and this is a {kind} model: it would paint nonsense; "
+            f"use {_nearest(sampler.name, kind, refused)!r}"
+        )
+    if sampler.name in refused:
+        raise InvalidInput(
+            f"sampler {sampler.name} cannot render this model: {refused[sampler.name]}; use {_nearest(sampler.name, kind, refused)!r}"
+        )
+    return sampler
 
 
-def _nearest(name: str, kind: Kind) -> str:
-    """The sampler of that kind with the same scheduler class or the most similar name."""
+def _nearest(name: str, kind: Kind, refused: Mapping[str, str]) -> str:
+    """The legal sampler with the same scheduler class or the most similar name."""
     wanted = SAMPLERS.get(name)
-    legal = [sampler for sampler in _TABLE if sampler.kind == kind]
+    legal = [sampler for sampler in _TABLE if sampler.kind == kind and sampler.name not in refused]
     if kin := [sampler.name for sampler in legal if wanted is not None and sampler.scheduler == wanted.scheduler]:
         return kin[0]
     bare = {sampler.name.removeprefix("flow-"): sampler.name for sampler in legal}
@@ -136,5 +144,7 @@ def make_scheduler(name: str, config: Any) -> Any:
     """A fresh diffusers scheduler for one sample, from the model's own scheduler configuration."""
     import diffusers
 
-    sampler = SAMPLERS[name]
-    return getattr(diffusers, sampler.scheduler).from_config(config, **sampler.overrides)
+    sampler, changes = SAMPLERS[name], {}
+    if sampler.kind == "flow" and "shift" in config and "flow_shift" not in config:
+        changes["flow_shift"] = config["shift"]  # one quantity that FlowMatchEuler and the solvers name differently
+    return getattr(diffusers, sampler.scheduler).from_config(config, **sampler.overrides, **changes)

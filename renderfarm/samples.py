@@ -117,7 +117,7 @@ def _samples(values: dict[str, Any], ordinal: int, row_id: str, count: int, job:
     guidance = _choose(_number, values, "guidance_scale", job, model.guidance_scale)
     if not 0 <= guidance <= 1000:
         raise InvalidInput(f"guidance_scale is {guidance}; it must be between 0 and 1000")
-    sampler = find_sampler(_choose(_sampler, values, "sampler", job, model.sampler), model.kind)
+    sampler = find_sampler(_choose(_sampler, values, "sampler", job, model.sampler), model.kind, model.refused_samplers)
     if steps < sampler.min_steps:
         raise InvalidInput(f"num_inference_steps is {steps}; sampler {sampler.name} needs at least {sampler.min_steps}")
     if steps > sampler.max_steps:

@@ -24,8 +24,6 @@ from renderfarm.errors import NonFiniteOutput, PromptTruncated, RenderFailed, Re
 from renderfarm.models.base import SlotModel
 from renderfarm.records import Sample
 
-MAX_CACHED_TEXTS = 2048
-
 
 @dataclass(frozen=True)
 class Rendered:
@@ -162,7 +160,7 @@ class SlotLoop:
             self.counters.encoded_texts += len(chunk)
         for text in needed:
             self._embeddings.move_to_end(text)
-        while len(self._embeddings) > max(MAX_CACHED_TEXTS, len(needed)):
+        while len(self._embeddings) > max(self._model.cached_texts, len(needed)):
             self._embeddings.popitem(last=False)
 
     def _step(self, group: _Group) -> None:

@@ -53,6 +53,26 @@ def engine(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's tiny model, by its name in `families.BUILDERS`, built on first use."""
+    import families
+
+    root = tmp_path_factory.mktemp("models")
+    return lambda name: families.build(name, root / name)
+
+
+@pytest.fixture(scope="session")
+def model(tiny_model: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
+    """`oracle.Model`s of families by name and dtype, each loaded once."""
+    from oracle import Model
+
+    made: dict[tuple[str, str], Model] = {}
+    yield lambda name, dtype="float32": made.setdefault((name, dtype), Model(name, tiny_model(name), dtype))
+    for one in made.values():
+        one.close()
+
+
 @pytest.fixture
 def write_manifest(tmp_path: Path) -> Callable[..., Path]:
     """Write a Parquet manifest; without columns, eight rows about coloured circles."""

@@ -10,15 +10,21 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import families
+import numpy as np
 import pytest
+from oracle import row
 
 from renderfarm.config import ModelSpec, Workers, load_job
-from renderfarm.errors import InvalidJob
+from renderfarm.errors import Filtered, InvalidInput, InvalidJob
 from renderfarm.models.catalog import describe
 from renderfarm.models.load import load_model
 from renderfarm.plan import Grid, leases
 from renderfarm.preparation import prepare
+from renderfarm.samplers import find_sampler
+from renderfarm.slots import SlotLoop
 
 SHAPES = describe(ModelSpec(id="builtin:shapes"))
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -59,8 +65,8 @@ def test_a_scheduler_that_the_model_comes_with_is_its_default_sampler(copy: Path
 
 def test_another_pipeline_class_is_refused_by_name(copy: Path) -> None:
     index = json.loads((copy / "model_index.json").read_text())
-    (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
-    with pytest.raises(InvalidJob, match="FluxPipeline is not supported yet; supported: StableDiffusionPipeline"):
+    (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "KolorsPipeline"}))
+    with pytest.raises(InvalidJob, match=r"KolorsPipeline is not supported yet; supported: StableDiffusionPipeline, .*FluxPipeline"):
         describe(ModelSpec(id=str(copy)))
 
 
@@ -112,3 +118,146 @@ def test_the_profile_is_the_same_in_processes_with_other_hash_seeds(copy: Path) 
         for seed in ("1", "2")
     }
     assert len(profiles) == 1
+
+
+def change(folder: Path, file: str, **values: Any) -> Path:
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return folder
+
+
+@pytest.fixture
+def own(tiny_model: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of a tiny model that a test may change."""
+    return lambda name: Path(shutil.copytree(tiny_model(name), tmp_path / name))
+
+
+# height, factor, largest side, steps, guidance, sampler
+FACTS = {
+    "sd": (32, 8, 128, 50, 7.5, "pndm"),
+    "lcm": (32, 8, 128, 4, 8.5, "lcm"),
+    "sdxl": (32, 8, 128, 50, 5.0, "euler"),
+    "sd3": (32, 4, 96, 28, 7.0, "flow-euler"),
+    "flux-dev": (256, 4, 1024, 28, 3.5, "flow-euler"),
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_a_family_says_its_sizes_and_its_pipelines_defaults_without_torch(name: str, tiny_model: Callable[[str], Path]) -> None:
+    info = describe(ModelSpec(id=str(tiny_model(name))))
+    assert (info.height, info.factor, info.max_side, info.num_inference_steps, info.guidance_scale, info.sampler) == FACTS[name]
+    assert info.width == info.height
+    script = (
+        f"import sys; from renderfarm.models.catalog import describe; from renderfarm.config import ModelSpec; "
+        f"describe(ModelSpec(id={info.folder!r})); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_published_sd3_or_flux_folder_gives_the_sizes_that_people_know(own: Callable[[str], Path]) -> None:
+    blocks = [128, 256, 512, 512]
+    sd3 = change(own("sd3"), "transformer/config.json", sample_size=128, pos_embed_max_size=192)
+    flux = own("flux-dev")
+    for folder in (sd3, flux):
+        info = describe(ModelSpec(id=str(change(folder, "vae/config.json", block_out_channels=blocks))))
+        assert (info.height, info.width, info.factor) == (1024, 1024, 16)
+        assert info.max_side == (3072 if folder == sd3 else 4096)
+
+
+def test_a_unet_of_an_oblong_sample_size_is_painted_oblong(own: Callable[[str], Path]) -> None:
+    info = describe(ModelSpec(id=str(change(own("sd"), "unet/config.json", sample_size=[16, 24]))))
+    assert (info.height, info.width, info.max_side) == (32, 48, 192)
+
+
+@pytest.mark.parametrize(
+    ("name", "taken", "not_taken"),
+    [
+        ("sd", {"negative_prompt"}, {"prompt_2", "true_cfg_scale"}),
+        ("sd-guidance-embedded", set(), {"negative_prompt"}),
+        ("lcm", set(), {"negative_prompt"}),
+        ("sdxl", {"negative_prompt", "prompt_2", "negative_prompt_2"}, {"prompt_3", "true_cfg_scale"}),
+        ("sd3", {"prompt_3", "negative_prompt_3"}, {"true_cfg_scale"}),
+        ("sd3-dynamic", {"prompt_2", "negative_prompt_2"}, {"prompt_3", "negative_prompt_3"}),
+        ("flux-dev", {"true_cfg_scale", "prompt_2", "negative_prompt_2"}, {"prompt_3"}),
+    ],
+)
+def test_arguments_that_a_model_would_ignore_are_not_taken(
+    name: str, taken: set[str], not_taken: set[str], tiny_model: Callable[[str], Path]
+) -> None:
+    arguments = describe(ModelSpec(id=str(tiny_model(name)))).arguments
+    assert taken <= arguments
+    assert not arguments & not_taken
+
+
+def test_a_latent_consistency_model_without_a_guidance_embedding_is_refused(own: Callable[[str], Path]) -> None:
+    folder = change(own("lcm"), "unet/config.json", time_cond_proj_dim=None)
+    with pytest.raises(InvalidJob, match="takes no guidance embedding"):
+        describe(ModelSpec(id=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "reason", "near"),
+    [
+        ("lcm", "Euler a", "cannot render this model: .*only its own sampler follows", "lcm"),
+        ("lcm", "tcd", "only its own sampler follows", "lcm"),
+        ("lcm", "flow-euler", "for flow models", "lcm"),
+        ("sd3", "Euler a", "for diffusion models, and this is a flow model", "flow-euler"),
+        ("sd3", "lcm", "for diffusion models", "flow-"),
+        ("flux-dev", "ddim", "for diffusion models", "flow-"),
+        ("flux-dev", "flow-lcm", "global random state", "flow-euler"),
+        ("flux-schnell", "flow_dpmpp_2m", "exponential dynamic shifting only", "flow-"),
+        ("sdxl", "flow-euler", "for flow models", "euler"),
+    ],
+)
+def test_a_sampler_that_a_model_cannot_use_is_refused_with_the_reason_and_a_legal_one(
+    name: str, sampler: str, reason: str, near: str, tiny_model: Callable[[str], Path]
+) -> None:
+    info = describe(ModelSpec(id=str(tiny_model(name))))
+    with pytest.raises(InvalidInput, match=reason) as caught:
+        find_sampler(sampler, info.kind, info.refused_samplers)
+    named = str(caught.value).rpartition(" ")[2].strip("'")
+    assert named.startswith(near)
+    assert find_sampler(named, info.kind, info.refused_samplers).name == named
+
+
+def test_a_scheduler_that_draws_from_the_global_random_state_is_refused(
+    own: Callable[[str], Path], write_manifest: Callable[..., Path], write_job: Callable[..., Path]
+) -> None:
+    folder = change(own("sd3"), "scheduler/scheduler_config.json", stochastic_sampling=True)
+    job = write_job(write_manifest(), model=str(folder))
+    with pytest.raises(InvalidJob, match=r"flow-euler cannot render this model: .*stochastic_sampling.*global random state.*use 'flow-"):
+        prepare(load_job(job))
+    prepare(load_job(job, ["render.sampler=flow-unipc"]))
+
+
+@pytest.mark.parametrize("time_shift_type", ["exponential", "linear"])
+def test_the_solver_that_takes_only_exponential_shifts_is_refused_for_linear_ones(own: Callable[[str], Path], time_shift_type: str) -> None:
+    folder = change(own("sd3-dynamic"), "scheduler/scheduler_config.json", time_shift_type=time_shift_type)
+    assert set(describe(ModelSpec(id=str(folder))).refused_samplers) == ({"flow-dpm++2m"} if time_shift_type == "linear" else set())
+
+
+@pytest.mark.parametrize("flags", [False, True])
+def test_an_image_that_the_safety_checker_refuses_is_an_error_and_others_are_as_without_it(flags: bool, tmp_path: Path) -> None:
+    folder = families.save(families.checked(flags), tmp_path / "checked")
+    images = []
+    for asked in (False, True):
+        loop = SlotLoop(lambda asked=asked: load_model(describe(ModelSpec(id=str(folder), safety_checker=asked)), Workers(batch_size=2)))  # type: ignore[misc]
+        try:
+            profile = loop.ready.result().profile()
+            assert profile["safety_checker"] is asked
+            future = loop.submit([row(sampler="euler")])[0]
+            if flags and asked:
+                with pytest.raises(Filtered, match="refused this image; give the row another prompt or seed"):
+                    future.result(timeout=60)
+            else:
+                images.append(future.result(timeout=60).pixels)
+        finally:
+            loop.close()
+    for image in images:
+        np.testing.assert_array_equal(image, images[0])
+
+
+@pytest.mark.parametrize("name", ["builtin:shapes", "builtin:fake", "sd", "flux-dev"])
+def test_asking_for_a_safety_checker_that_is_not_there_is_refused(name: str, tiny_model: Callable[[str], Path]) -> None:
+    with pytest.raises(InvalidJob, match="has no safety checker"):
+        describe(ModelSpec(id=name if ":" in name else str(tiny_model(name)), safety_checker=True))

@@ -19,6 +19,8 @@ class SlotModel(Protocol):
 
     batch_size: int
     device: str
+    cached_texts: int
+    """How many texts' embeddings the loop keeps for samples to come."""
 
     def profile(self) -> dict[str, Any]:
         """Everything besides the row that decides pixels, as JSON values."""

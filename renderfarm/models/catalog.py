@@ -9,13 +9,16 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from renderfarm.config import ModelSpec, expand_env
 from renderfarm.errors import Fatal, InvalidJob
-from renderfarm.samplers import SAMPLERS, Kind
+from renderfarm.samplers import GLOBAL_STATE, SAMPLERS, Kind
+
+Config = dict[str, Any]  # a component's JSON file
 
 _ALWAYS = frozenset(
     [
@@ -26,19 +29,76 @@ _ALWAYS = frozenset(
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """In pixels: the default height and width, what both must be a multiple of, and the largest."""
+
+    height: int
+    width: int
+    factor: int
+    max_side: int
+
+
+def _of_unet(unet: Config, vae: Config) -> Sizes:
+    scale = _vae_scale(vae)
+    side = unet["sample_size"]
+    height, width = (side, side) if isinstance(side, int) else side
+    # StableDiffusionPipeline.check_inputs wants multiples of 8
+    return Sizes(height * scale, width * scale, math.lcm(8, scale), 4 * max(height, width) * scale)
+
+
+def _of_sd3(transformer: Config, vae: Config) -> Sizes:
+    side, factor = transformer["sample_size"] * _vae_scale(vae), transformer["patch_size"] * _vae_scale(vae)
+    # a table of positions, of which the transformer takes the middle
+    return Sizes(side, side, factor, min(4 * side, transformer["pos_embed_max_size"] * factor))
+
+
+def _of_flux(transformer: Config, vae: Config) -> Sizes:
+    side = 128 * _vae_scale(vae)  # FluxPipeline.default_sample_size; the configuration names none
+    return Sizes(side, side, 2 * _vae_scale(vae), 4 * side)
+
+
+def _vae_scale(vae: Config) -> int:
+    scale: int = 2 ** (len(vae["block_out_channels"]) - 1)
+    return scale
+
+
+@dataclass(frozen=True)
 class Family:
-    """A pipeline class: who renders it (`module:class` in this package), what rows may say, and the pipeline's own defaults."""
+    """A pipeline class: who renders it (`module:class` in this package), what rows may say, and the pipeline's own defaults.
+
+    `refused_samplers`: of its kind, and yet not to be used, with the reason.
+    """
 
     adapter: str
     kind: Kind
     arguments: frozenset[str]
     num_inference_steps: int
     guidance_scale: float
+    denoiser: str
+    sizes: Callable[[Config, Config], Sizes]
+    refused_samplers: Mapping[str, str] = field(default_factory=dict)
+    safety_checker: bool = False
 
+
+_NEGATIVE = frozenset({"negative_prompt", "negative_prompt_2", "negative_prompt_3"})
+_SD = _ALWAYS | {"negative_prompt"}
+_SDXL = _SD | {"prompt_2", "negative_prompt_2"}
+_SD3 = _SDXL | {"prompt_3", "negative_prompt_3"}
+_FLUX = _SDXL | {"true_cfg_scale"}
+_LCM_ONLY = {
+    name: "a latent consistency model jumps to the picture at each step, which only its own sampler follows"
+    for name, sampler in SAMPLERS.items()
+    if sampler.kind == "diffusion" and name != "lcm"
+}
+_LCM = "LatentConsistencyModelPipeline"
 
 # by `_class_name` in model_index.json
 FAMILIES = {
-    "StableDiffusionPipeline": Family("stable_diffusion:StableDiffusion", "diffusion", _ALWAYS | {"negative_prompt"}, 50, 7.5),
+    "StableDiffusionPipeline": Family("stable_diffusion:StableDiffusion", "diffusion", _SD, 50, 7.5, "unet", _of_unet, {}, True),
+    _LCM: Family("stable_diffusion:LatentConsistency", "diffusion", _ALWAYS, 4, 8.5, "unet", _of_unet, _LCM_ONLY, True),
+    "StableDiffusionXLPipeline": Family("stable_diffusion_xl:StableDiffusionXL", "diffusion", _SDXL, 50, 5.0, "unet", _of_unet),
+    "StableDiffusion3Pipeline": Family("stable_diffusion_3:StableDiffusion3", "flow", _SD3, 28, 7.0, "transformer", _of_sd3),
+    "FluxPipeline": Family("flux:Flux", "flow", _FLUX, 28, 3.5, "transformer", _of_flux),
 }
 
 
@@ -60,6 +120,7 @@ class ModelInfo:
     sampler: str
     arguments: frozenset[str]
     safety_checker: bool = False
+    refused_samplers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -71,20 +132,22 @@ def describe(spec: ModelSpec) -> ModelInfo:
     """Find the model (downloading a pinned hub model if it is not in the cache) and read what it is."""
     model_id = expand_env(spec.id)
     if model_id == "builtin:fake":
-        arguments = _ALWAYS | {"negative_prompt"}
-        return ModelInfo(model_id, "fake:Fake", "diffusion", None, None, 8, 64, 64, 4096, 20, 5.0, "euler", arguments)
-    folder = _find_folder(model_id, spec.revision)
+        if spec.safety_checker:
+            raise InvalidJob(f"model {model_id}: it has no safety checker; leave model.safety_checker out")
+        return ModelInfo(model_id, "fake:Fake", "diffusion", None, None, 8, 64, 64, 4096, 20, 5.0, "euler", _SD)
+    folder = _find_folder(model_id, spec)
     index = _read_json(folder / "model_index.json", f"model {model_id}: {folder} is not a model in diffusers' format")
     class_name = index.get("_class_name", "")
     family = FAMILIES.get(class_name)
     if family is None:
         raise InvalidJob(f"model {model_id}: {class_name or 'its pipeline'} is not supported yet; supported: {', '.join(FAMILIES)}")
-    unet = _read_json(folder / "unet/config.json", f"model {model_id}: unet/config.json is missing or damaged")
-    vae = _read_json(folder / "vae/config.json", f"model {model_id}: vae/config.json is missing or damaged")
-    if unet.get("time_cond_proj_dim") is not None:
-        raise InvalidJob(f"model {model_id}: its UNet takes the guidance scale as an embedding (LCM), which is not supported yet")
-    scale = 2 ** (len(vae["block_out_channels"]) - 1)
-    side = int(unet["sample_size"]) * scale
+    _check_safety_checker(spec, family, index, folder)
+    denoiser, vae, scheduler = (
+        _read_json(folder / file, f"model {model_id}: {file} is missing or damaged")
+        for file in (f"{family.denoiser}/config.json", "vae/config.json", "scheduler/scheduler_config.json")
+    )
+    if class_name == _LCM and denoiser.get("time_cond_proj_dim") is None:
+        raise InvalidJob(f"model {model_id}: its UNet takes no guidance embedding (time_cond_proj_dim), so {_LCM} cannot run it")
     builtin = model_id == "builtin:shapes"
     return ModelInfo(
         id=model_id,
@@ -92,19 +155,48 @@ def describe(spec: ModelSpec) -> ModelInfo:
         kind=family.kind,
         folder=str(folder),
         revision=spec.revision,
-        factor=math.lcm(8, scale),  # StableDiffusionPipeline.check_inputs wants multiples of 8
-        height=side,
-        width=side,
-        max_side=4 * side,
+        **asdict(family.sizes(denoiser, vae)),
         num_inference_steps=20 if builtin else family.num_inference_steps,
         guidance_scale=5.0 if builtin else family.guidance_scale,
         sampler=_default_sampler(index, family.kind),
-        arguments=family.arguments,
+        arguments=family.arguments - _unread(denoiser, index),
         safety_checker=spec.safety_checker,
+        refused_samplers={**family.refused_samplers, **_refused_by_configuration(class_name, scheduler)},
     )
 
 
-def _find_folder(model_id: str, revision: str | None) -> Path:
+def _check_safety_checker(spec: ModelSpec, family: Family, index: Config, folder: Path) -> None:
+    if not spec.safety_checker:
+        return
+    parts = ("safety_checker", "feature_extractor")
+    if not family.safety_checker or any(index.get(part, [None])[0] is None or not (folder / part).is_dir() for part in parts):
+        raise InvalidJob(f"model {spec.id}: it has no safety checker; leave model.safety_checker out, or give a model that has one")
+
+
+def _unread(denoiser: Config, index: Config) -> frozenset[str]:
+    """Arguments of the family that this model's pipeline would ignore: where guidance is an embedding there is no second
+    pass for a negative prompt, and without T5 nobody reads the third prompt."""
+    unread = _NEGATIVE if denoiser.get("time_cond_proj_dim") is not None else frozenset()
+    if index.get("text_encoder_3", [None])[0] is None:
+        unread |= {"prompt_3", "negative_prompt_3"}
+    return unread
+
+
+def _refused_by_configuration(class_name: str, scheduler: Config) -> dict[str, str]:
+    """Flow samplers that the model's scheduler configuration makes inexact or impossible."""
+    refused = {}
+    if scheduler.get("stochastic_sampling"):
+        refused["flow-euler"] = "its scheduler configuration says stochastic_sampling, which " + GLOBAL_STATE
+    dynamic = scheduler.get("use_dynamic_shifting", False)
+    exponential = dynamic and scheduler.get("time_shift_type", "exponential") == "exponential"
+    if (dynamic or class_name == "FluxPipeline") and not exponential:
+        refused["flow-dpm++2m"] = (
+            "the pipeline shifts its timesteps by mu, which diffusers' solver takes from exponential dynamic shifting only"
+        )
+    return refused
+
+
+def _find_folder(model_id: str, spec: ModelSpec) -> Path:
     if model_id == "builtin:shapes":
         return Path(__file__).parent.parent / "shapes" / "model"
     if model_id.startswith("builtin:"):
@@ -115,23 +207,24 @@ def _find_folder(model_id: str, revision: str | None) -> Path:
         return Path(model_id)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_id):
         raise InvalidJob(f"model {model_id!r}: give builtin:shapes, a folder (./path or /path), or a hub id org/name with its revision")
-    if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
+    if not re.fullmatch(r"[0-9a-f]{40}", spec.revision or ""):
         raise InvalidJob(
             f"model {model_id}: a hub model needs its full commit, so that it cannot change: "
             f"model: {{id: {model_id}, revision: <40 hex digits>}}"
         )
-    return _from_hub(model_id, revision)
+    return _from_hub(model_id, spec)
 
 
-def _from_hub(model_id: str, revision: str | None) -> Path:
+def _from_hub(model_id: str, spec: ModelSpec) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    unwanted = ["*.fp16.safetensors", "*.fp16-*.safetensors", "*.non_ema.safetensors"]
     wanted: dict[str, Any] = {
-        "revision": revision,
+        "revision": spec.revision,
         # the components' folders only: single-file checkpoints beside them hold the same weights once more
         "allow_patterns": ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"],
-        "ignore_patterns": ["safety_checker/*", "*.fp16.safetensors", "*.non_ema.safetensors"],
+        "ignore_patterns": unwanted if spec.safety_checker else ["safety_checker/*", *unwanted],
     }
     try:
         return Path(snapshot_download(model_id, local_files_only=True, **wanted))
@@ -140,7 +233,7 @@ def _from_hub(model_id: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model_id, **wanted))
     except Exception as error:  # the hub client raises dozens of kinds; each means that the model is not to be had
-        raise Fatal(f"model {model_id}: cannot be downloaded at {revision}: {error}") from error
+        raise Fatal(f"model {model_id}: cannot be downloaded at {spec.revision}: {error}") from error
 
 
 def _read_json(path: Path, problem: str) -> dict[str, Any]:

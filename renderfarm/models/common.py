@@ -55,6 +55,18 @@ def count_tokens(tokenizer: Any, prompt: str, length: int) -> tuple[int, str | N
     return count, prompt[encoded.offset_mapping[kept][0] :]
 
 
+LANES = 32  # of the widest vector register: bfloat16 in AVX-512
+
+
+def fills_vectors(encoder: torch.nn.Module) -> bool:
+    """Whether every layer's width is a whole number of vectors, as in all published encoders.
+
+    If not, the last numbers of a batch are left over from its last vector, and torch computes their activations by
+    other instructions: an embedding would depend on its place in the batch.
+    """
+    return all(layer.out_features % LANES == 0 for layer in encoder.modules() if isinstance(layer, torch.nn.Linear))
+
+
 def finite_pixels(image_13HW: torch.Tensor, image_processor: Any) -> np.ndarray:
     """H×W×3 uint8, by the pipeline's own rounding. Raises NonFiniteOutput rather than paint NaN as black."""
     if not torch.isfinite(image_13HW).all():

@@ -30,6 +30,8 @@ class State:
 
 
 class Fake:
+    cached_texts = 2048
+
     def __init__(self, info: ModelInfo, workers: Workers) -> None:
         self.batch_size, self.device = workers.batch_size, "cpu"
         self.step_seconds = float(os.environ.get("RENDERFARM_FAKE_STEP_S", "0"))

@@ -1,0 +1,215 @@
+"""What the adapters of diffusers' pipelines share: a pipeline's denoising loop, opened up to one step for B slots.
+
+    texts ─▶ encode_texts ─▶ start ─▶ [ _denoise for B slots ─▶ guidance ─▶ own scheduler ] × steps ─▶ decode
+
+A family's module says only what is its own: how a text is encoded, how latents begin, how its denoiser is called, how
+latents leave for the autoencoder. Each statement there follows that pipeline's `__call__` (diffusers 0.42), so that a
+sample's pixels equal those of the pipeline called with B copies of its row: noise from the sample's own generator,
+scheduler calls on (1, …) tensors, guidance as a Python float.
+
+Shapes: B slots, H×W pixels, C channels, h×w latents, L text positions, D features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from renderfarm.config import Workers
+from renderfarm.errors import Fatal, Filtered
+from renderfarm.models.catalog import ModelInfo
+from renderfarm.models.common import count_tokens, fills_vectors, finite_pixels, initial_noise
+from renderfarm.models.torch_setup import describe_profile, prepare_torch, translated
+from renderfarm.records import Sample
+from renderfarm.samplers import make_scheduler
+
+Embedding = tuple[torch.Tensor, ...]  # of one text, without the batch's axis: L×D, and for some families a pooled D
+
+
+@dataclass
+class State:
+    """One sample on its way. `latents`: (1, …) on the device; `negative`: None where no second prediction is made."""
+
+    sample: Sample
+    scheduler: Any
+    generator: torch.Generator
+    latents: torch.Tensor
+    timesteps: list[torch.Tensor]
+    step_arguments: dict[str, Any]
+    prompt: Embedding
+    negative: Embedding | None
+    guidance_embedding: torch.Tensor | None = None
+    next_step: int = 0
+
+
+class SlotPipeline(ABC):
+    """A loaded diffusers pipeline behind the `SlotModel` protocol."""
+
+    pipeline: ClassVar[Any]
+    cached_texts = 2048  # 0.2 MB each for CLIP in float32
+    text_length: int
+
+    def __init__(self, info: ModelInfo, workers: Workers) -> None:
+        self.info, self.workers, self.batch_size = info, workers, workers.batch_size
+        self.device = prepare_torch(workers)
+        self.dtype: torch.dtype = getattr(torch, workers.dtype)
+        assert info.folder is not None
+        try:
+            self.pipe = self.pipeline.from_pretrained(
+                info.folder, dtype=self.dtype, use_safetensors=True, local_files_only=True, **self._load_arguments()
+            ).to(self.device)
+        except Exception as error:  # damaged weights raise many kinds; none of them is the row's fault
+            raise Fatal(f"model {info.id}: cannot be loaded from {info.folder}: {error}") from error
+        encoders = (getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
+        self.mixes_texts = all(fills_vectors(encoder) for encoder in encoders if encoder is not None)
+
+    def _load_arguments(self) -> dict[str, Any]:
+        return {}
+
+    def profile(self) -> dict[str, Any]:
+        # names with `_` are diffusers' own notes, one of them a list in hash order
+        scheduler = {key: value for key, value in self.pipe.scheduler.config.items() if not key.startswith("_")}
+        own = {"text_length": self.text_length, "vae_slicing": True, "scheduler": scheduler, "safety_checker": self.info.safety_checker}
+        return describe_profile(self.info, self.workers, self.device) | own
+
+    def slot_group(self, sample: Sample) -> Hashable:
+        return sample.height, sample.width, self._guided(sample)
+
+    def texts(self, sample: Sample) -> tuple[Hashable, ...]:
+        negative = self._negative(sample) if self._guided(sample) else None
+        return (self._positive(sample),) if negative is None else (self._positive(sample), negative)
+
+    @translated
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[Any]) -> list[Embedding]:
+        if not self.mixes_texts:
+            return [tuple(part[0] for part in self._encode([text] * self.batch_size)) for text in texts]
+        padded = [*texts, *[texts[0]] * (self.batch_size - len(texts))]
+        return list(zip(*self._encode(padded), strict=True))[: len(texts)]
+
+    def count_tokens(self, prompt: str) -> tuple[int, str | None]:
+        return count_tokens(self._counting_tokenizer(), prompt, self.text_length)
+
+    @torch.inference_mode()
+    def start(self, sample: Sample, embeddings: Sequence[Embedding]) -> State:
+        noise, generator = initial_noise(sample, self._noise_shape(sample), self.device, self.dtype)
+        scheduler = make_scheduler(sample.sampler, self.pipe.scheduler.config)
+        latents = self._begin(scheduler, sample, noise)
+        negative = None
+        if self._guided(sample):
+            negative = embeddings[1] if len(embeddings) > 1 else tuple(torch.zeros_like(part) for part in embeddings[0])
+        return State(
+            sample=sample,
+            scheduler=scheduler,
+            generator=generator,
+            latents=latents,
+            timesteps=list(scheduler.timesteps),
+            step_arguments=self._step_arguments(scheduler, generator),
+            prompt=embeddings[0],
+            negative=negative,
+            guidance_embedding=self._guidance_embedding(sample),
+        )
+
+    @translated
+    @torch.inference_mode()
+    def step(self, states: Sequence[State]) -> list[bool]:
+        # empty slots repeat the first state: any finite filler will do, its result is thrown away
+        slots = [*states, *[states[0]] * (self.batch_size - len(states))]
+        for state in states:
+            # most schedulers give back the dtype that they were given; after one that does not, diffusers' pipelines
+            # either do this, or fail
+            state.latents = state.latents.to(self.dtype)
+        conditional, unconditional = self._denoise(slots)
+        for k, state in enumerate(states):
+            predicted = conditional[k : k + 1]
+            if unconditional is not None:
+                without = unconditional[k : k + 1]
+                predicted = without + self._guidance(state.sample) * (predicted - without)
+            t = state.timesteps[state.next_step]
+            state.latents = state.scheduler.step(predicted, t, state.latents, **state.step_arguments, return_dict=False)[0]
+            state.next_step += 1
+        return [state.next_step == len(state.timesteps) for state in states]
+
+    @translated
+    @torch.inference_mode()
+    def decode(self, state: State) -> np.ndarray:
+        vae = self.pipe.vae
+        # one image at a time, as vae.enable_slicing() does: a batched VAE in bf16 gives other pixels
+        image = vae.decode(self._unscaled(state.latents.to(vae.dtype), state.sample), return_dict=False)[0]
+        pixels = finite_pixels(image, self.pipe.image_processor)
+        if self.info.safety_checker:
+            self._check_content(image)
+        return pixels
+
+    def _check_content(self, image_13HW: torch.Tensor) -> None:
+        # the checker blackens the tensor that it is given
+        _, flagged = self.pipe.run_safety_checker(image_13HW.clone(), self.device, self.dtype)
+        if flagged[0]:
+            raise Filtered(
+                "the model's safety checker refused this image; give the row another prompt or seed "
+                "(model.safety_checker: false, in a new output, renders without the checker)"
+            )
+
+    # What a family says of its texts.
+
+    @abstractmethod
+    def _guided(self, sample: Sample) -> bool:
+        """Whether a second, unconditional prediction is made."""
+
+    def _guidance(self, sample: Sample) -> float:
+        return sample.guidance_scale
+
+    @abstractmethod
+    def _positive(self, sample: Sample) -> Hashable: ...
+
+    @abstractmethod
+    def _negative(self, sample: Sample) -> Hashable | None:
+        """The text to be guided away from; None: an embedding of zeros."""
+
+    @abstractmethod
+    def _encode(self, texts: Sequence[Any]) -> tuple[torch.Tensor, ...]:
+        """Embeddings of B texts, one tensor (B, …) for each part of an `Embedding`."""
+
+    @abstractmethod
+    def _counting_tokenizer(self) -> Any:
+        """The tokenizer that decides whether a prompt is seen whole, at `text_length` tokens."""
+
+    # What a family says of its denoiser.
+
+    @abstractmethod
+    def _noise_shape(self, sample: Sample) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def _begin(self, scheduler: Any, sample: Sample, noise_1Chw: torch.Tensor) -> torch.Tensor:
+        """Set the scheduler's timesteps; the latents before the first step."""
+
+    def _step_arguments(self, scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
+        return {}
+
+    def _guidance_embedding(self, sample: Sample) -> torch.Tensor | None:
+        return None
+
+    @abstractmethod
+    def _denoise(self, slots: Sequence[State]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The conditional predictions of B states, and the unconditional ones where the slot group is guided."""
+
+    @abstractmethod
+    def _unscaled(self, latents: torch.Tensor, sample: Sample) -> torch.Tensor:
+        """(1, C, h, w) for the autoencoder."""
+
+
+def stacked(slots: Sequence[State], part: int, *, negative: bool) -> torch.Tensor:
+    """One part of the slots' embeddings as a batch of B; with `negative`, of 2B: the unconditional half comes first."""
+    prompts = [state.prompt[part] for state in slots]
+    return torch.stack([*(state.negative[part] for state in slots if state.negative is not None), *prompts] if negative else prompts)
+
+
+def scale_and_shift(latents: torch.Tensor, config: Any) -> torch.Tensor:
+    """Latents for the autoencoder, as SD3 and FLUX compute them."""
+    scaled: torch.Tensor = (latents / config.scaling_factor) + config.shift_factor
+    return scaled

@@ -1,0 +1,155 @@
+"""The reference for exactness: diffusers' own pipeline called with B copies of a row, as a user of diffusers would write it.
+
+Its tables of classes and samplers are written apart from the package's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from test_exactness import REFERENCE
+
+from renderfarm.config import ModelSpec, Workers
+from renderfarm.models.catalog import ModelInfo, describe
+from renderfarm.models.load import load_model
+from renderfarm.records import Sample, SampleKey
+from renderfarm.slots import Rendered, SlotLoop
+
+B = 3
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+CLASSES = {
+    "sd": diffusers.StableDiffusionPipeline,
+    "sd-odd-width": diffusers.StableDiffusionPipeline,
+    "sd-guidance-embedded": diffusers.StableDiffusionPipeline,
+    "lcm": diffusers.LatentConsistencyModelPipeline,
+    "sdxl": diffusers.StableDiffusionXLPipeline,
+    "sdxl-plain": diffusers.StableDiffusionXLPipeline,
+    "sd3": diffusers.StableDiffusion3Pipeline,
+    "sd3-dynamic": diffusers.StableDiffusion3Pipeline,
+    "flux-dev": diffusers.FluxPipeline,
+    "flux-schnell": diffusers.FluxPipeline,
+}
+FLOW_REFERENCE: dict[str, tuple[Any, dict[str, Any]]] = {
+    "flow-euler": (diffusers.FlowMatchEulerDiscreteScheduler, {}),
+    "flow-dpm++2m": (diffusers.DPMSolverMultistepScheduler, {**FLOW, "algorithm_type": "dpmsolver++"}),
+    "flow-unipc": (diffusers.UniPCMultistepScheduler, FLOW),
+}
+LEGAL: dict[str, list[str]] = {
+    "sd": list(REFERENCE),
+    "sd-odd-width": ["euler", "euler-a"],
+    "sd-guidance-embedded": list(REFERENCE),
+    "lcm": ["lcm"],
+    "sdxl": list(REFERENCE),
+    "sdxl-plain": ["euler"],
+    "sd3": list(FLOW_REFERENCE),
+    "sd3-dynamic": list(FLOW_REFERENCE),
+    "flux-dev": list(FLOW_REFERENCE),
+    "flux-schnell": ["flow-euler", "flow-unipc"],
+}
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass
+class Model:
+    """One family at one dtype: ours behind a slot loop, and diffusers' own pipeline, both loaded on first use."""
+
+    name: str
+    folder: Path
+    dtype: str = "float32"
+    threads: int = 1
+    batch_size: int = B
+
+    @cached_property
+    def info(self) -> ModelInfo:
+        return describe(ModelSpec(id=str(self.folder)))
+
+    @property
+    def workers(self) -> Workers:
+        return Workers(batch_size=self.batch_size, dtype=self.dtype, threads=self.threads)  # type: ignore[arg-type]
+
+    @cached_property
+    def loop(self) -> SlotLoop:
+        loop = SlotLoop(lambda: load_model(self.info, self.workers))
+        loop.ready.result()
+        return loop
+
+    @property
+    def adapter(self) -> Any:
+        return self.loop.ready.result()
+
+    @property
+    def denoiser(self) -> torch.nn.Module:
+        found: torch.nn.Module = getattr(self.adapter.pipe, "unet", None) or self.adapter.pipe.transformer
+        return found
+
+    @cached_property
+    def pipe(self) -> Any:
+        torch.set_num_threads(self.threads)
+        absent = {"text_encoder_3": None, "tokenizer_3": None} if self.name == "sd3-dynamic" else {}
+        pipe = CLASSES[self.name].from_pretrained(self.folder, dtype=getattr(torch, self.dtype), **absent)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.vae.enable_slicing()
+        pipe.original_config = dict(pipe.scheduler.config)
+        return pipe
+
+    def close(self) -> None:
+        if "loop" in vars(self):
+            self.loop.close()
+
+    def render(self, rows: Sequence[Sample]) -> list[np.ndarray]:
+        return pixels(self.loop.submit(rows))
+
+    @cached_property
+    def known(self) -> dict[Sample, np.ndarray]:
+        return {}
+
+    def reference(self, wanted: Sample) -> np.ndarray:
+        """Image 0 of diffusers' pipeline called with B copies of the row."""
+        if wanted not in self.known:
+            self.known[wanted] = self._reference(wanted)
+        return self.known[wanted]
+
+    def _reference(self, wanted: Sample) -> np.ndarray:
+        kind, changes = (REFERENCE | FLOW_REFERENCE)[wanted.sampler]
+        if changes.get("use_flow_sigmas"):
+            changes = {**changes, "flow_shift": self.pipe.original_config["shift"]}
+        self.pipe.scheduler = kind.from_config(self.pipe.original_config, **changes)
+        texts = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
+        arguments = {name: [getattr(wanted, name)] * B for name in texts if getattr(wanted, name) is not None}
+        if wanted.true_cfg_scale is not None:
+            arguments["true_cfg_scale"] = wanted.true_cfg_scale
+        images = self.pipe(
+            **arguments,
+            height=wanted.height,
+            width=wanted.width,
+            num_inference_steps=wanted.num_inference_steps,
+            guidance_scale=wanted.guidance_scale,
+            generator=[torch.Generator("cpu").manual_seed(wanted.seed) for _ in range(B)],
+        ).images
+        return np.asarray(images[0])
+
+
+def pixels(futures: list[Future[Rendered]]) -> list[np.ndarray]:
+    return [future.result(timeout=300).pixels for future in futures]
+
+
+def row(number: int = 0, **values: Any) -> Sample:
+    usual: dict[str, Any] = {
+        "prompt": "a red circle",
+        "negative_prompt": None,
+        "seed": 7 + number,
+        "height": 32,
+        "width": 32,
+        "num_inference_steps": 3,
+        "guidance_scale": 4.5,
+    }
+    return Sample(key=SampleKey(number, 0), row_id=str(number), **usual | values)

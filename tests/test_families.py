@@ -1,0 +1,206 @@
+"""Every family's pixels are those of diffusers' own pipeline called with B copies of the row, for every sampler that is legal."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import CLASSES, LEGAL, B, Model, row
+
+from renderfarm.config import Workers
+from renderfarm.models.common import initial_noise
+from renderfarm.models.load import load_model
+from renderfarm.records import Sample
+from renderfarm.samplers import SAMPLERS
+
+DTYPES = ("float32", "bfloat16")
+Models = Callable[..., Model]
+
+
+def mixed_rows(name: str) -> list[Sample]:
+    """Samplers, steps, guidance (on and off), texts of each encoder, sizes and seeds, all different."""
+    rows = []
+    for number in range(max(8, len(LEGAL[name]))):
+        values: dict[str, Any] = {
+            "sampler": LEGAL[name][number % len(LEGAL[name])],
+            "prompt": f"a {('red', 'green', 'blue')[number % 3]} star {number}",
+            "num_inference_steps": max(1 + number % 4, SAMPLERS[LEGAL[name][number % len(LEGAL[name])]].min_steps),
+            "guidance_scale": (1.0, 3.0, 7.5, 0.0)[number % 4],
+            "height": (32, 40)[number // 3 % 2],
+        }
+        if name not in ("lcm", "sd-guidance-embedded") and number % 2:
+            values["negative_prompt"] = ("a square", "")[number % 3 == 0]
+        if name.startswith(("sdxl", "sd3", "flux")) and number % 3 == 1:
+            values |= {"prompt_2": f"a second text {number}", "negative_prompt_2": "grey"}
+        if name.startswith("sd3") and number % 3 == 2:
+            values |= {"prompt_3": f"a third text {number}", "negative_prompt_3": "blurred"}
+        if name.startswith("flux"):
+            values["true_cfg_scale"] = (None, 2.0, 1.0, 3.5)[number % 4]
+        rows.append(row(number, **values))
+    return rows
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_samplers_compared_here_are_those_offered(name: str, model: Models) -> None:
+    info = model(name).info
+    offered = {sampler.name for sampler in SAMPLERS.values() if sampler.kind == info.kind} - set(info.refused_samplers)
+    assert offered == set(LEGAL[name]) or (name in ("sdxl-plain", "sd-odd-width") and offered > set(LEGAL[name]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "sampler"), [(name, sampler) for name, samplers in LEGAL.items() for sampler in samplers])
+def test_pixels_equal_those_of_diffusers_own_pipeline(name: str, sampler: str, dtype: str, model: Models) -> None:
+    one = model(name, dtype)
+    wanted = row(sampler=sampler)
+    np.testing.assert_array_equal(one.render([wanted])[0], one.reference(wanted))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_mixed_batch_gives_each_row_the_pixels_that_diffusers_gives_it_alone(name: str, dtype: str, model: Models) -> None:
+    one, rows = model(name, dtype), mixed_rows(name)
+    for wanted, ours in zip(rows, one.render(rows), strict=True):
+        np.testing.assert_array_equal(ours, one.reference(wanted), err_msg=str(wanted))
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_order_and_mates_move_no_pixel(name: str, model: Models) -> None:
+    one, rows = model(name), mixed_rows(name)
+    first = one.render(rows)
+    for a, b in zip(first, one.render(rows[::-1])[::-1], strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(first[::4], one.render(rows[::4]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_random_numbers_drawn_by_others_between_the_steps_move_no_pixel(name: str, model: Models) -> None:
+    one, rows = model(name), mixed_rows(name)
+    quiet, calls = one.render(rows), 0
+
+    def disturb(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        torch.manual_seed(calls)
+        np.random.seed(calls)
+        random.seed(calls)
+
+    handle = one.denoiser.register_forward_hook(disturb)
+    try:
+        disturbed = one.render(rows)
+    finally:
+        handle.remove()
+    assert calls > 3
+    for a, b in zip(quiet, disturbed, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["sd", "lcm", "sdxl", "sd3", "flux-dev"])
+def test_with_two_threads_the_reference_is_diffusers_with_two_threads(name: str, tiny_model: Callable[[str], Path]) -> None:
+    one = Model(name, tiny_model(name), threads=2)
+    rows = [replace(wanted, height=64, width=64) for wanted in mixed_rows(name)[1:3]]
+    try:
+        for wanted, ours in zip(rows, one.render(rows), strict=True):
+            np.testing.assert_array_equal(ours, one.reference(wanted), err_msg=str(wanted))
+    finally:
+        one.close()
+        torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler-a"])
+def test_in_float16_the_autoencoder_of_sdxl_computes_in_float32_as_in_the_pipeline(sampler: str, model: Models) -> None:
+    one = model("sdxl", "float16")
+    assert one.adapter.pipe.vae.dtype == torch.float32
+    wanted = row(sampler=sampler, negative_prompt="grey")
+    np.testing.assert_array_equal(one.render([wanted])[0], one.reference(wanted))
+
+
+def denoiser_batches(one: Model, rows: list[Sample]) -> list[int]:
+    seen: list[int] = []
+
+    def note(_: Any, positional: Any, named: Any) -> None:
+        seen.append((positional[0] if positional else named["hidden_states"]).shape[0])
+
+    handle = one.denoiser.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        one.render(rows)
+    finally:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("name", "off", "on", "batches"),
+    [
+        ("sdxl", {"guidance_scale": 1.0}, {"guidance_scale": 1.01}, [2 * B] * 3),
+        ("sd3", {"guidance_scale": 1.0, "negative_prompt": "x"}, {"guidance_scale": 1.01}, [2 * B] * 3),
+        ("flux-dev", {"true_cfg_scale": 3.0}, {"true_cfg_scale": 3.0, "negative_prompt": ""}, [B] * 6),
+        ("flux-dev", {"true_cfg_scale": 1.0, "negative_prompt": "x"}, {"true_cfg_scale": 1.01, "negative_prompt": "x"}, [B] * 6),
+    ],
+)
+def test_guidance_costs_a_second_prediction_only_where_it_is_on(name: str, off: Any, on: Any, batches: list[int], model: Models) -> None:
+    usual = row(sampler=LEGAL[name][0])
+    assert denoiser_batches(model(name), [replace(usual, **off)]) == [B] * 3
+    assert denoiser_batches(model(name), [replace(usual, **on)]) == batches
+
+
+@pytest.mark.parametrize("name", ["lcm", "sd-guidance-embedded"])
+def test_guidance_as_an_embedding_never_costs_a_second_prediction_and_still_tells(name: str, model: Models) -> None:
+    rows = [row(sampler="lcm", guidance_scale=8.5), row(sampler="lcm", guidance_scale=2.0)]
+    assert denoiser_batches(model(name), rows) == [B] * 3
+    a, b = model(name).render(rows)
+    assert (a != b).mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"), [("sd", "euler-a"), ("lcm", "lcm"), ("sdxl", "dpm++sde"), ("sd3", "flow-euler"), ("flux-dev", "flow-unipc")]
+)
+def test_a_blend_of_seeds_ends_at_both_of_them_bit_for_bit(name: str, sampler: str, model: Models) -> None:
+    wanted = row(sampler=sampler, seed=5)
+    blends = [replace(wanted, seed_b=9, blend=at) for at in (0.0, 0.5, 1.0)]
+    five, nine, at_0, at_half, at_1 = model(name).render([wanted, replace(wanted, seed=9), *blends])
+    np.testing.assert_array_equal(at_0, five)
+    np.testing.assert_array_equal(at_1, nine)
+    assert (at_half != five).mean() > 0.5
+    assert (at_half != nine).mean() > 0.5
+
+
+def test_a_blend_of_noises_is_as_strong_as_noise() -> None:
+    for at in (0.0, 0.3, 0.5, 1.0):
+        noise, _ = initial_noise(row(sampler="euler", seed_b=9, blend=at), (1, 4, 64, 64), "cpu", torch.float32)
+        assert abs(noise.std().item() - 1) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "length", "per_letter"),
+    [("sd", 77, 1), ("lcm", 77, 1), ("sdxl", 77, 1), ("sd3", 256, 1), ("sd3-dynamic", 77, 1), ("flux-dev", 512, 1)],
+)
+def test_the_tokens_that_count_are_those_of_the_text_encoder_that_reads_most(
+    name: str, length: int, per_letter: int, model: Models
+) -> None:
+    adapter = model(name).adapter
+    short, cut = adapter.count_tokens("x" * 40)
+    assert 40 < short <= 43
+    assert cut is None
+    long, cut = adapter.count_tokens("x" * 600)
+    assert 600 < long <= 603
+    assert length - 4 <= 600 - len(cut) < length
+
+
+def test_the_profile_names_what_decides_pixels(model: Models) -> None:
+    profile = model("flux-dev").adapter.profile()
+    assert profile["text_length"] == 512
+    assert profile["scheduler"]["use_dynamic_shifting"] is True
+    assert profile["safety_checker"] is False
+    assert {"transformer/diffusion_pytorch_model.safetensors", "text_encoder_2/model.safetensors"} <= set(profile["weights"])
+
+
+def test_another_batch_size_is_another_profile(model: Models) -> None:
+    profiles = [load_model(model("sd3").info, Workers(batch_size=size)).profile()["batch_size"] for size in (2, 5)]
+    assert profiles == [2, 5]

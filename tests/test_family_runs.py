@@ -1,0 +1,65 @@
+"""Each family the whole way: a manifest with the family's own columns becomes a dataset with the pixels that diffusers paints."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from checker import check_complete, error_rows, image_rows, tables
+from oracle import B, Model, row
+
+import renderfarm
+from renderfarm.errors import InvalidJob
+
+Write = Callable[..., Path]
+
+PAIR = {"prompt_2": [None, "a second text", None, None], "negative_prompt_2": [None, "grey", None, None]}
+NEGATIVE = {"negative_prompt": [None, "a square", None, ""]}
+COLUMNS: dict[str, dict[str, Any]] = {
+    "sd": {**NEGATIVE, "sampler": ["euler", "Euler a", "flow-euler", None]},
+    "lcm": {"sampler": ["lcm", None, "euler", None]},
+    "sdxl": {**NEGATIVE, **PAIR, "sampler": ["DPM++ 2M Karras", None, "flow-euler", "euler-a"]},
+    "sd3": {**NEGATIVE, **PAIR, "prompt_3": ["a third text", None, None, None], "sampler": [None, "flow-unipc", "ddim", "flow-dpm++2m"]},
+    "flux-dev": {**NEGATIVE, **PAIR, "true_cfg_scale": [None, 2.0, None, 3.0], "sampler": [None, "flow-unipc", "lcm", "flow-euler"]},
+    "flux-schnell": {**PAIR, "sampler": [None, "flow-unipc", "flow-dpm++2m", "flow-euler"]},
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_a_job_gives_the_pixels_of_diffusers_and_the_familys_columns(
+    name: str, model: Callable[..., Model], write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    one, columns = model(name), COLUMNS[name]
+    shared = {"prompt": ["a red circle", "two blue squares", "a star", "a sky"], "seed": [3, None, 4, 5], "category": list("abcd")}
+    sizes = {"height": [32, 40, 32, 32], "width": [32] * 4}
+    manifest = write_manifest({**shared, **sizes, **columns})
+    summary = renderfarm.run(write_job(manifest, model=str(one.folder), workers={"batch_size": B}), engine="inline")
+    out = tmp_path / "out"
+    check_complete(out, {(number, 0) for number in range(4)})
+    assert (summary.images, summary.errors, summary.exit_code) == (3, 1, 3)
+    (error,) = error_rows(out)
+    assert (error["row"], error["error_class"]) == (2, "InvalidInput")
+    assert "; use '" in error["error_message"]
+    own = [column for column in ("prompt_2", "prompt_3", "negative_prompt_2", "true_cfg_scale") if column in columns]
+    assert [column for column in pq.read_schema(tables(out)[0]).names if column in {*own, "category"}] == [*own, "category"]
+    for made in image_rows(out):
+        number = made["row"]
+        given = {column: columns[column][number] for column in (*own, *(["negative_prompt"] if "negative_prompt" in columns else []))}
+        assert {column: made[column] for column in given} == given
+        arguments = {key: made[key] for key in ("prompt", "seed", "height", "width", "num_inference_steps", "guidance_scale", "sampler")}
+        expected = one.reference(row(**arguments, **given))
+        assert made["pixel_sha256"] == hashlib.sha256(expected.tobytes()).hexdigest(), made
+
+
+def test_a_negative_prompt_for_a_model_that_has_none_is_refused_before_work_starts(
+    model: Callable[..., Model], write_manifest: Write, write_job: Write
+) -> None:
+    folder = str(model("lcm").folder)
+    with pytest.raises(InvalidJob, match="negative_prompt"):
+        renderfarm.run(write_job(write_manifest({"prompt": ["a"], "negative_prompt": ["b"]}), model=folder), engine="inline")
+    with pytest.raises(InvalidJob, match="negative_prompt is not an argument of this model"):
+        renderfarm.run(write_job(write_manifest(), model=folder, render={"negative_prompt": "b"}), engine="inline")
