@@ -273,11 +273,16 @@ def inspect(
 
 
 @app.command()
-def models(as_json: AsJson = False) -> None:
+def models(
+    markdown: Annotated[bool, typer.Option(help="Print the table of renderfarm/models/FAMILIES.md.")] = False, as_json: AsJson = False
+) -> None:
     """List the model families that can be rendered, and the builtin models."""
     from renderfarm.config import BUILTIN_MODELS
-    from renderfarm.models.catalog import FAMILIES
+    from renderfarm.models.catalog import FAMILIES, families_markdown
 
+    if markdown:
+        sys.stdout.write(families_markdown())
+        return
     if as_json:
         _print_json({"builtin": list(BUILTIN_MODELS), "families": list(FAMILIES)})
         return
@@ -288,22 +293,46 @@ def models(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def samplers(as_json: AsJson = False) -> None:
-    """List the samplers: name, scheduler, other spellings."""
-    from renderfarm.samplers import DIFFUSIONDB_CODES, SAMPLERS
+def samplers(
+    model: Annotated[
+        str | None, typer.Option(help="Only those that this model can use: builtin:shapes, a folder, or org/name@COMMIT.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the samplers: name, scheduler, other spellings; with --model, which ones it can use, and why not the others."""
+    from renderfarm.samplers import DIFFUSIONDB_CODES, SAMPLERS, why_not
 
+    info = _describe_model(model) if model is not None else None
     codes = {name: code for code, name in DIFFUSIONDB_CODES.items()}
     rows = [{**vars(sampler), "diffusiondb_code": codes.get(sampler.name)} for sampler in SAMPLERS.values()]
+    if info:
+        for row, sampler in zip(rows, SAMPLERS.values(), strict=True):
+            row["refused"] = why_not(sampler, info.kind, info.refused_samplers)
     if as_json:
         _print_json({"samplers": rows})
         return
     table = Table(box=None, padding=(0, 2), header_style="bold")
-    for column in ("name", "scheduler", "draws noise at its steps", "also written", "DiffusionDB"):
+    for column in ("name", "scheduler", "for models of", "draws noise at its steps", "also written", "DiffusionDB"):
         table.add_column(column)
     for row in rows:
-        code = row["diffusiondb_code"]
-        table.add_row(row["name"], row["scheduler"], "yes" if row["draws"] else "", ", ".join(row["aliases"]), str(code) if code else "")
+        if not row.get("refused"):
+            code, draws = row["diffusiondb_code"], "yes" if row["draws"] else ""
+            cells = (row["name"], row["scheduler"], row["kind"], draws, ", ".join(row["aliases"]), str(code) if code else "")
+            table.add_row(*(Text(cell) for cell in cells))
     out_console.print(table)
+    for row in rows:
+        if row.get("refused"):
+            out_console.print(f"refused: {row['refused']}", markup=False)
+
+
+def _describe_model(text: str) -> Any:
+    from renderfarm.config import ModelSpec
+    from renderfarm.models.catalog import describe
+
+    if text.startswith((".", "/", "~")):
+        return describe(ModelSpec(id=os.path.abspath(os.path.expanduser(text))))
+    id_, _, revision = text.partition("@")
+    return describe(ModelSpec(id=id_, revision=revision or None))
 
 
 class SchemaChoice(StrEnum):

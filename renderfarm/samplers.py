@@ -130,6 +130,15 @@ def _legal(sampler: Sampler, kind: Kind, refused: Mapping[str, str]) -> Sampler:
     return sampler
 
 
+def why_not(sampler: Sampler, kind: Kind, refused: Mapping[str, str] = NOTHING) -> str | None:
+    """Why a model of that kind cannot use the sampler; None where it can."""
+    try:
+        _legal(sampler, kind, refused)
+    except InvalidInput as error:
+        return str(error)
+    return None
+
+
 def _nearest(name: str, kind: Kind, refused: Mapping[str, str]) -> str:
     """The legal sampler with the same scheduler class or the most similar name."""
     wanted = SAMPLERS.get(name)

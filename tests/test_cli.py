@@ -108,6 +108,15 @@ def test_listing_commands_print_for_people_and_as_json(command: list[str]) -> No
     assert json.loads(cli(*command, "--json").stdout)
 
 
+def test_samplers_of_a_model_are_those_that_it_can_use_and_the_others_have_a_reason() -> None:
+    rows = json.loads(cli("samplers", "--model", "builtin:shapes", "--json").stdout)["samplers"]
+    assert {row["name"] for row in rows if not row["refused"]} == {row["name"] for row in rows if row["kind"] == "diffusion"}
+    shown = cli("samplers", "--model", "builtin:shapes").stdout
+    assert "refused: sampler flow-euler is for flow models, and this is a diffusion model" in shown
+    assert "no such folder" in refused("samplers", "--model", "./nowhere")
+    assert "needs its full commit" in refused("samplers", "--model", "org/name@main")
+
+
 def test_without_a_terminal_progress_is_lines_not_control_codes(write_manifest: Write, write_job: Write) -> None:
     done = cli("run", write_job(write_manifest()), "--engine", "inline")
     assert done.stderr.startswith("running: part ")

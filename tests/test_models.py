@@ -15,11 +15,12 @@ from typing import Any
 import families
 import numpy as np
 import pytest
-from oracle import row
+from oracle import CLASSES, row
 
 from renderfarm.config import ModelSpec, Workers, load_job
 from renderfarm.errors import Filtered, InvalidInput, InvalidJob
-from renderfarm.models.catalog import describe
+from renderfarm.models import catalog
+from renderfarm.models.catalog import FAMILIES, describe, families_markdown
 from renderfarm.models.load import load_model
 from renderfarm.plan import Grid, leases
 from renderfarm.preparation import prepare
@@ -261,3 +262,9 @@ def test_an_image_that_the_safety_checker_refuses_is_an_error_and_others_are_as_
 def test_asking_for_a_safety_checker_that_is_not_there_is_refused(name: str, tiny_model: Callable[[str], Path]) -> None:
     with pytest.raises(InvalidJob, match="has no safety checker"):
         describe(ModelSpec(id=name if ":" in name else str(tiny_model(name)), safety_checker=True))
+
+
+def test_the_table_of_families_is_the_codes_and_each_family_in_it_was_compared_with_diffusers() -> None:
+    text = (Path(catalog.__file__).parent / "FAMILIES.md").read_text()
+    assert families_markdown() in text, "write it again with `renderfarm models --markdown`"
+    assert {kind.__name__ for kind in CLASSES.values()} == set(FAMILIES)

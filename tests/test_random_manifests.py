@@ -31,7 +31,7 @@ from renderfarm.preparation import prepare
 from renderfarm.samplers import make_scheduler
 from renderfarm.worker import LEASES_IN_FLIGHT, Worker, WorkerSpec
 
-from .checker import image_rows
+from checker import image_rows
 
 B = 3
 Key = tuple[str, str | None, int, int, int, int, float, str]

@@ -102,6 +102,20 @@ FAMILIES = {
 }
 
 
+def families_markdown() -> str:
+    """FAMILIES as a table for people. Tests compare it with the file, and the families with those that they measured."""
+    lines = [
+        "| pipeline class | batching | task | arguments besides the common ones | legal samplers | exact |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, family in FAMILIES.items():
+        more = ", ".join(f"`{argument}`" for argument in sorted(family.arguments - _ALWAYS)) or "none"
+        legal = [s.name for s in SAMPLERS.values() if s.kind == family.kind and s.name not in family.refused_samplers]
+        samplers = ", ".join(f"`{sampler}`" for sampler in legal) if len(legal) < 5 else f"all {len(legal)} of kind {family.kind}"
+        lines.append(f"| `{name}` | slots | text-to-image | {more} | {samplers} | yes |")
+    return "\n".join(lines) + "\n"
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """A model's identity, defaults and limits. Sizes in pixels; a size must be a multiple of `factor`."""
