@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from checker import image_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -30,8 +31,6 @@ from renderfarm.plan import leases
 from renderfarm.preparation import prepare
 from renderfarm.samplers import make_scheduler
 from renderfarm.worker import LEASES_IN_FLIGHT, Worker, WorkerSpec
-
-from checker import image_rows
 
 B = 3
 Key = tuple[str, str | None, int, int, int, int, float, str]
