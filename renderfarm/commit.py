@@ -123,6 +123,15 @@ def publish_profile(store: Store, profile: dict[str, Any], *, record_others: boo
     return sha256
 
 
+def first_profile(store: Store, profile: dict[str, Any]) -> dict[str, Any]:
+    """Publish a profile if there is none; the one that is there then."""
+    try:
+        store.put_if_absent(PROFILE, to_json(profile))
+        return profile
+    except AlreadyExists:
+        return read_json(store, PROFILE)
+
+
 def read_profile(store: Store) -> dict[str, Any]:
     """The render profile. Raises InvalidJob where no worker has published one yet."""
     try:

@@ -95,8 +95,9 @@ class Workers(Strict):
     """The job starts with the first worker ready, and asks for at least so many."""
     max: Annotated[int, Field(ge=1)] = 1
     """Never more workers than this."""
-    batch_size: Annotated[int, Field(ge=1, le=512)] = 8
-    """B: samples per denoiser call. Constant; part of the render profile, because it decides pixels."""
+    batch_size: Annotated[int, Field(ge=1, le=512)] | Literal["auto"] = 8
+    """B: samples per denoiser call. Constant; part of the render profile, because it decides pixels. auto: the first
+    worker measures what is fastest on its device, and the output keeps that."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one, else cpu."""
@@ -113,6 +114,11 @@ class Workers(Strict):
         if self.min > self.max:
             raise ValueError(f"workers.min ({self.min}) is larger than workers.max ({self.max})")
         return self
+
+
+def fixed_batch_size(workers: Workers) -> int:
+    """The job's B; 1 where it is still to be measured."""
+    return 1 if workers.batch_size == "auto" else workers.batch_size
 
 
 class Output(Strict):

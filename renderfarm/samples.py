@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -89,6 +89,14 @@ def expand_row(values: dict[str, Any], job: Job, model: ModelInfo) -> ExpandedRo
         errors = (row_error(SampleKey(ordinal, k), row_id, prompt, error) for k in range(count))
         return ExpandedRow(ordinal, row_id, (), tuple(errors))
     return ExpandedRow(ordinal, row_id, samples, ())
+
+
+def usual_sample(job: Job, model: ModelInfo) -> Sample:
+    """What a row that says nothing would be, to measure with. Raises InvalidInput where the job's defaults cannot be rendered."""
+    row = expand_row({ROW: 0, "prompt": "a picture"}, job.model_copy(update={"seed_policy": "same"}), model)
+    if row.errors:
+        raise InvalidInput(row.errors[0].error_message)
+    return replace(row.samples[0], num_inference_steps=max(4, row.samples[0].num_inference_steps))
 
 
 def row_error(key: SampleKey, row_id: str, prompt: Any, error: RenderfarmError) -> RowError:

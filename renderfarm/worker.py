@@ -22,10 +22,12 @@ from renderfarm.encode import encode
 from renderfarm.errors import RenderfarmError, WorkerCrashed
 from renderfarm.layouts import files
 from renderfarm.manifest import EXTRA, ROW
+from renderfarm.models.base import SlotModel
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.load import load_model
+from renderfarm.models.measure import best_batch_size
 from renderfarm.records import Lease, Part, PartReceipt, Receipt, RowError, Sample, SampleKey, WorkerReady
-from renderfarm.samples import expand_rows, row_error
+from renderfarm.samples import expand_rows, row_error, usual_sample
 from renderfarm.schema import ARGUMENT_COLUMNS, ERROR_COLUMNS, IMAGE_COLUMNS, output_name
 from renderfarm.slots import Rendered, SlotLoop
 from renderfarm.storage import open_store
@@ -51,15 +53,23 @@ class Worker:
         self.spec, self.job = spec, spec.job
         self.store = open_store(self.job.output.path)
         self.started = time.monotonic()
-        self.slots = SlotLoop(lambda: load_model(spec.model, self.job.workers), self.job.render.on_truncation)
+        self.slots = SlotLoop(self._load, self.job.render.on_truncation)
         self.encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
         self.profile_sha256 = ""
 
     def ready(self) -> WorkerReady:
         """Wait until the pipeline is loaded and publish or match the render profile."""
         model = self.slots.ready.result()
+        if self.job.workers.batch_size == "auto":  # of workers that measured at the same time, the first one's B counts
+            model.batch_size = commit.first_profile(self.store, model.profile())["batch_size"]
         self.profile_sha256 = commit.publish_profile(self.store, model.profile(), record_others=self.job.workers.other_profiles == "record")
         return WorkerReady(self.spec.name, self.profile_sha256, model.device, time.monotonic() - self.started)
+
+    def _load(self) -> SlotModel:
+        model = load_model(self.spec.model, self.job.workers)
+        if self.job.workers.batch_size == "auto" and not self.store.exists(commit.PROFILE):
+            best_batch_size(model, usual_sample(self.job, self.spec.model))
+        return model
 
     def render(self, lease: Lease) -> Receipt:
         """Render and commit every part of a lease that nobody has committed."""

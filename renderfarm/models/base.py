@@ -11,7 +11,7 @@ from renderfarm.records import Sample
 
 
 class SlotModel(Protocol):
-    """A loaded pipeline, used by one thread only.
+    """A loaded pipeline, used by one thread only. `batch_size` may be set until the first sample is rendered.
 
     A *state* is one sample's own scheduler, generator, latents and place in its timesteps: everything that its
     pixels depend on besides the weights. A sample is finished when `step` says so; then `decode` gives its pixels.
@@ -21,6 +21,9 @@ class SlotModel(Protocol):
     device: str
     cached_texts: int
     """How many texts' embeddings the loop keeps for samples to come."""
+
+    def synchronize(self) -> None:
+        """Return when the device has done all that it was given."""
 
     def profile(self) -> dict[str, Any]:
         """Everything besides the row that decides pixels, as JSON values."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from renderfarm.config import Workers
+from renderfarm.config import Workers, fixed_batch_size
 from renderfarm.errors import NonFiniteOutput, OutOfMemory
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.records import Sample
@@ -33,8 +33,11 @@ class Fake:
     cached_texts = 2048
 
     def __init__(self, info: ModelInfo, workers: Workers) -> None:
-        self.batch_size, self.device = workers.batch_size, "cpu"
+        self.batch_size, self.device = fixed_batch_size(workers), "cpu"
         self.step_seconds = float(os.environ.get("RENDERFARM_FAKE_STEP_S", "0"))
+
+    def synchronize(self) -> None:
+        pass
 
     def profile(self) -> dict[str, Any]:
         return {"model": "builtin:fake", "batch_size": self.batch_size}

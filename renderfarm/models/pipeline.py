@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from renderfarm.config import Workers
+from renderfarm.config import Workers, fixed_batch_size
 from renderfarm.errors import Fatal, Filtered
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.common import count_tokens, fills_vectors, finite_pixels, initial_noise
@@ -55,7 +55,7 @@ class SlotPipeline(ABC):
     text_length: int
 
     def __init__(self, info: ModelInfo, workers: Workers) -> None:
-        self.info, self.workers, self.batch_size = info, workers, workers.batch_size
+        self.info, self.workers, self.batch_size = info, workers, fixed_batch_size(workers)
         self.device = prepare_torch(workers)
         self.dtype: torch.dtype = getattr(torch, workers.dtype)
         assert info.folder is not None
@@ -71,11 +71,15 @@ class SlotPipeline(ABC):
     def _load_arguments(self) -> dict[str, Any]:
         return {}
 
+    def synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
     def profile(self) -> dict[str, Any]:
         # names with `_` are diffusers' own notes, one of them a list in hash order
         scheduler = {key: value for key, value in self.pipe.scheduler.config.items() if not key.startswith("_")}
         own = {"text_length": self.text_length, "vae_slicing": True, "scheduler": scheduler, "safety_checker": self.info.safety_checker}
-        return describe_profile(self.info, self.workers, self.device) | own
+        return describe_profile(self.info, self.workers, self.device) | own | {"batch_size": self.batch_size}
 
     def slot_group(self, sample: Sample) -> Hashable:
         return sample.height, sample.width, self._guided(sample)

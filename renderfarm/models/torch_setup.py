@@ -64,7 +64,6 @@ def describe_profile(info: ModelInfo, workers: Workers, device: str) -> dict[str
         "model": info.name,
         "model_revision": info.revision,
         "weights": weight_hashes(Path(info.folder)) if info.folder else {},
-        "batch_size": workers.batch_size,
         "dtype": workers.dtype,
         "device": device,
         "device_model": platform.machine() if on_cpu else torch.cuda.get_device_name(),
