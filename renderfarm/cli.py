@@ -254,7 +254,7 @@ def inspect(
     from renderfarm.verification import render_to
 
     row, _, k = image.partition(":")
-    if not row.isdecimal() or not (k or "0").isdecimal():
+    if not row.isdecimal() or not (k or "0").isdecimal() or len(image) > 30:
         raise InvalidJob(f"{image!r} is not ROW or ROW:K; the row's ordinal counts from 0, for example 12 or 12:3")
     found = inspect_image(out, int(row), int(k or 0))
     again = render_to(found, render, model) if render else None
@@ -263,8 +263,9 @@ def inspect(
         _print_json({**shown, "again": asdict(again) if again else None})
     else:
         _print_pairs({"part": found.part, "file": found.file, **{name: str(v) for name, v in found.record.items() if v is not None}})
-        out_console.print("render profile:")
-        _print_pairs({name: value for name, value in found.profile.items() if not isinstance(value, dict)})
+        if found.profile:
+            out_console.print("render profile:")
+        _print_pairs({name: value for name, value in found.profile.items() if not isinstance(value, dict | list)})
         if again:
             psnr = f", {again.psnr:.1f} dB" if again.psnr is not None else ""
             out_console.print(f"rendered again into {render}: {again.result}{psnr}")
@@ -302,7 +303,12 @@ def samplers(
     """List the samplers: name, scheduler, other spellings; with --model, which ones it can use, and why not the others."""
     from renderfarm.samplers import DIFFUSIONDB_CODES, SAMPLERS, why_not
 
-    info = _describe_model(model) if model is not None else None
+    info = None
+    if model is not None:
+        from renderfarm.config import model_spec
+        from renderfarm.models.catalog import describe
+
+        info = describe(model_spec(model))
     codes = {name: code for code, name in DIFFUSIONDB_CODES.items()}
     rows = [{**vars(sampler), "diffusiondb_code": codes.get(sampler.name)} for sampler in SAMPLERS.values()]
     if info:
@@ -323,16 +329,6 @@ def samplers(
     for row in rows:
         if row.get("refused"):
             out_console.print(f"refused: {row['refused']}", markup=False)
-
-
-def _describe_model(text: str) -> Any:
-    from renderfarm.config import ModelSpec
-    from renderfarm.models.catalog import describe
-
-    if text.startswith((".", "/", "~")):
-        return describe(ModelSpec(id=os.path.abspath(os.path.expanduser(text))))
-    id_, _, revision = text.partition("@")
-    return describe(ModelSpec(id=id_, revision=revision or None))
 
 
 class SchemaChoice(StrEnum):

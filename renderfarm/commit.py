@@ -132,6 +132,10 @@ def first_profile(store: Store, profile: dict[str, Any]) -> dict[str, Any]:
         return read_json(store, PROFILE)
 
 
+def has_profile(store: Store) -> bool:
+    return store.exists(PROFILE)
+
+
 def read_profile(store: Store) -> dict[str, Any]:
     """The render profile. Raises InvalidJob where no worker has published one yet."""
     try:

@@ -320,6 +320,14 @@ def _nearest(location: tuple[int | str, ...]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known fields: {', '.join(names)}"
 
 
+def model_spec(text: str) -> ModelSpec:
+    """A model as a person names it on the command line: builtin:…, a folder (relative to here), or org/name@COMMIT."""
+    if text.startswith((".", "/", "~")) or Path(text).is_dir():
+        return ModelSpec(id=_absolute(text, Path.cwd()))
+    id_, _, revision = text.partition("@")
+    return ModelSpec(id=id_, revision=revision or None)
+
+
 def is_url(text: str) -> bool:
     return re.match(r"^[a-z0-9+.-]+://", text, re.IGNORECASE) is not None
 

@@ -255,7 +255,7 @@ class Driver:
 
     def _start_failed(self, worker: str, error: RenderfarmError) -> None:
         self.starting.discard(worker)
-        self.progress.workers[worker].state = "failed to start"
+        self.progress.workers[worker].state, self.progress.workers[worker].reason = "failed to start", str(error)
         if isinstance(error, ProfileMismatch):
             self.progress.workers[worker].state = "benched"
             if not self.free and not self.starting:

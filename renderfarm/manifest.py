@@ -28,6 +28,7 @@ from renderfarm.schema import output_name
 ROW = "row"
 EXTRA = "input:"
 BATCH_ROWS = 4096
+MAX_ORDINAL = 2**62
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,9 @@ def parse_ranges(text: str, name: str = "manifest.where.row") -> list[range]:
 def _in_ranges(ordinals: np.ndarray, text: str) -> np.ndarray:
     keep = np.zeros(len(ordinals), dtype=bool)
     for wanted in parse_ranges(text):
+        if wanted.start > MAX_ORDINAL:
+            continue
+        wanted = range(wanted.start, min(wanted.stop, MAX_ORDINAL), wanted.step)
         keep |= (ordinals >= wanted.start) & (ordinals < wanted.stop) & ((ordinals - wanted.start) % wanted.step == 0)
     return keep
 

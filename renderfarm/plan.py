@@ -32,7 +32,8 @@ class Grid:
 
     @cached_property
     def wanted(self) -> tuple[range, ...]:
-        """Indices of the parts to render, ascending: all, or those in which `where_row` names a row."""
+        """Indices of the parts to render, ascending: all, or those within the spans of `where_row` (a stride
+        may leave some of these without a row)."""
         if self.where_row is None:
             return (range(self.total),)
         spans: list[range] = []

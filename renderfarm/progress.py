@@ -16,6 +16,7 @@ class WorkerProgress:
     images: int = 0
     leases: int = 0
     state: str = "starting"
+    reason: str = ""
 
 
 @dataclass

@@ -93,6 +93,13 @@ class Output:
         except KeyError:
             return [], []
 
+    def errors_of(self, index: int) -> list[dict[str, Any]]:
+        """What the error view has for a part; its table's footer says the same, or the view is damaged."""
+        try:
+            return list(files.read_errors(self.store.read(files.errors_key(self.grid.part(index)))).to_pylist())
+        except KeyError:
+            return []
+
     def _stored(self, key: str, images: pa.Table) -> Iterator[StoredSample]:
         folder = key.rpartition("/")[0]
         return (StoredSample(record, f"{folder}/{record['file_name']}", self.store) for record in images.to_pylist())

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from renderfarm import commit
-from renderfarm.config import ModelSpec, Workers
+from renderfarm.config import ModelSpec, Workers, model_spec
 from renderfarm.errors import InvalidJob
 from renderfarm.models.catalog import describe
 from renderfarm.models.load import load_model
@@ -27,7 +27,7 @@ class Renderer:
         profile = commit.read_profile(output.store)
         info = describe(_model_spec(output.job, model))
         # the name that the output has for the model: whether it is the same one, the weights' hashes say
-        info = dataclasses.replace(info, id=output.job["model"]["id"])
+        info = dataclasses.replace(info, id=output.job["model"]["id"], revision=output.job["model"]["revision"])
         self._slots = SlotLoop(lambda: load_model(info, _workers(output.job, profile)))
         mine = json.loads(commit.to_json(self._slots.ready.result().profile()))
         self.differences = commit.differences(profile, mine)
@@ -55,11 +55,8 @@ def _model_spec(job: dict[str, Any], model: str | None) -> ModelSpec:
     stored = job["model"]
     if model is None and stored["revision"] is None and not stored["id"].startswith("builtin:"):
         raise InvalidJob(f"the output was rendered with a model in a folder named {stored['id']!r}; say where it is: --model FOLDER")
-    return ModelSpec(
-        id=model or stored["id"],
-        revision=None if model else stored["revision"],
-        safety_checker=stored.get("safety_checker", False),
-    )
+    spec = model_spec(model) if model else ModelSpec(id=stored["id"], revision=stored["revision"])
+    return spec.model_copy(update={"safety_checker": stored["safety_checker"]})
 
 
 def _workers(job: dict[str, Any], profile: dict[str, Any]) -> Workers:

@@ -141,7 +141,7 @@ class SlotLoop:
                 _fail([job], error)
 
     def _check_truncation(self, job: _Job) -> None:
-        job.tokens = count, cut_off = self._model.count_tokens(job.sample.prompt)
+        job.tokens = count, cut_off = self._model.count_tokens(job.sample)
         if cut_off is not None and self.on_truncation == "error":
             raise PromptTruncated(f"the prompt has {count} tokens; the model would not see its end: {cut_off!r}; shorten it")
 
@@ -179,7 +179,10 @@ class SlotLoop:
             try:
                 pixels = self._model.decode(job.state)
                 if not pixels.any():
-                    raise NonFiniteOutput("the picture is wholly black, as after an overflow; try workers.dtype: float32 or bfloat16")
+                    raise NonFiniteOutput(
+                        "the picture is wholly black, as an overflow or a hidden filter leaves it; "
+                        "try workers.dtype: float32, or another seed or prompt"
+                    )
                 job.future.set_result(Rendered(pixels, *job.tokens))
             except Exception as error:  # as above, for one sample
                 _fail([job], error)

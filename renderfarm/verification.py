@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from renderfarm import commit
 from renderfarm.encode import encode, pixel_sha256
 from renderfarm.errors import Fatal, InvalidJob, RenderfarmError
-from renderfarm.manifest import parse_ranges
+from renderfarm.manifest import ROW, parse_ranges
 from renderfarm.reading import Output, StoredSample
 from renderfarm.rerender import Renderer
 
@@ -82,26 +82,28 @@ def verify(out: str, choice: Choice, model: str | None = None) -> Verification:
     output = Output(out)
     found = Verification(parts=len(output.grid))
     chosen, named = _Chosen(choice), set[str]()
+    seen: dict[int, tuple[int, int] | None] = {}
     with ThreadPoolExecutor(READERS) as readers:
         for index in output.committed():
             found.parts_done += 1
+            seen[index] = None
             try:
                 samples, errors = output.part(index)
             except Fatal as error:
                 found.add(f"part {index}: {error}")
                 continue
+            seen[index] = (len(samples), len(errors))
             _check_part(found, output, index, samples, errors)
             named |= {sample.record["profile_sha256"] for sample in samples}
             for problem in filter(None, readers.map(_file_problem, samples)):
                 found.add(problem)
             chosen.offer(samples)
-    for sha256 in sorted(named - commit.read_profiles(output.store).keys() if named else ()):
-        found.add(f"rows name the render profile {sha256}, and no profile in the output has that hash; was it changed?")
-    for index in sorted(commit.committed_parts(output.store).keys() - set(output.committed())):
-        found.add(f"part {index}: was committed, and its table is missing; restore it from a copy")
-    if choice.rows is not None and not chosen.samples:
+    _check_index(found, output, seen)
+    if named:
+        _check_profiles(found, output, named)
+    if choice.rows is not None and not chosen.samples and found.ok:
         raise InvalidJob(f"rows {choice.rows}: no committed image; `renderfarm status {out}` shows what there is")
-    if chosen.samples:
+    if chosen.samples and commit.has_profile(output.store):
         _render_again(found, output, sorted(chosen.samples, key=lambda sample: sample.key), model)
     return found
 
@@ -130,7 +132,7 @@ class _Chosen:
 
 
 def _check_part(found: Verification, output: Output, index: int, samples: list[StoredSample], errors: list[dict[str, Any]]) -> None:
-    """Every row of the part ended, each sample exactly once."""
+    """Every row of the part ended, each sample exactly once, and as many as when it was committed."""
     found.images += len(samples)
     found.errors += len(errors)
     part = output.grid.part(index)
@@ -138,12 +140,51 @@ def _check_part(found: Verification, output: Output, index: int, samples: list[S
     for (row, k), count in ended.items():
         if count > 1:
             found.add(f"{part.name}: row {row}, image {k} ended {count} times")
-    rows, planned = {row for row, _ in ended}, set(range(part.start, part.stop))
-    for row in sorted(rows - planned):
+    images = Counter(row for row, _ in ended)
+    planned = set(range(part.start, part.stop))
+    for row in sorted(images.keys() - planned):
         found.add(f"{part.name}: row {row} does not belong to it")
-    if output.job["manifest"]["where"] is None:
-        for row in sorted(planned - rows):
-            found.add(f"{part.name}: row {row} is missing")
+    for row, count in sorted(images.items()):
+        for k in sorted(set(range(count)) - {other for one, other in ended if one == row}):
+            found.add(f"{part.name}: row {row}, image {k} is missing")
+    for row in sorted(_expected(output, planned) - images.keys()):
+        found.add(f"{part.name}: row {row} is missing")
+    if samples and errors != output.errors_of(index):
+        found.add(f"{part.name}: errors/{part.name}.parquet is not what the part's table says of its errors; take it from a copy")
+
+
+def _expected(output: Output, planned: set[int]) -> set[int]:
+    """Rows of a part that must be there; `where` over a manifest's columns cannot be judged without the manifest."""
+    where = output.job["manifest"]["where"]
+    if where is None:
+        return planned
+    if set(where) != {ROW}:
+        return set()
+    ranges = parse_ranges(str(where[ROW]))
+    return {row for row in planned if any(row in wanted for wanted in ranges)}
+
+
+def _check_index(found: Verification, output: Output, seen: dict[int, tuple[int, int] | None]) -> None:
+    """What the index of parts says was committed must be there."""
+    for index, receipt in sorted(commit.committed_parts(output.store).items()):
+        if index not in seen:
+            found.add(f"part {index}: was committed, and its table is missing; restore it from a copy")
+        elif (counts := seen[index]) is not None and counts != (receipt.images, receipt.errors):
+            images, errors = counts
+            found.add(
+                f"part {index}: was committed with {receipt.images} images and {receipt.errors} errors, "
+                f"and its table has {images} and {errors}; restore it from a copy"
+            )
+
+
+def _check_profiles(found: Verification, output: Output, named: set[str]) -> None:
+    try:
+        known = commit.read_profiles(output.store).keys()
+    except (InvalidJob, Fatal) as error:
+        found.add(f"the render profile cannot be read: {error}")
+        return
+    for sha256 in sorted(named - known):
+        found.add(f"rows name the render profile {sha256}, and no profile in the output has that hash; was it changed?")
 
 
 def _file_problem(sample: StoredSample) -> str | None:
@@ -198,9 +239,10 @@ def compare(sample: StoredSample, pixels: np.ndarray, *, exact: bool) -> Again:
         return _again(sample, "differs from the table, and the file cannot be read", None, ok=False)
     if not error:
         return _again(sample, "differs from the table, but not from the file", None, ok=False)
+    other = "" if exact else " (another profile: bits are not promised)"
     psnr = 10 * math.log10(255**2 / error)
     values = int((stored != pixels).sum())
-    return _again(sample, f"differs in {values:,} of {stored.size:,} values", psnr, ok=not exact and psnr >= SAME_PICTURE_DB)
+    return _again(sample, f"differs in {values:,} of {stored.size:,} values{other}", psnr, ok=not exact and psnr >= SAME_PICTURE_DB)
 
 
 def _again(sample: StoredSample, result: str, psnr: float | None, *, ok: bool) -> Again:

@@ -185,10 +185,10 @@ def test_the_tokens_that_count_are_those_of_the_text_encoder_that_reads_most(
     name: str, length: int, per_letter: int, model: Models
 ) -> None:
     adapter = model(name).adapter
-    short, cut = adapter.count_tokens("x" * 40)
+    short, cut = adapter.count_tokens(row(prompt="x" * 40))
     assert 40 < short <= 43
     assert cut is None
-    long, cut = adapter.count_tokens("x" * 600)
+    long, cut = adapter.count_tokens(row(prompt="x" * 600))
     assert 600 < long <= 603
     assert length - 4 <= 600 - len(cut) < length
 

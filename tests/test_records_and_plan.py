@@ -121,7 +121,7 @@ def test_a_lease_whose_rows_are_all_left_out_still_ends_its_part(write_manifest:
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.lists(st.tuples(st.integers(0, 350), st.integers(0, 60), st.integers(1, 5)), min_size=1))
-def test_only_parts_with_a_named_row_are_leased(rows: int, part_rows: int, spans: list[tuple[int, int, int]]) -> None:
+def test_only_parts_within_the_named_spans_are_leased(rows: int, part_rows: int, spans: list[tuple[int, int, int]]) -> None:
     grid = Grid(rows, part_rows, ",".join(f"{first}-{first + length}:{stride}" for first, length, stride in spans))
     named = {row for first, length, stride in spans for row in range(first, first + length + 1, stride) if row < rows}
     found = [part.index for part in grid]

@@ -130,6 +130,17 @@ def lost_table(out: Path) -> None:
     (some_png(out).parent / "metadata.parquet").unlink()
 
 
+def image_left_out(out: Path) -> None:
+    """The table without an image that it was committed with."""
+    table = some_png(out).parent / "metadata.parquet"
+    read = pq.read_table(table)
+    pq.write_table(read.slice(0, len(read) - 1), table)
+
+
+def lost_error_view(out: Path) -> None:
+    (out / "errors/part-00000001.parquet").unlink()
+
+
 def damaged_table(out: Path) -> None:
     path = some_png(out).parent / "metadata.parquet"
     path.write_bytes(path.read_bytes()[:200])
@@ -147,6 +158,8 @@ def damaged_table(out: Path) -> None:
         (other_row, "row 4 does not belong to it"),
         (twice, "row 1, image 1 ended 2 times"),
         (lost_table, "part 0: was committed, and its table is missing"),
+        (image_left_out, "part 0: was committed with 3 images and 0 errors, and its table has 2 and 0"),
+        (lost_error_view, r"errors/part-00000001.parquet is not what the part's table says"),
         (damaged_table, "part 0: a committed table is damaged"),
     ],
 )
@@ -194,7 +207,7 @@ def test_with_another_profile_pictures_are_compared_and_the_difference_is_named(
     assert not found.again[0].ok, "and another picture is not"
 
 
-def test_a_model_in_a_folder_must_be_pointed_to_and_its_weights_decide(out: Path, tmp_path: Path) -> None:
+def test_a_model_in_a_folder_must_be_pointed_to_and_its_weights_decide(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from renderfarm import shapes
 
     folder = Path(shutil.copytree(Path(shapes.__file__).parent / "model", tmp_path / "mine"))
@@ -208,6 +221,9 @@ def test_a_model_in_a_folder_must_be_pointed_to_and_its_weights_decide(out: Path
     with pytest.raises(InvalidJob, match="--model FOLDER"):
         verify(str(out), Choice(sample=1))
     assert verify(str(out), Choice(all=True), model=str(folder)).ok
+    monkeypatch.chdir(tmp_path)
+    for written in ("./mine", "mine"):
+        assert verify(str(out), Choice(sample=1), model=written).again[0].result == "identical"
     (folder / "scheduler/scheduler_config.json").write_text(
         (folder / "scheduler/scheduler_config.json").read_text().replace('"beta_end": 0.02', '"beta_end": 0.019')
     )

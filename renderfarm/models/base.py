@@ -37,8 +37,9 @@ class SlotModel(Protocol):
     def encode_texts(self, texts: Sequence[Any]) -> list[Any]:
         """Embeddings of at most B such texts, computed at the constant shape B×L."""
 
-    def count_tokens(self, prompt: str) -> tuple[int, str | None]:
-        """Tokens of the whole prompt (with specials), and the end of it that the model does not see."""
+    def count_tokens(self, sample: Sample) -> tuple[int, str | None]:
+        """Tokens of the whole prompt that the model's longest text encoder reads (with specials), and the end that the
+        model does not see of that or of another prompt."""
 
     def start(self, sample: Sample, embeddings: Sequence[Any]) -> Any:
         """A new state."""

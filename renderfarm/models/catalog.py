@@ -169,7 +169,7 @@ def describe(spec: ModelSpec) -> ModelInfo:
         kind=family.kind,
         folder=str(folder),
         revision=spec.revision,
-        **asdict(family.sizes(denoiser, vae)),
+        **asdict(_sizes(family, denoiser, vae, model_id)),
         num_inference_steps=20 if builtin else family.num_inference_steps,
         guidance_scale=5.0 if builtin else family.guidance_scale,
         sampler=_default_sampler(index, family.kind),
@@ -177,6 +177,13 @@ def describe(spec: ModelSpec) -> ModelInfo:
         safety_checker=spec.safety_checker,
         refused_samplers={**family.refused_samplers, **_refused_by_configuration(class_name, scheduler)},
     )
+
+
+def _sizes(family: Family, denoiser: Config, vae: Config, model_id: str) -> Sizes:
+    try:
+        return family.sizes(denoiser, vae)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidJob(f"model {model_id}: its {family.denoiser} or vae configuration does not say its sizes ({error!r})") from None
 
 
 def _check_safety_checker(spec: ModelSpec, family: Family, index: Config, folder: Path) -> None:
@@ -252,10 +259,12 @@ def _from_hub(model_id: str, spec: ModelSpec) -> Path:
 
 def _read_json(path: Path, problem: str) -> dict[str, Any]:
     try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return data
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(data, dict):
+            return data
     except (OSError, ValueError):
-        raise InvalidJob(f"{problem} ({path.name})") from None
+        pass
+    raise InvalidJob(f"{problem} ({path.name})")
 
 
 def _default_sampler(index: dict[str, Any], kind: Kind) -> str:

@@ -51,8 +51,8 @@ class Fake:
     def encode_texts(self, texts: Sequence[str]) -> list[Any]:
         return list(texts)
 
-    def count_tokens(self, prompt: str) -> tuple[int, str | None]:
-        words = prompt.split()
+    def count_tokens(self, sample: Sample) -> tuple[int, str | None]:
+        words = sample.prompt.split()
         return len(words) + 2, " ".join(words[TEXT_LENGTH - 2 :]) or None
 
     def start(self, sample: Sample, embeddings: Sequence[Any]) -> State:

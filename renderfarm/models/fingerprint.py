@@ -6,18 +6,40 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import time
 import uuid
 from pathlib import Path
+
+from renderfarm.errors import Fatal
 
 WORTH_REMEMBERING = 1 << 20  # bytes; smaller files are hashed each time
 SETTLED_NS = 2_000_000_000  # a file written just now may change again without another size or time
 
 
-def weight_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every weight and configuration file that a pipeline may read, by its path in the folder."""
-    wanted = sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json", ".txt", ".model"))
-    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in wanted}
+def weight_hashes(folder: Path, *, safety_checker: bool) -> dict[str, str]:
+    """SHA-256 of every file that the pipeline reads, by its path in the folder: of the components that its index names,
+    without other variants of their weights. A folder may hold more, and what nobody loads decides no pixel.
+
+    Raises Fatal where a denoiser has no weights to hash.
+    """
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    named = {name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None}
+    if not safety_checker:
+        named -= {"safety_checker", "feature_extractor"}
+    files = [folder / "model_index.json"]
+    for name in sorted(named):
+        for place, _, inside in os.walk(folder / name, followlinks=True):  # a component may be a link to another model's
+            files += [Path(place) / file for file in inside if _is_read(file)]
+    found = {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(files)}
+    if not any(path.startswith(("unet/", "transformer/")) and path.endswith(".safetensors") for path in found):
+        raise Fatal(f"model {folder}: its denoiser has no .safetensors file; give a model in diffusers' format")
+    return found
+
+
+def _is_read(name: str) -> bool:
+    variant = ".fp16" in name or ".non_ema" in name
+    return name.endswith((".safetensors", ".json", ".txt", ".model")) and not variant
 
 
 def file_sha256(path: Path) -> str:
@@ -27,13 +49,14 @@ def file_sha256(path: Path) -> str:
     if stat.st_size < WORTH_REMEMBERING:
         return _hash(real)
     note = _cache_folder() / f"{hashlib.sha256(str(real).encode()).hexdigest()}.json"
-    state = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    # unpacked and copied files may share size and time with other bytes, and nodes may share a home: the inode tells
+    state = {name: getattr(stat, f"st_{name}") for name in ("size", "mtime_ns", "ctime_ns", "ino", "dev")} | {"host": platform.node()}
     with contextlib.suppress(OSError, ValueError, AttributeError):
         known = json.loads(note.read_text())
         if {name: known.get(name) for name in state} == state and len(known["sha256"]) == 64:
             return str(known["sha256"])
     found = _hash(real)
-    if time.time_ns() - stat.st_mtime_ns > SETTLED_NS:
+    if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > SETTLED_NS:
         _remember(note, {**state, "sha256": found})
     return found
 

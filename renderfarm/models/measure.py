@@ -23,7 +23,9 @@ def best_batch_size(model: SlotModel, sample: Sample) -> int:
         model.batch_size = size
         try:
             rate = _images_per_second(model, sample)
-        except OutOfMemory:
+        except (OutOfMemory, RuntimeError):  # torch reports some kinds of too much as a bare RuntimeError
+            if size == CANDIDATES[0]:
+                raise
             break
         if rate < best_rate * WORTH_IT:
             break

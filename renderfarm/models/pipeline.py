@@ -96,8 +96,9 @@ class SlotPipeline(ABC):
         padded = [*texts, *[texts[0]] * (self.batch_size - len(texts))]
         return list(zip(*self._encode(padded), strict=True))[: len(texts)]
 
-    def count_tokens(self, prompt: str) -> tuple[int, str | None]:
-        return count_tokens(self._counting_tokenizer(), prompt, self.text_length)
+    def count_tokens(self, sample: Sample) -> tuple[int, str | None]:
+        counted = [count_tokens(self._counting_tokenizer(), text, self.text_length) for text in self._counted_texts(sample)]
+        return counted[0][0], next((cut_off for _, cut_off in counted if cut_off is not None), None)
 
     @torch.inference_mode()
     def start(self, sample: Sample, embeddings: Sequence[Embedding]) -> State:
@@ -178,6 +179,10 @@ class SlotPipeline(ABC):
     @abstractmethod
     def _encode(self, texts: Sequence[Any]) -> tuple[torch.Tensor, ...]:
         """Embeddings of B texts, one tensor (B, …) for each part of an `Embedding`."""
+
+    def _counted_texts(self, sample: Sample) -> list[str]:
+        """The prompts that the counting tokenizer's encoder, or another of its length, reads; the first is the main one."""
+        return [sample.prompt, *(text for text in (sample.prompt_2,) if text is not None)]
 
     @abstractmethod
     def _counting_tokenizer(self) -> Any:

@@ -63,17 +63,50 @@ def describe_profile(info: ModelInfo, workers: Workers, device: str) -> dict[str
     return {
         "model": info.name,
         "model_revision": info.revision,
-        "weights": weight_hashes(Path(info.folder)) if info.folder else {},
+        "weights": weight_hashes(Path(info.folder), safety_checker=info.safety_checker) if info.folder else {},
         "dtype": workers.dtype,
         "device": device,
-        "device_model": platform.machine() if on_cpu else torch.cuda.get_device_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability() if on_cpu else None,
+        "device_model": _cpu_model() if on_cpu else torch.cuda.get_device_name(),
+        # noise is drawn on the CPU, whatever renders
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_instructions": _cpu_instructions() if on_cpu else None,
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if _decides_pixels(name)},
         "threads": workers.threads if on_cpu else None,
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "cudnn": None if on_cpu else torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _decides_pixels(name: str) -> bool:
+    """Variables by which kernels are chosen; how many threads they use is said elsewhere."""
+    chosen = ("ONEDNN_", "DNNL_", "MKL_", "ATEN_", "CUBLAS_WORKSPACE_CONFIG", "DIFFUSERS_ATTN_BACKEND")
+    return name.startswith(chosen) and not name.endswith("_NUM_THREADS")
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor of /proc/cpuinfo; empty where there is none."""
+    try:
+        first = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
+    except OSError:
+        return {}
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+def _cpu_model() -> str:
+    """Maker, family and model: libraries choose kernels by them as well, and clocks and cores decide no pixel."""
+    info = _cpuinfo()
+    names = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
+    return " ".join([platform.machine(), *(info[name] for name in names if name in info)])
+
+
+def _cpu_instructions() -> list[str]:
+    """The vector and matrix instructions that oneDNN and MKL choose between: torch's capability names the class only."""
+    flags = (_cpuinfo().get("flags") or _cpuinfo().get("Features") or "").split()
+    return sorted(flag for flag in flags if flag.startswith(("avx", "amx", "fma", "sse4", "f16c", "asimd", "sve", "sme", "bf16", "i8mm")))

@@ -279,12 +279,12 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
 
     tokenizer, vae = make_tokenizer(), make_vae().to(memory_format=torch.channels_last)
-    text_encoder, unet, cycles = make_text_encoder(tokenizer), make_unet(), CYCLES
+    text_encoder, unet, cycles = make_text_encoder(tokenizer), make_unet(), list(CYCLES)
     if args.start:
         finished = StableDiffusionPipeline.from_pretrained(args.start, dtype=torch.float32, safety_checker=None)
         for mine, its in ((vae, finished.vae), (text_encoder, finished.text_encoder), (unet, finished.unet)):
             mine.load_state_dict(its.state_dict())
-        cycles = CYCLES[-1:]
+        cycles = cycles[-1:]
     vae_file, pool_file = args.work / "vae.pt", args.work / "pool.pt"
     if not vae_file.exists():
         if not args.start:
