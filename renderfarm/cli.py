@@ -31,7 +31,7 @@ out_console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 
 
-SAME_SIGNAL_S = 1.0
+SAME_SIGNAL_S = 0.3
 
 
 class EngineChoice(StrEnum):
