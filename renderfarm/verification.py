@@ -99,6 +99,8 @@ def verify(out: str, choice: Choice, model: str | None = None) -> Verification:
                 found.add(problem)
             chosen.offer(samples)
     _check_index(found, output, seen)
+    if not seen and found.ok:
+        raise InvalidJob(f"{out}: nothing was rendered yet; run its job first")
     if named:
         _check_profiles(found, output, named)
     if choice.rows is not None and not chosen.samples and found.ok:
