@@ -51,6 +51,7 @@ _TABLE = (
     Sampler("dpm++2m-sde-karras", "DPMSolverMultistepScheduler", {**_SDE, **_KARRAS}, ("dpmpp_2m_sde_karras",), draws=True),
     Sampler("dpm++2s", "DPMSolverSinglestepScheduler", aliases=("dpmpp_2s", "dpm++singlestep"), min_steps=2),
     Sampler("dpm++sde", "DPMSolverSinglestepScheduler", _SDE, ("dpmpp_sde",), draws=True, min_steps=2),
+    Sampler("dpm++sde-karras", "DPMSolverSinglestepScheduler", {**_SDE, **_KARRAS}, ("dpmpp_sde_karras",), draws=True, min_steps=2),
     Sampler("euler", "EulerDiscreteScheduler", aliases=("k_euler",)),
     Sampler("euler-karras", "EulerDiscreteScheduler", _KARRAS),
     Sampler("euler-a", "EulerAncestralDiscreteScheduler", aliases=("k_euler_a", "k_euler_ancestral", "euler_ancestral"), draws=True),

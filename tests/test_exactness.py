@@ -34,6 +34,10 @@ REFERENCE = {
     "dpm++2m-sde-karras": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}),
     "dpm++2s": (diffusers.DPMSolverSinglestepScheduler, {}),
     "dpm++sde": (diffusers.DPMSolverSinglestepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++sde-karras": (
+        diffusers.DPMSolverSinglestepScheduler,
+        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+    ),
     "euler": (diffusers.EulerDiscreteScheduler, {}),
     "euler-karras": (diffusers.EulerDiscreteScheduler, {"use_karras_sigmas": True}),
     "euler-a": (diffusers.EulerAncestralDiscreteScheduler, {}),
