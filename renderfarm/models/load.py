@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 
 from renderfarm.config import Workers
 from renderfarm.models.base import SlotModel
 from renderfarm.models.catalog import ModelInfo
+
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def load_model(info: ModelInfo, workers: Workers) -> SlotModel:
@@ -16,5 +20,7 @@ def load_model(info: ModelInfo, workers: Workers) -> SlotModel:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # read when diffusers is imported: a model is data, never code
     module, _, name = info.adapter.partition(":")
-    model: SlotModel = getattr(importlib.import_module(f"renderfarm.models.{module}"), name)(info, workers)
+    # while diffusers loads, every torch module that this process makes has no data: two loads at a time break both
+    with _ONE_AT_A_TIME:
+        model: SlotModel = getattr(importlib.import_module(f"renderfarm.models.{module}"), name)(info, workers)
     return model
