@@ -217,7 +217,7 @@ def test_all_mistakes_are_told_at_once_one_a_line(tmp_path: Path) -> None:
         ({"workers": {"min": 3, "max": 2}}, "workers", "workers.min (3) is larger than workers.max (2)"),
         ({"workers": {"min": 0}}, "workers.min", "greater than or equal to 1"),
         ({"workers": {"batch_size": 0}}, "workers.batch_size", "greater than or equal to 1"),
-        ({"workers": {"batch_size": "auto"}}, "workers.batch_size", "valid integer"),
+        ({"workers": {"batch_size": "many"}}, "workers.batch_size", "valid integer"),
         ({"workers": {"dtype": "fp16"}}, "workers.dtype", "not 'fp16'"),
         ({"workers": {"device": "tpu"}}, "workers.device", "not 'tpu'"),
         ({"output": {}}, "output.path", "is required"),

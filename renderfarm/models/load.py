@@ -10,7 +10,6 @@ from renderfarm.config import Workers
 from renderfarm.models.base import SlotModel
 from renderfarm.models.catalog import ModelInfo
 
-
 _ONE_AT_A_TIME = threading.Lock()
 
 
