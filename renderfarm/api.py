@@ -10,7 +10,7 @@ from typing import Literal
 from renderfarm.config import Job, load_job
 from renderfarm.driver import Driver, Observer, RunSummary
 from renderfarm.engines.base import Engine
-from renderfarm.errors import InvalidJob
+from renderfarm.errors import InvalidJob, RenderfarmError
 from renderfarm.preparation import Prepared, prepare
 from renderfarm.reading import Output
 from renderfarm.report.card import write_card
@@ -41,7 +41,11 @@ def run(
     driver = Driver(prepared, stop or threading.Event(), observe, stop_now=stop_now)
     driver.begin()
     _write_card(prepared)  # at the start, so that an interrupted output opens, too
-    summary = driver.run(_engine_maker(prepared, engine, address))
+    try:
+        summary = driver.run(_engine_maker(prepared, engine, address))
+    except RenderfarmError:
+        _write_card(prepared)  # parts may have been committed before the end came
+        raise
     write_contact_sheet(Output(prepared.store.url))
     _write_card(prepared)
     return summary

@@ -151,6 +151,8 @@ def validate(
             out_console.print(problem, markup=False)
         if len(found.problems) > limit:
             out_console.print(f"… (--limit shows more than {limit})")
+        for hint in found.hints:
+            out_console.print(hint, markup=False)
         bad = f"{found.bad_rows:,} bad rows, {found.duplicate_ids:,} duplicate ids"
         out_console.print(f"{found.rows:,} rows, {found.images:,} images, {bad}")
     raise typer.Exit(EXIT_OK if found.ok else EXIT_ROWS_FAILED)

@@ -33,6 +33,10 @@ def estimate(prepared: Prepared) -> dict[str, Any]:
         "model": model.id,
         "out": prepared.store.url,
         "manifest files": len(prepared.manifest.files),
+        "columns read": ", ".join(
+            name if name == argument else f"{argument} from {name}" for argument, name in prepared.manifest.columns.items()
+        ),
+        "columns that travel": ", ".join(prepared.manifest.extras.names) or None,
         "rows": grid.rows,
         "rows per part": grid.part_rows,
         "parts (leases)": len(grid),

@@ -28,6 +28,15 @@ from renderfarm.schema import output_name
 ROW = "row"
 EXTRA = "input:"
 BATCH_ROWS = 4096
+# what other tools call diffusers' arguments
+LOOKALIKES = {
+    **dict.fromkeys(("steps", "step", "num_steps", "inference_steps"), "num_inference_steps"),
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance", "scale"), "guidance_scale"),
+    **dict.fromkeys(("negative", "neg_prompt", "uc"), "negative_prompt"),
+    **dict.fromkeys(("n", "n_images", "num_images", "n_iter", "batch_count"), "num_images_per_prompt"),
+    **dict.fromkeys(("sampler_name", "scheduler", "sampling_method"), "sampler"),
+    **dict.fromkeys(("caption", "text"), "prompt"),
+}
 MAX_ORDINAL = 2**62
 
 
@@ -65,6 +74,19 @@ class Manifest:
                 return f"{file.path.rsplit('/', 1)[-1]}, row {ordinal}"
             ordinal -= file.rows
         return f"row {ordinal}"
+
+    def hints(self) -> list[str]:
+        """Columns that travel as the user's own although their names look like arguments'."""
+        found = []
+        for name in self.extras.names:
+            bare = name.lower().replace(" ", "_")
+            near = LOOKALIKES.get(bare) or next(iter(difflib.get_close_matches(bare, list(ARGUMENTS), n=1, cutoff=0.85)), None)
+            if near and near not in self.columns:
+                found.append(
+                    f"column {name!r} is not read as an argument; if it is {near}, say so in the job: "
+                    f"manifest: {{path: …, columns: {{{near}: {name}}}}}"
+                )
+        return found
 
     def stream(self, ranges: Iterable[tuple[int, int]]) -> Iterator[pa.Table]:
         """One table per `[start, stop)` range of ordinals; ranges ascend and do not overlap. `where` is applied."""

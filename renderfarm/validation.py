@@ -25,6 +25,7 @@ class Validation:
     bad_rows: int = 0
     duplicate_ids: int = 0
     problems: list[str] = field(default_factory=list)
+    hints: list[str] = field(default_factory=list)
     classes: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -35,7 +36,7 @@ class Validation:
 def validate_rows(prepared: Prepared) -> Validation:
     """Stream the manifest through the very checks that a worker makes. Memory: 8 bytes a row for duplicate ids."""
     grid, manifest = prepared.grid, prepared.manifest
-    found, ids = Validation(), array("Q")
+    found, ids = Validation(hints=manifest.hints()), array("Q")
     ranges = ((part.start, part.stop) for part in grid)
     for table in manifest.stream(ranges):
         for row in expand_rows(table, prepared.job, prepared.model):

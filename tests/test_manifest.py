@@ -677,3 +677,11 @@ def test_a_row_is_told_by_its_file_and_its_place_in_it(write_manifest: Write) ->
         "2.parquet, row 0",
         "2.parquet, row 1",
     ]
+
+
+def test_columns_that_look_like_arguments_are_pointed_out_and_the_others_are_not(write_manifest: Write) -> None:
+    names = ("prompt", "steps", "cfg_scale", "samplr", "Seed", "category", "notes")
+    found = opened(write_manifest({name: ["x"] for name in names})).hints()
+    assert [hint.split("'")[1] for hint in found] == ["steps", "cfg_scale", "samplr", "Seed"]
+    assert "columns: {num_inference_steps: steps}" in found[0]
+    assert opened(write_manifest({"prompt": ["x"], "num_inference_steps": [3], "steps": [4]}, "b.parquet")).hints() == []

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from renderfarm.config import Workers
-from renderfarm.errors import OutOfMemory
+from renderfarm.errors import Fatal, OutOfMemory
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.fingerprint import weight_hashes
 
@@ -43,6 +43,8 @@ def prepare_torch(workers: Workers) -> str:
     device = workers.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Fatal("workers.device is cuda, but torch finds no GPU here (or is built without CUDA); use device: auto or cpu")
     torch.set_num_threads(workers.threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)

@@ -32,9 +32,13 @@ committed and complete in itself{% endif %}: {{ images }} images, {{ errors }} e
 | layout, format | {{ layout }}, {{ format }} |
 | job seed | {{ seed }} |
 {% if sheet %}
+
 ![contact sheet]({{ sheet }})
 {% endif %}
+
 ## Open it
+
+Each row's place in the manifest is in `row`; readers may give the rows in another order.
 
 ```python
 from datasets import load_dataset
@@ -68,7 +72,7 @@ def write_card(
 ) -> None:
     """Write or refresh the card. `frozen` is job.json's value."""
     # Markdown, not HTML: every value is checked by the job's schema, a number, or JSON-quoted
-    environment = Environment(autoescape=False, trim_blocks=True)  # noqa: S701
+    environment = Environment(autoescape=False, trim_blocks=True, keep_trailing_newline=True)  # noqa: S701
     text = environment.from_string(_TEMPLATE).render(
         name=name,
         rows=f"{rows:,}",
