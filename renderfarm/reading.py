@@ -87,11 +87,7 @@ class Output:
             images, errors = files.read_table(self.store.read(key))
             return list(self._stored(key, images)), errors.to_pylist()
         except KeyError:
-            pass
-        try:
-            return [], files.read_errors(self.store.read(files.errors_key(part))).to_pylist()
-        except KeyError:
-            return [], []
+            return [], self.errors_of(index)
 
     def errors_of(self, index: int) -> list[dict[str, Any]]:
         """What the error view has for a part; its table's footer says the same, or the view is damaged."""

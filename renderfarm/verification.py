@@ -142,12 +142,14 @@ def _check_part(found: Verification, output: Output, index: int, samples: list[S
     for (row, k), count in ended.items():
         if count > 1:
             found.add(f"{part.name}: row {row}, image {k} ended {count} times")
-    images = Counter(row for row, _ in ended)
+    images: dict[int, set[int]] = {}
+    for row, k in ended:
+        images.setdefault(row, set()).add(k)
     planned = set(range(part.start, part.stop))
     for row in sorted(images.keys() - planned):
         found.add(f"{part.name}: row {row} does not belong to it")
-    for row, count in sorted(images.items()):
-        for k in sorted(set(range(count)) - {other for one, other in ended if one == row}):
+    for row, there in sorted(images.items()):
+        for k in sorted(set(range(len(there))) - there):
             found.add(f"{part.name}: row {row}, image {k} is missing")
     for row in sorted(_expected(output, planned) - images.keys()):
         found.add(f"{part.name}: row {row} is missing")

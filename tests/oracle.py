@@ -15,7 +15,6 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from test_exactness import REFERENCE
 
 from renderfarm.config import ModelSpec, Workers
 from renderfarm.models.catalog import ModelInfo, describe
@@ -25,6 +24,39 @@ from renderfarm.slots import Rendered, SlotLoop
 
 B = 3
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+
+# Written apart from the package's table, as a user of diffusers would write it.
+REFERENCE = {
+    "ddpm": (diffusers.DDPMScheduler, {}),
+    "ddim": (diffusers.DDIMScheduler, {}),
+    "pndm": (diffusers.PNDMScheduler, {"skip_prk_steps": True}),
+    "dpm": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
+    "dpm++2m": (diffusers.DPMSolverMultistepScheduler, {}),
+    "dpm++2m-karras": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "dpm++2m-sde": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++2m-sde-karras": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}),
+    "dpm++2s": (diffusers.DPMSolverSinglestepScheduler, {}),
+    "dpm++sde": (diffusers.DPMSolverSinglestepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "dpm++sde-karras": (
+        diffusers.DPMSolverSinglestepScheduler,
+        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+    ),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "euler-karras": (diffusers.EulerDiscreteScheduler, {"use_karras_sigmas": True}),
+    "euler-a": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "heun": (diffusers.HeunDiscreteScheduler, {}),
+    "heun-karras": (diffusers.HeunDiscreteScheduler, {"use_karras_sigmas": True}),
+    "dpm2": (diffusers.KDPM2DiscreteScheduler, {}),
+    "dpm2-karras": (diffusers.KDPM2DiscreteScheduler, {"use_karras_sigmas": True}),
+    "dpm2-a": (diffusers.KDPM2AncestralDiscreteScheduler, {}),
+    "dpm2-a-karras": (diffusers.KDPM2AncestralDiscreteScheduler, {"use_karras_sigmas": True}),
+    "lms": (diffusers.LMSDiscreteScheduler, {}),
+    "lms-karras": (diffusers.LMSDiscreteScheduler, {"use_karras_sigmas": True}),
+    "unipc": (diffusers.UniPCMultistepScheduler, {}),
+    "deis": (diffusers.DEISMultistepScheduler, {}),
+    "lcm": (diffusers.LCMScheduler, {}),
+    "tcd": (diffusers.TCDScheduler, {}),
+}
 
 CLASSES = {
     "sd": diffusers.StableDiffusionPipeline,
@@ -93,13 +125,8 @@ class Model:
 
     @cached_property
     def pipe(self) -> Any:
-        torch.set_num_threads(self.threads)
         absent = {"text_encoder_3": None, "tokenizer_3": None} if self.name == "sd3-dynamic" else {}
-        pipe = CLASSES[self.name].from_pretrained(self.folder, dtype=getattr(torch, self.dtype), **absent)
-        pipe.set_progress_bar_config(disable=True)
-        pipe.vae.enable_slicing()
-        pipe.original_config = dict(pipe.scheduler.config)
-        return pipe
+        return plain_pipeline(CLASSES[self.name], self.folder, self.dtype, self.threads, **absent)
 
     def close(self) -> None:
         if "loop" in vars(self):
@@ -115,27 +142,39 @@ class Model:
     def reference(self, wanted: Sample) -> np.ndarray:
         """Image 0 of diffusers' pipeline called with B copies of the row."""
         if wanted not in self.known:
-            self.known[wanted] = self._reference(wanted)
+            self.known[wanted] = reference(self.pipe, wanted)
         return self.known[wanted]
 
-    def _reference(self, wanted: Sample) -> np.ndarray:
-        kind, changes = (REFERENCE | FLOW_REFERENCE)[wanted.sampler]
-        if changes.get("use_flow_sigmas"):
-            changes = {**changes, "flow_shift": self.pipe.original_config["shift"]}
-        self.pipe.scheduler = kind.from_config(self.pipe.original_config, **changes)
-        texts = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
-        arguments = {name: [getattr(wanted, name)] * B for name in texts if getattr(wanted, name) is not None}
-        if wanted.true_cfg_scale is not None:
-            arguments["true_cfg_scale"] = wanted.true_cfg_scale
-        images = self.pipe(
-            **arguments,
-            height=wanted.height,
-            width=wanted.width,
-            num_inference_steps=wanted.num_inference_steps,
-            guidance_scale=wanted.guidance_scale,
-            generator=[torch.Generator("cpu").manual_seed(wanted.seed) for _ in range(B)],
-        ).images
-        return np.asarray(images[0])
+
+def plain_pipeline(class_: Any, folder: Any, dtype: str = "float32", threads: int = 1, **absent: None) -> Any:
+    """diffusers' own pipeline, as a user would load it; slicing decodes image by image."""
+    torch.set_num_threads(threads)
+    pipe = class_.from_pretrained(folder, dtype=getattr(torch, dtype), **absent)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae.enable_slicing()
+    pipe.original_config = dict(pipe.scheduler.config)
+    return pipe
+
+
+def reference(pipe: Any, wanted: Sample) -> np.ndarray:
+    """Image 0 of diffusers' pipeline called with B copies of the row."""
+    kind, changes = (REFERENCE | FLOW_REFERENCE)[wanted.sampler]
+    if changes.get("use_flow_sigmas"):
+        changes = {**changes, "flow_shift": pipe.original_config["shift"]}
+    pipe.scheduler = kind.from_config(pipe.original_config, **changes)
+    texts = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
+    arguments = {name: [getattr(wanted, name)] * B for name in texts if getattr(wanted, name) is not None}
+    if wanted.true_cfg_scale is not None:
+        arguments["true_cfg_scale"] = wanted.true_cfg_scale
+    images = pipe(
+        **arguments,
+        height=wanted.height,
+        width=wanted.width,
+        num_inference_steps=wanted.num_inference_steps,
+        guidance_scale=wanted.guidance_scale,
+        generator=[torch.Generator("cpu").manual_seed(wanted.seed) for _ in range(B)],
+    ).images
+    return np.asarray(images[0])
 
 
 def pixels(futures: list[Future[Rendered]]) -> list[np.ndarray]:

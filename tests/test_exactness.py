@@ -8,6 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from oracle import REFERENCE, B, plain_pipeline, reference
 
 from renderfarm.config import ModelSpec, Workers
 from renderfarm.models.catalog import describe
@@ -16,54 +17,15 @@ from renderfarm.records import Sample, SampleKey
 from renderfarm.samplers import SAMPLERS
 from renderfarm.slots import Rendered, SlotLoop
 
-B = 3
 WORKERS = Workers(batch_size=B)
 INFO = describe(ModelSpec(id="builtin:shapes"))
 
 LEGAL = [name for name, sampler in SAMPLERS.items() if sampler.kind == INFO.kind]
 
-# Written apart from the package's table, as a user of diffusers would write it.
-REFERENCE = {
-    "ddpm": (diffusers.DDPMScheduler, {}),
-    "ddim": (diffusers.DDIMScheduler, {}),
-    "pndm": (diffusers.PNDMScheduler, {"skip_prk_steps": True}),
-    "dpm": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
-    "dpm++2m": (diffusers.DPMSolverMultistepScheduler, {}),
-    "dpm++2m-karras": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
-    "dpm++2m-sde": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
-    "dpm++2m-sde-karras": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}),
-    "dpm++2s": (diffusers.DPMSolverSinglestepScheduler, {}),
-    "dpm++sde": (diffusers.DPMSolverSinglestepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
-    "dpm++sde-karras": (
-        diffusers.DPMSolverSinglestepScheduler,
-        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
-    ),
-    "euler": (diffusers.EulerDiscreteScheduler, {}),
-    "euler-karras": (diffusers.EulerDiscreteScheduler, {"use_karras_sigmas": True}),
-    "euler-a": (diffusers.EulerAncestralDiscreteScheduler, {}),
-    "heun": (diffusers.HeunDiscreteScheduler, {}),
-    "heun-karras": (diffusers.HeunDiscreteScheduler, {"use_karras_sigmas": True}),
-    "dpm2": (diffusers.KDPM2DiscreteScheduler, {}),
-    "dpm2-karras": (diffusers.KDPM2DiscreteScheduler, {"use_karras_sigmas": True}),
-    "dpm2-a": (diffusers.KDPM2AncestralDiscreteScheduler, {}),
-    "dpm2-a-karras": (diffusers.KDPM2AncestralDiscreteScheduler, {"use_karras_sigmas": True}),
-    "lms": (diffusers.LMSDiscreteScheduler, {}),
-    "lms-karras": (diffusers.LMSDiscreteScheduler, {"use_karras_sigmas": True}),
-    "unipc": (diffusers.UniPCMultistepScheduler, {}),
-    "deis": (diffusers.DEISMultistepScheduler, {}),
-    "lcm": (diffusers.LCMScheduler, {}),
-    "tcd": (diffusers.TCDScheduler, {}),
-}
-
 
 @pytest.fixture(scope="module")
 def pipe() -> diffusers.StableDiffusionPipeline:
-    torch.set_num_threads(WORKERS.threads)
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(INFO.folder, dtype=torch.float32, safety_checker=None)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.vae.enable_slicing()
-    pipe.original_config = dict(pipe.scheduler.config)
-    return pipe
+    return plain_pipeline(diffusers.StableDiffusionPipeline, INFO.folder)
 
 
 @pytest.fixture(scope="module")
@@ -89,22 +51,6 @@ def sample(
         guidance_scale=guidance,
         sampler=sampler,
     )
-
-
-def reference(pipe: diffusers.StableDiffusionPipeline, wanted: Sample) -> np.ndarray:
-    """Image 0 of diffusers' pipeline called with B copies of the row."""
-    kind, changes = REFERENCE[wanted.sampler]
-    pipe.scheduler = kind.from_config(pipe.original_config, **changes)
-    images = pipe(
-        prompt=[wanted.prompt] * B,
-        negative_prompt=None if wanted.negative_prompt is None else [wanted.negative_prompt] * B,
-        height=wanted.height,
-        width=wanted.width,
-        num_inference_steps=wanted.num_inference_steps,
-        guidance_scale=wanted.guidance_scale,
-        generator=[torch.Generator("cpu").manual_seed(wanted.seed) for _ in range(B)],
-    ).images
-    return np.asarray(images[0])
 
 
 def rendered(futures: list[Future[Rendered]]) -> list[np.ndarray]:

@@ -218,6 +218,14 @@ def stacked(slots: Sequence[State], part: int, *, negative: bool) -> torch.Tenso
     return torch.stack([*(state.negative[part] for state in slots if state.negative is not None), *prompts] if negative else prompts)
 
 
+def halves(predicted: torch.Tensor, *, guided: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(conditional, unconditional) of one call for B, or for 2B with the unconditional half first."""
+    if not guided:
+        return predicted, None
+    unconditional, conditional = predicted.chunk(2)
+    return conditional, unconditional
+
+
 def scale_and_shift(latents: torch.Tensor, config: Any) -> torch.Tensor:
     """Latents for the autoencoder, as SD3 and FLUX compute them."""
     scaled: torch.Tensor = (latents / config.scaling_factor) + config.shift_factor

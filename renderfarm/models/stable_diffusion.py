@@ -11,7 +11,7 @@ from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline
 
 from renderfarm.config import Workers
 from renderfarm.models.catalog import ModelInfo
-from renderfarm.models.pipeline import SlotPipeline, State, stacked
+from renderfarm.models.pipeline import SlotPipeline, State, halves, stacked
 from renderfarm.records import Sample
 
 
@@ -60,10 +60,7 @@ class UNetPipeline(SlotPipeline):
             added_cond_kwargs=self._added_conditions(slots),
             return_dict=False,
         )[0]
-        if not guided:
-            return predicted, None
-        unconditional, conditional = predicted.chunk(2)
-        return conditional, unconditional
+        return halves(predicted, guided=guided)
 
     def _added_conditions(self, slots: Sequence[State]) -> dict[str, torch.Tensor] | None:
         return None

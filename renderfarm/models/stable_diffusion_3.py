@@ -12,7 +12,7 @@ from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import c
 
 from renderfarm.config import Workers
 from renderfarm.models.catalog import ModelInfo
-from renderfarm.models.pipeline import SlotPipeline, State, scale_and_shift, stacked
+from renderfarm.models.pipeline import SlotPipeline, State, halves, scale_and_shift, stacked
 from renderfarm.records import Sample
 
 T5_LENGTH = 256  # the pipeline's default max_sequence_length
@@ -88,10 +88,7 @@ class StableDiffusion3(SlotPipeline):
             pooled_projections=stacked(slots, 1, negative=guided),
             return_dict=False,
         )[0]
-        if not guided:
-            return predicted, None
-        unconditional, conditional = predicted.chunk(2)
-        return conditional, unconditional
+        return halves(predicted, guided=guided)
 
     def _unscaled(self, latents: torch.Tensor, sample: Sample) -> torch.Tensor:
         return scale_and_shift(latents, self.pipe.vae.config)
