@@ -65,7 +65,7 @@ def _engine_maker(prepared: Prepared, engine: EngineName, address: str | None) -
 
 
 def _write_card(prepared: Prepared) -> None:
-    committed = prepared.committed()
+    committed, grid = prepared.committed(), prepared.grid()
     write_card(
         prepared.store,
         prepared.frozen(),
@@ -73,6 +73,6 @@ def _write_card(prepared: Prepared) -> None:
         rows=prepared.manifest.rows,
         images=sum(receipt.images for receipt in committed.values()),
         errors=sum(receipt.errors for receipt in committed.values()),
-        finished=len(committed) == len(prepared.grid),
+        finished=grid is not None and len(committed) == len(grid),
         sheet=SHEET if prepared.store.exists(SHEET) else None,
     )

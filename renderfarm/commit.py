@@ -1,6 +1,7 @@
 """What is done, and how it becomes done.
 
     _renderfarm/job.json       the frozen job: what decides pixels and layout (create-if-absent)
+    _renderfarm/grid.json      rows per part, as the first worker measured (create-if-absent); only for `part_rows: auto`
     _renderfarm/profile.json   the render profile, by the first worker ready (create-if-absent)
     _renderfarm/profiles/…     others, by their SHA-256, if the job allows them
     _renderfarm/parts/…        one key a part, its counts in its name, so that one listing tells what is done;
@@ -28,8 +29,8 @@ from renderfarm.schema import IMAGE_COLUMNS
 from renderfarm.storage import Store
 
 FORMAT_VERSION = 1
-JOB, PROFILE, PROFILES, PROGRESS, PARTS, RUNS, ANNOUNCED = (
-    f"_renderfarm/{name}" for name in ("job.json", "profile.json", "profiles", "progress.json", "parts", "runs", "announced")
+JOB, GRID, PROFILE, PROFILES, PROGRESS, PARTS, RUNS, ANNOUNCED = (
+    f"_renderfarm/{name}" for name in ("job.json", "grid.json", "profile.json", "profiles", "progress.json", "parts", "runs", "announced")
 )
 
 
@@ -87,6 +88,37 @@ def check_job(store: Store, wanted: dict[str, Any]) -> dict[str, Any]:
             + begin_anew
         )
     return stored
+
+
+def part_rows(store: Store, given: int | str) -> int | None:
+    """Rows per part: the job's own number, or for `auto` the measured one; None where no worker has measured yet.
+
+    Raises Fatal where parts were committed and it is gone: another number would give them other rows.
+    """
+    if given != "auto":
+        return int(given)
+    try:
+        return _measured(store)
+    except KeyError:
+        if any(store.list(folder) for folder in (PARTS, "data", "errors")):
+            raise Fatal(f"{store.url}/{GRID} is gone, and parts are committed: restore it from a copy") from None
+        return None
+
+
+def freeze_part_rows(store: Store, part_rows: int, seconds_per_image: float) -> int:
+    """Publish the measured rows per part; the published number, which may be another driver's."""
+    try:
+        store.put_if_absent(GRID, to_json({"part_rows": part_rows, "seconds_per_image": round(seconds_per_image, 6)}))
+        return part_rows
+    except AlreadyExists:
+        return _measured(store)
+
+
+def _measured(store: Store) -> int:
+    value = read_json(store, GRID).get("part_rows")
+    if not isinstance(value, int) or value < 1:
+        raise Fatal(f"{store.url}/{GRID} is damaged (no part_rows); restore it from a copy, or render into another output")
+    return value
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -128,7 +128,7 @@ class Output(Strict):
     """files: one folder per part, images beside a metadata.parquet (Hugging Face imagefolder)."""
     format: Literal["png"] = "png"
     part_rows: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = "auto"
-    """Manifest rows per part (the unit of commit). auto: so many that a part has about 64 images."""
+    """Manifest rows per part (the unit of commit). auto: about half a minute of rendering, measured once by the first worker."""
 
 
 class Failure(Strict):

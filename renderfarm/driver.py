@@ -34,7 +34,7 @@ from renderfarm.errors import (
     Transient,
     WorkerLost,
 )
-from renderfarm.plan import leases
+from renderfarm.plan import Grid, choose_part_rows, leases
 from renderfarm.preparation import Prepared
 from renderfarm.progress import Progress, WorkerProgress
 from renderfarm.records import Lease
@@ -91,8 +91,9 @@ class Driver:
             run_id=time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()) + "-" + uuid.uuid4().hex[:6],
             job=self.job.name,
             rows=prepared.manifest.rows,
-            parts=len(prepared.grid),
         )
+        self.grid: Grid | None = None
+        self.is_done = bytearray()  # by part
         self.free: dict[str, list[Lease]] = {}  # ready workers, and the leases each holds
         self.starting: set[str] = set()
         self.again: deque[tuple[float, Lease]] = deque()  # (not before, lease)
@@ -107,15 +108,12 @@ class Driver:
 
     def run(self, make_engine: Callable[[], Engine]) -> RunSummary:
         """Render what is not done. Starts no worker when all is."""
-        done = bytearray(self.prepared.grid.total)
-        for index, receipt in self.prepared.committed().items():
-            done[index] = 1
-            self.progress.add_committed(receipt)
-        self.progress.error_classes.update(commit.error_classes(self.store) if self.progress.errors else {})
-        if self.progress.parts_done < self.progress.parts:
+        if grid := self.prepared.grid():
+            self._use(grid)
+        if self.grid is None or self.progress.parts_done < self.progress.parts:
             engine = make_engine()
             try:
-                self._loop(engine, leases(self.prepared.manifest, self.prepared.grid, lambda index: bool(done[index])))
+                self._loop(engine)
             except BaseException as error:
                 self.progress.state = "INTERRUPTED" if isinstance(error, Interrupted) else "FAILED"
                 raise
@@ -124,11 +122,21 @@ class Driver:
                 self._heartbeat(force=True)
         return self._finish()
 
+    def _use(self, grid: Grid) -> None:
+        """Take over what is committed of it."""
+        self.grid, self.is_done, self.progress.parts = grid, bytearray(grid.total), len(grid)
+        for index, receipt in self.prepared.committed().items():
+            self.is_done[index] = 1
+            self.progress.add_committed(receipt)
+        self.progress.error_classes.update(commit.error_classes(self.store) if self.progress.errors else {})
+
     # ------------------------------------------------------------------------------------------ the loop
 
-    def _loop(self, engine: Engine, source: Iterator[Lease]) -> None:
-        for _ in range(min(engine.max_workers, self.progress.parts - self.progress.parts_done)):
+    def _loop(self, engine: Engine) -> None:
+        left = self.progress.parts - self.progress.parts_done if self.grid else self._rows_wanted()
+        for _ in range(min(engine.max_workers, left)):
             self._start_worker(engine)
+        source = self._leases()
         stop_at: float | None = None
         exhausted = False
         while True:
@@ -147,13 +155,18 @@ class Driver:
                     return
             for event in engine.next_events(timeout_s=0.5):
                 if isinstance(event, Ready):
-                    self._ready(event)
+                    self._ready(engine, event)
                 elif isinstance(event, Done):
                     self._done(event)
                 else:
                     self._failed(engine, event)
             self._heartbeat()
             self.observe(self.progress)
+
+    def _leases(self) -> Iterator[Lease]:
+        """Asked for once a worker is ready; by then the grid is known."""
+        assert self.grid is not None
+        yield from leases(self.prepared.manifest, self.grid, lambda index: bool(self.is_done[index]))
 
     def _in_flight(self) -> int:
         return sum(len(held) for held in self.free.values())
@@ -204,7 +217,9 @@ class Driver:
         self.progress.workers[name] = WorkerProgress()
         engine.start_worker(name)
 
-    def _ready(self, event: Ready) -> None:
+    def _ready(self, engine: Engine, event: Ready) -> None:
+        if self.grid is None:
+            self._use(self.prepared.grid() or self._measured_grid(engine, event.info.seconds_per_image or 0.0))
         self.starting.discard(event.worker)
         self.free[event.worker] = []
         self.start_failures = 0
@@ -212,6 +227,14 @@ class Driver:
         self.progress.workers[event.worker].device = event.info.device
         self.progress.first_ready = self.progress.first_ready or time.time()
         self.progress.state = "RUNNING"
+
+    def _measured_grid(self, engine: Engine, seconds_per_image: float) -> Grid:
+        images_per_row = self.job.render.num_images_per_prompt or 1
+        part_rows = choose_part_rows(self._rows_wanted(), images_per_row, seconds_per_image, engine.max_workers)
+        return self.prepared.grid_of(commit.freeze_part_rows(self.store, part_rows, seconds_per_image))
+
+    def _rows_wanted(self) -> int:
+        return len(self.prepared.grid_of(1))
 
     def _done(self, event: Done) -> None:
         """A worker may answer and die: its leases went elsewhere then, and what it committed is adopted there."""
@@ -285,7 +308,7 @@ class Driver:
 
     def _check_that_all_is_here(self) -> None:
         """What workers say they committed must be in the store that this process sees."""
-        if self.progress.parts_done < self.progress.parts:
+        if self.grid is None or self.progress.parts_done < self.progress.parts:
             return
         here = len(self.prepared.committed())
         if here < self.progress.parts:
@@ -300,7 +323,7 @@ class Driver:
         progress = self.progress
         self._check_that_all_is_here()
         failed = progress.errors / max(1, progress.errors + progress.images)
-        if progress.parts_done < progress.parts:
+        if self.grid is None or progress.parts_done < progress.parts:
             progress.state, code = "INTERRUPTED", EXIT_INTERRUPTED
         elif failed > self.job.failure.tolerate:
             progress.state, code = "PARTIAL", EXIT_ROWS_FAILED

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from renderfarm import commit
 from renderfarm.preparation import Prepared
+from renderfarm.records import Part
 from renderfarm.report.live import duration
 
 BYTES_PER_PIXEL = 1.5  # PNG of rendered pictures at compress_level 1, before anything was rendered
@@ -13,15 +15,16 @@ BYTES_PER_PIXEL = 1.5  # PNG of rendered pictures at compress_level 1, before an
 
 def estimate(prepared: Prepared) -> dict[str, Any]:
     """Rows and parts exactly; images exactly unless rows say how many; bytes and time from what was rendered already."""
-    job, model, grid = prepared.job, prepared.model, prepared.grid
+    job, model, grid = prepared.job, prepared.model, prepared.grid()
     committed = prepared.committed()
     if committed:
         commit.check_job(prepared.store, prepared.frozen())
     images_done = sum(receipt.images for receipt in committed.values())
     errors_done = sum(receipt.errors for receipt in committed.values())
-    rows_done = sum(grid.part(index).stop - grid.part(index).start for index in committed)
+    rows_done = _rows(grid.part(index) for index in committed) if grid else 0
+    rows_wanted = _rows(grid) if grid else len(prepared.grid_of(1))
     per_row = (images_done + errors_done) / rows_done if rows_done and job.manifest.where is None else job.render.num_images_per_prompt or 1
-    images_left = round((sum(part.stop - part.start for part in grid) - rows_done) * per_row)
+    images_left = round((rows_wanted - rows_done) * per_row)
     if images_done:
         bytes_per_image = sum(receipt.bytes for receipt in committed.values()) / images_done
     else:
@@ -37,11 +40,11 @@ def estimate(prepared: Prepared) -> dict[str, Any]:
             name if name == argument else f"{argument} from {name}" for argument, name in prepared.manifest.columns.items()
         ),
         "columns that travel": ", ".join(prepared.manifest.extras.names) or None,
-        "rows": grid.rows,
-        "rows per part": grid.part_rows,
-        "parts (leases)": len(grid),
+        "rows": prepared.manifest.rows,
+        "rows per part": grid.part_rows if grid else "auto: measured by the first worker",
+        "parts (leases)": len(grid) if grid else None,
         "parts done": len(committed),
-        "parts left": len(grid) - len(committed),
+        "parts left": len(grid) - len(committed) if grid else None,
         "images done": images_done,
         "errors done": errors_done,
         "images left": images_left,
@@ -50,6 +53,10 @@ def estimate(prepared: Prepared) -> dict[str, Any]:
         "images/s of the last run": rate,
         "time left (estimate)": duration(images_left / rate) if rate else None,
     }
+
+
+def _rows(parts: Iterable[Part]) -> int:
+    return sum(part.stop - part.start for part in parts)
 
 
 def _last_rate(prepared: Prepared) -> float | None:

@@ -10,11 +10,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from renderfarm.config import Job
 from renderfarm.manifest import ROW, Manifest, parse_ranges
 from renderfarm.records import Lease, Part
 
-AUTO_PART_IMAGES = 64
+# `part_rows: auto`. A part is what a crash costs, and what the others wait for at the end; but each is a commit and a listing.
+PART_SECONDS = 30.0
+MAX_PART_IMAGES = 512
+PARTS_PER_WORKER = 2  # at least, so that a short job has work for all
 
 
 @dataclass(frozen=True)
@@ -55,21 +57,19 @@ class Grid:
         return Part(index, index * self.part_rows, min(self.rows, (index + 1) * self.part_rows))
 
 
-def frozen_grid(job: dict[str, Any]) -> Grid:
-    """The grid of an output, from its job.json."""
-    rows = sum(file["rows"] for file in job["manifest"]["files"])
-    return Grid(rows, job["output"]["part_rows"], where_row(job["manifest"]["where"]))
+def frozen_rows(job: dict[str, Any]) -> int:
+    """The manifest's rows, from an output's job.json."""
+    return sum(file["rows"] for file in job["manifest"]["files"])
 
 
 def where_row(where: dict[str, Any] | None) -> str | None:
     return str(where[ROW]) if where and ROW in where else None
 
 
-def choose_part_rows(job: Job) -> int:
-    """`auto`: so many rows that a part has about AUTO_PART_IMAGES images."""
-    if job.output.part_rows != "auto":
-        return job.output.part_rows
-    return max(1, AUTO_PART_IMAGES // (job.render.num_images_per_prompt or 1))
+def choose_part_rows(rows: int, images_per_row: int, seconds_per_image: float, workers: int) -> int:
+    """`part_rows: auto`: rows that take one worker PART_SECONDS, within what memory and the other workers allow."""
+    images = min(MAX_PART_IMAGES, PART_SECONDS / max(seconds_per_image, 1e-6))
+    return max(1, min(int(images / images_per_row), rows // (PARTS_PER_WORKER * workers)))
 
 
 def leases(manifest: Manifest, grid: Grid, is_done: Callable[[int], bool]) -> Iterator[Lease]:

@@ -10,7 +10,7 @@ from renderfarm.config import Job, expand_env
 from renderfarm.errors import InvalidInput, InvalidJob
 from renderfarm.manifest import Manifest, open_manifest
 from renderfarm.models.catalog import ModelInfo, describe
-from renderfarm.plan import Grid, choose_part_rows, where_row
+from renderfarm.plan import Grid, where_row
 from renderfarm.records import PartReceipt
 from renderfarm.samplers import find_sampler
 from renderfarm.samples import check_side
@@ -25,7 +25,14 @@ class Prepared:
     model: ModelInfo
     manifest: Manifest
     store: Store
-    grid: Grid
+
+    def grid(self) -> Grid | None:
+        """None: `part_rows: auto`, and no worker has measured yet."""
+        part_rows = commit.part_rows(self.store, self.job.output.part_rows)
+        return None if part_rows is None else self.grid_of(part_rows)
+
+    def grid_of(self, part_rows: int) -> Grid:
+        return Grid(self.manifest.rows, part_rows, where_row(self.job.manifest.where))
 
     def committed(self) -> dict[int, PartReceipt]:
         return commit.committed_parts(self.store)
@@ -44,7 +51,7 @@ class Prepared:
             "seed": job.seed,
             "seed_policy": job.seed_policy,
             "workers": {"batch_size": job.workers.batch_size, "dtype": job.workers.dtype},
-            "output": {"layout": job.output.layout, "format": job.output.format, "part_rows": self.grid.part_rows},
+            "output": {"layout": job.output.layout, "format": job.output.format, "part_rows": job.output.part_rows},
         }
 
     def _render_defaults(self) -> dict[str, Any]:
@@ -72,7 +79,7 @@ def prepare(job: Job) -> Prepared:
     # expanded once and here: a worker's environment and folder may be others
     store = open_store(expand_env(job.output.path))
     job = job.model_copy(update={"output": job.output.model_copy(update={"path": store.url})})
-    return Prepared(job, model, manifest, store, Grid(manifest.rows, choose_part_rows(job), where_row(job.manifest.where)))
+    return Prepared(job, model, manifest, store)
 
 
 def _check_render(job: Job, model: ModelInfo) -> None:

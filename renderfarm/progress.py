@@ -26,7 +26,8 @@ class Progress:
     run_id: str
     job: str
     rows: int
-    parts: int
+    parts: int = 0
+    """0 until a worker has measured how large they should be, where that was left to it."""
     state: str = "STARTING"
     parts_done: int = 0
     images: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from renderfarm import commit
 from renderfarm.config import expand_env
 from renderfarm.errors import InvalidJob
 from renderfarm.layouts import files
-from renderfarm.plan import frozen_grid
+from renderfarm.plan import Grid, frozen_rows, where_row
 from renderfarm.schema import ERROR_COLUMNS, IMAGE_COLUMNS
 from renderfarm.storage import Store, open_store
 
@@ -42,8 +43,15 @@ class Output:
             self.job = commit.read_json(self.store, commit.JOB)
         except KeyError:
             raise InvalidJob(f"{url}: not an output of renderfarm (it has no {commit.JOB}); give the folder that `run` printed") from None
+        self.rows = frozen_rows(self.job)
 
-        self.grid = frozen_grid(self.job)
+    @cached_property
+    def grid(self) -> Grid:
+        """Raises InvalidJob where it was left to the first worker, and none has been ready yet."""
+        part_rows = commit.part_rows(self.store, self.job["output"]["part_rows"])
+        if part_rows is None:
+            raise InvalidJob(f"{self.store.url}: nothing was rendered yet; run its job first")
+        return Grid(self.rows, part_rows, where_row(self.job["manifest"]["where"]))
 
     def __iter__(self) -> Iterator[tuple[Image.Image, dict[str, Any]]]:
         return ((sample.image(), sample.record) for sample in self.samples())

@@ -114,3 +114,5 @@ class WorkerReady:
     profile_sha256: str
     device: str
     load_seconds: float
+    seconds_per_image: float | None = None
+    """Measured where `part_rows: auto` is not frozen yet."""

@@ -17,6 +17,7 @@ def read_status(out: str) -> dict[str, Any]:
     output: Output = open_output(out)
     committed = commit.committed_parts(output.store).values()
     progress = commit.read_progress(output.store)
+    known = commit.part_rows(output.store, output.job["output"]["part_rows"]) is not None
     state, age = progress.get("state", "PLANNED"), time.time() - progress.get("updated", 0)
     if state in ("STARTING", "RUNNING") and age > STALE_S:
         state = "INTERRUPTED"
@@ -25,8 +26,8 @@ def read_status(out: str) -> dict[str, Any]:
         "out": output.store.url,
         "job": progress.get("job"),
         "state": state,
-        "rows": output.grid.rows,
-        "parts": len(output.grid),
+        "rows": output.rows,
+        "parts": len(output.grid) if known else None,
         "parts done": len(committed),
         "images": sum(receipt.images for receipt in committed),
         "errors": sum(receipt.errors for receipt in committed),

@@ -14,6 +14,7 @@ from renderfarm.preparation import Prepared
 from renderfarm.samples import expand_rows
 
 KEPT_PROBLEMS = 100
+ROWS_AT_A_TIME = 1000
 
 
 @dataclass
@@ -35,9 +36,9 @@ class Validation:
 
 def validate_rows(prepared: Prepared) -> Validation:
     """Stream the manifest through the very checks that a worker makes. Memory: 8 bytes a row for duplicate ids."""
-    grid, manifest = prepared.grid, prepared.manifest
+    manifest = prepared.manifest
     found, ids = Validation(hints=manifest.hints()), array("Q")
-    ranges = ((part.start, part.stop) for part in grid)
+    ranges = ((part.start, part.stop) for part in prepared.grid_of(ROWS_AT_A_TIME))
     for table in manifest.stream(ranges):
         for row in expand_rows(table, prepared.job, prepared.model):
             found.rows += 1

@@ -25,7 +25,7 @@ from renderfarm.manifest import EXTRA, ROW
 from renderfarm.models.base import SlotModel
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.load import load_model
-from renderfarm.models.measure import best_batch_size
+from renderfarm.models.measure import best_batch_size, seconds_per_image
 from renderfarm.records import Lease, Part, PartReceipt, Receipt, RowError, Sample, SampleKey, WorkerReady
 from renderfarm.samples import expand_rows, row_error, usual_sample
 from renderfarm.schema import ARGUMENT_COLUMNS, ERROR_COLUMNS, IMAGE_COLUMNS, output_name
@@ -56,6 +56,7 @@ class Worker:
         self.slots = SlotLoop(self._load, self.job.render.on_truncation)
         self.encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
         self.profile_sha256 = ""
+        self.seconds_per_image: float | None = None
 
     def ready(self) -> WorkerReady:
         """Wait until the pipeline is loaded and publish or match the render profile."""
@@ -63,12 +64,14 @@ class Worker:
         if self.job.workers.batch_size == "auto":  # of workers that measured at the same time, the first one's B counts
             model.batch_size = commit.first_profile(self.store, model.profile())["batch_size"]
         self.profile_sha256 = commit.publish_profile(self.store, model.profile(), record_others=self.job.workers.other_profiles == "record")
-        return WorkerReady(self.spec.name, self.profile_sha256, model.device, time.monotonic() - self.started)
+        return WorkerReady(self.spec.name, self.profile_sha256, model.device, time.monotonic() - self.started, self.seconds_per_image)
 
     def _load(self) -> SlotModel:
         model = load_model(self.spec.model, self.job.workers)
         if self.job.workers.batch_size == "auto" and not self.store.exists(commit.PROFILE):
             best_batch_size(model, usual_sample(self.job, self.spec.model))
+        if self.job.output.part_rows == "auto" and not self.store.exists(commit.GRID):
+            self.seconds_per_image = seconds_per_image(model, usual_sample(self.job, self.spec.model))
         return model
 
     def render(self, lease: Lease) -> Receipt:

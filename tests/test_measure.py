@@ -1,23 +1,31 @@
-"""`batch_size: auto`: measured once, frozen in the profile, the same for every worker and on resume."""
+"""`batch_size: auto` and `part_rows: auto`: measured once, frozen, the same for every worker and on resume."""
 
 from __future__ import annotations
 
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
 from checker import check_complete
 
 import renderfarm
+from renderfarm import commit
 from renderfarm.config import ModelSpec, Workers, load_job
-from renderfarm.errors import OutOfMemory
+from renderfarm.errors import Fatal, InvalidJob, OutOfMemory
+from renderfarm.estimate import estimate
 from renderfarm.models.catalog import describe
 from renderfarm.models.fake import Fake, State
-from renderfarm.models.measure import best_batch_size
+from renderfarm.models.measure import best_batch_size, seconds_per_image
 from renderfarm.preparation import prepare
+from renderfarm.progress import Progress
 from renderfarm.samples import usual_sample
+from renderfarm.status import read_status
+from renderfarm.storage import open_store
+from renderfarm.verification import Choice, inspect, verify
 from renderfarm.worker import Worker, WorkerSpec
 
 Write = Callable[..., Path]
@@ -73,3 +81,95 @@ def test_what_the_first_worker_measured_holds_for_all_and_on_resume(write_manife
     assert json.loads((tmp_path / "out/_renderfarm/profile.json").read_text())["batch_size"] == 5
     check_complete(tmp_path / "out", {(row, 0) for row in range(8)})
     assert renderfarm.run(path, engine="inline").new_images == 0
+
+
+def test_the_time_of_an_image_has_its_share_of_full_calls(write_manifest: Write, write_job: Write) -> None:
+    device = Device(fixed=30, each=5)
+    device.batch_size = 4
+    wanted = usual_sample(load_job(write_job(write_manifest(), render={"num_inference_steps": 20})), FAKE)
+    least = 20 * (30 + 5 * 4) / 4 / 1000
+    assert least <= seconds_per_image(device, wanted) < 5 * least  # a sleep is never shorter, and seldom five times longer
+
+
+def test_what_cannot_be_shown_unfinished_can_be_measured(write_manifest: Write, write_job: Write) -> None:
+    wanted = usual_sample(load_job(write_job(write_manifest())), FAKE)
+    assert seconds_per_image(Device(fixed=1, each=0), replace(wanted, prompt="[nan]")) > 0
+
+
+def automatic(write_job: Write, manifest: Path, **changes: object) -> Path:
+    return write_job(manifest, output={"part_rows": "auto"}, **changes)
+
+
+def grid(out: Path) -> dict[str, float]:
+    found: dict[str, float] = json.loads((out / "_renderfarm/grid.json").read_text())
+    return found
+
+
+def test_the_first_worker_measures_how_many_rows_a_part_has(engine: str, write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    path = automatic(write_job, write_manifest({"prompt": [f"p{k}" for k in range(40)]}), workers={"max": 2})
+    assert estimate(prepare(load_job(path)))["rows per part"] == "auto: measured by the first worker"
+    summary = renderfarm.run(path, engine=engine)
+    assert (summary.state, summary.images) == ("SUCCEEDED", 40)
+    rows = grid(tmp_path / "out")["part_rows"]
+    assert rows == (20 if engine == "inline" else 10)  # the fake model is quick: two parts for each worker
+    check_complete(tmp_path / "out", {(row, 0) for row in range(40)})
+    assert len(list((tmp_path / "out/data").iterdir())) == 40 // rows
+    assert estimate(prepare(load_job(path)))["rows per part"] == rows
+    assert verify(str(tmp_path / "out"), Choice(all=True)).ok
+
+
+def test_a_run_that_goes_on_keeps_the_measured_grid(
+    write_manifest: Write, write_job: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = automatic(write_job, write_manifest({"prompt": [f"p{k}" for k in range(6)]}), render={"num_images_per_prompt": 300})
+    out, stop = tmp_path / "out", Event()
+
+    def stop_soon(progress: Progress) -> None:
+        if progress.parts_done:
+            stop.set()
+
+    assert renderfarm.run(path, engine="inline", stop=stop, observe=stop_soon).state == "INTERRUPTED"
+    begun = grid(out)
+    assert begun["part_rows"] == 1
+    monkeypatch.setenv("RENDERFARM_FAKE_STEP_S", "60")  # a worker that measured would take for ever
+    load = load_job(path)
+    worker = Worker(WorkerSpec("w0", prepare(load).job, FAKE))
+    assert worker.ready().seconds_per_image is None
+    worker.close()
+    monkeypatch.setenv("RENDERFARM_FAKE_STEP_S", "0")
+    assert renderfarm.run(path, engine="inline").state == "SUCCEEDED"
+    assert grid(out) == begun
+    check_complete(out, {(row, k) for row in range(6) for k in range(300)})
+
+
+def test_a_run_stopped_before_a_worker_is_ready_can_go_on(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    path, stop = automatic(write_job, write_manifest()), Event()
+    stop.set()
+    assert renderfarm.run(path, engine="inline", stop=stop).state == "INTERRUPTED"
+    out = str(tmp_path / "out")
+    assert read_status(out)["parts"] is None
+    assert list(renderfarm.open(out)) == []
+    for look in (lambda: verify(out, Choice()), lambda: inspect(out, 0, 0)):
+        with pytest.raises(InvalidJob, match="nothing was rendered yet; run its job first"):
+            look()
+    assert renderfarm.run(path, engine="inline").images == 8
+
+
+@pytest.mark.parametrize("written", [None, b"{", b"{}", b'{"part_rows": 0}', b'{"part_rows": "9"}'])
+def test_a_grid_that_is_lost_or_damaged_is_never_measured_again(
+    written: bytes | None, write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    path, file = automatic(write_job, write_manifest()), tmp_path / "out/_renderfarm/grid.json"
+    renderfarm.run(path, engine="inline")
+    file.unlink() if written is None else file.write_bytes(written)
+    with pytest.raises(Fatal, match=r"grid\.json .*restore it from a copy"):
+        renderfarm.run(path, engine="inline")
+    with pytest.raises(Fatal, match=r"grid\.json .*restore it from a copy"):
+        verify(str(tmp_path / "out"), Choice())
+
+
+def test_of_two_drivers_that_measured_the_first_ones_grid_holds() -> None:
+    store = open_store("memory://two-drivers-measured")
+    assert commit.freeze_part_rows(store, 7, 0.5) == 7
+    assert commit.freeze_part_rows(store, 9, 0.4) == 7
+    assert commit.part_rows(store, "auto") == 7

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from renderfarm import records
-from renderfarm.config import Job, ManifestSpec, ModelSpec
+from renderfarm.config import ManifestSpec, ModelSpec
 from renderfarm.manifest import EXTRA, ROW, Manifest, open_manifest
 from renderfarm.models.catalog import describe
-from renderfarm.plan import AUTO_PART_IMAGES, Grid, choose_part_rows, leases
+from renderfarm.plan import MAX_PART_IMAGES, Grid, choose_part_rows, leases
 from renderfarm.records import Lease, Part, PartReceipt, Receipt, RowError, Sample, SampleKey, WorkerReady
 
 Write = Callable[..., Path]
@@ -88,20 +88,22 @@ def test_a_manifest_of_a_billion_rows_is_planned_without_walking_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("part_rows", "images", "expected"),
-    [("auto", None, AUTO_PART_IMAGES), ("auto", 4, AUTO_PART_IMAGES // 4), ("auto", 10_000, 1), (7, 4, 7)],
+    ("rows", "images_per_row", "seconds_per_image", "workers", "expected"),
+    [
+        (100_000, 1, 0.25, 4, 120),  # half a minute's work
+        (100_000, 4, 0.25, 4, 30),
+        (100_000, 1, 0.0001, 4, MAX_PART_IMAGES),
+        (100_000, 1, 0.0, 4, MAX_PART_IMAGES),
+        (100_000, 1, 600.0, 4, 1),  # a row is never divided
+        (100_000, 10_000, 0.25, 4, 1),
+        (100, 1, 0.25, 8, 6),  # two parts for each worker
+        (3, 1, 0.25, 8, 1),
+    ],
 )
-def test_automatic_parts_have_about_as_many_images_whatever_a_row_gives(part_rows: Any, images: int | None, expected: int) -> None:
-    job = Job.model_validate(
-        {
-            "name": "t",
-            "manifest": "m",
-            "model": "builtin:fake",
-            "render": {"num_images_per_prompt": images},
-            "output": {"path": "o", "part_rows": part_rows},
-        }
-    )
-    assert choose_part_rows(job) == expected
+def test_automatic_parts_take_half_a_minute_within_reason(
+    rows: int, images_per_row: int, seconds_per_image: float, workers: int, expected: int
+) -> None:
+    assert choose_part_rows(rows, images_per_row, seconds_per_image, workers) == expected
 
 
 def test_one_lease_per_part_that_is_not_done_with_just_its_rows(write_manifest: Write) -> None:

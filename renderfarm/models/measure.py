@@ -1,10 +1,13 @@
-"""`batch_size: auto`: the B that gives most images per second on this device, found once and then kept."""
+"""What the first worker measures on its device: the B that gives most images per second (`batch_size: auto`), and how
+long an image takes (`part_rows: auto`). Both are found once and then kept."""
 
 from __future__ import annotations
 
+import contextlib
 import time
+from typing import Any
 
-from renderfarm.errors import OutOfMemory
+from renderfarm.errors import OutOfMemory, RenderfarmError
 from renderfarm.models.base import SlotModel
 from renderfarm.records import Sample
 
@@ -22,7 +25,7 @@ def best_batch_size(model: SlotModel, sample: Sample) -> int:
     for size in CANDIDATES:
         model.batch_size = size
         try:
-            rate = _images_per_second(model, sample)
+            rate = _steps_per_second(model, sample)[0]
         except (OutOfMemory, RuntimeError):  # torch reports some kinds of too much as a bare RuntimeError
             if size == CANDIDATES[0]:
                 raise
@@ -34,8 +37,17 @@ def best_batch_size(model: SlotModel, sample: Sample) -> int:
     return best
 
 
-def _images_per_second(model: SlotModel, sample: Sample) -> float:
-    """Relative to the number of steps, which is the same for every B."""
+def seconds_per_image(model: SlotModel, sample: Sample) -> float:
+    """With every slot full: `sample`'s share of the denoiser calls of all its steps, and its decoding."""
+    rate, state = _steps_per_second(model, sample)
+    started = time.perf_counter()
+    with contextlib.suppress(RenderfarmError):  # it is not finished: a filter or a check may well refuse what it shows
+        model.decode(state)
+    return sample.num_inference_steps / rate + time.perf_counter() - started
+
+
+def _steps_per_second(model: SlotModel, sample: Sample) -> tuple[float, Any]:
+    """Steps of samples, summed over all slots, in a second; and the state of one such sample."""
     embeddings = [model.encode_texts([text])[0] for text in model.texts(sample)]
     states = [model.start(sample, embeddings) for _ in range(model.batch_size)]
     for _ in range(WARM_UP):
@@ -45,4 +57,4 @@ def _images_per_second(model: SlotModel, sample: Sample) -> float:
     for _ in range(MEASURED):
         model.step(states)
     model.synchronize()
-    return model.batch_size * MEASURED / (time.perf_counter() - started)
+    return model.batch_size * MEASURED / (time.perf_counter() - started), states[0]
