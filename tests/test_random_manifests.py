@@ -1,84 +1,94 @@
-"""Random small manifests under random workers, parts and orders, and with rows taken out: each row keeps its pixels.
+"""Promise 1, tried at random: small manifests under random worker counts, part sizes and orders, and with rows removed.
 
-The outside oracle is diffusers' own pipeline, called with B copies of each row and never with its mates.
+Every slot family, in fp32 and bf16, on one thread and on two; the reference is diffusers' own pipeline, called with B
+copies of each row.
 """
 
 from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import diffusers
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from checker import image_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import B, plain_pipeline, reference
+from oracle import DTYPES, LEGAL, B, Model
 
 from renderfarm import commit
 from renderfarm.config import Job, ModelSpec
 from renderfarm.models.catalog import describe
 from renderfarm.plan import leases
 from renderfarm.preparation import prepare
-from renderfarm.records import Sample, SampleKey
+from renderfarm.records import SampleKey
 from renderfarm.rerender import sample_of
+from renderfarm.samplers import SAMPLERS
 from renderfarm.worker import LEASES_IN_FLIGHT, Worker, WorkerSpec
 
-Oracle = Callable[[dict[str, Any]], str]
+FAMILIES = ("sd", "lcm", "sdxl", "sd3", "flux-dev")
+Row = dict[str, Any]
+Images = dict[tuple[str, int], Row]
+
+TEXTS = ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3")
+TYPES = {
+    "seed": pa.int64(),
+    "num_images_per_prompt": pa.int32(),
+    "guidance_scale": pa.float64(),
+    "true_cfg_scale": pa.float64(),
+    **{name: pa.string() for name in ("negative_prompt", *TEXTS)},
+}
 
 
-@pytest.fixture(scope="module")
-def oracle() -> Oracle:
-    """The pixel hash that diffusers gives a row of the image table; rows that differ in their number only are one."""
-    pipe = plain_pipeline(diffusers.StableDiffusionPipeline, describe(ModelSpec(id="builtin:shapes")).folder)
-
-    @cache
-    def pixel_sha256(wanted: Sample) -> str:
-        return hashlib.sha256(reference(pipe, wanted).tobytes()).hexdigest()
-
-    return lambda record: pixel_sha256(replace(sample_of(record), key=SampleKey(0, 0), row_id=""))
-
-
-ROW = st.fixed_dictionaries(
-    {
-        "prompt": st.sampled_from(["a large red circle on a blue background", "a small star", "two words"]),
-        "negative_prompt": st.sampled_from([None, "a square"]),
-        "seed": st.sampled_from([None, 0, 1]),
-        "num_images_per_prompt": st.sampled_from([None, 2]),
-        "height": st.sampled_from([None, 72]),
-        "num_inference_steps": st.integers(2, 4),
-        "guidance_scale": st.sampled_from([0.0, 1.0, 3.0, 7.5]),
-        "sampler": st.sampled_from(["euler", "euler-a", "dpm++2m", "dpm++2m-sde", "ddim", "lms", "heun", "dpm2-a"]),
+@st.composite
+def rows_of(draw: st.DrawFn, one: Model) -> dict[str, Row]:
+    """Rows by id. Guidance is on in some and off in others, and each argument that the family takes is sometimes null."""
+    optional: dict[str, list[Any]] = {
+        "negative_prompt": [None, "a square"],
+        "true_cfg_scale": [None, 1.0, 2.0],
+        **{name: [None, "a second text"] for name in TEXTS},
     }
-)
+    row = st.fixed_dictionaries(
+        {
+            "prompt": st.sampled_from(["a large red circle on a blue background", "a small star", "two words"]),
+            "seed": st.sampled_from([None, 0, 1]),
+            "num_images_per_prompt": st.sampled_from([None, 2]),
+            "height": st.sampled_from([32, 40]),
+            "width": st.just(32),
+            "num_inference_steps": st.integers(2, 4),
+            "guidance_scale": st.sampled_from([0.0, 1.0, 3.0, 7.5]),
+            "sampler": st.sampled_from([name for name in LEGAL[one.name] if SAMPLERS[name].min_steps <= 2]),
+            **{name: st.sampled_from(values) for name, values in optional.items() if name in one.info.arguments},
+        }
+    )
+    return {f"id-{k}": found for k, found in enumerate(draw(st.lists(row, min_size=2, max_size=6)))}
 
 
-def render(rows: dict[str, dict[str, Any]], workers: int, part_rows: int, order: Random) -> dict[tuple[str, int], dict[str, Any]]:
-    """Render rows (by id) with so many workers in this process, leases in any order; the image table by (id, index)."""
+def render(one: Model, rows: dict[str, Row], workers: int, part_rows: int, order: Random) -> Images:
+    """Render rows with so many workers in this process, leases in any order; the image table by (id, index)."""
     with tempfile.TemporaryDirectory() as folder:
-        columns = {name: [row[name] for row in rows.values()] for name in next(iter(rows.values()))}
-        types = {"negative_prompt": pa.string(), "seed": pa.int64(), "num_images_per_prompt": pa.int32(), "height": pa.int32()}
-        arrays = {name: pa.array(values, types.get(name)) for name, values in columns.items()}
-        pq.write_table(pa.table({"id": list(rows), **arrays}), f"{folder}/m.parquet")
+        columns = {name: pa.array([row[name] for row in rows.values()], TYPES.get(name)) for name in next(iter(rows.values()))}
+        pq.write_table(pa.table({"id": list(rows), **columns}), f"{folder}/m.parquet")
         job = {
-            "name": "t", "manifest": f"{folder}/m.parquet", "model": "builtin:shapes", "seed": 5,
-            "workers": {"batch_size": B}, "output": {"path": f"{folder}/out", "part_rows": part_rows},
+            "name": "t", "manifest": f"{folder}/m.parquet", "model": str(one.folder), "seed": 5,
+            "workers": {"batch_size": B, "dtype": one.dtype, "threads": one.threads},
+            "output": {"path": f"{folder}/out", "part_rows": part_rows},
         }  # fmt: skip
         prepared = prepare(Job.model_validate(job))
         commit.freeze_job(prepared.store, prepared.frozen())
         pool = [Worker(WorkerSpec(f"w{k}", prepared.job, prepared.model)) for k in range(workers)]
         for worker in pool:
             worker.ready()
-        todo = [(order.choice(pool), lease) for lease in leases(prepared.manifest, prepared.grid, lambda index: False)]
+        grid = prepared.grid_of(part_rows)
+        todo = [(order.choice(pool), lease) for lease in leases(prepared.manifest, grid, lambda index: False)]
         order.shuffle(todo)
         with ThreadPoolExecutor(workers * LEASES_IN_FLIGHT) as threads:
             list(threads.map(lambda pair: pair[0].render(pair[1]), todo))
@@ -87,17 +97,52 @@ def render(rows: dict[str, dict[str, Any]], workers: int, part_rows: int, order:
         return {(record["row_id"], record["image_index"]): record for record in image_rows(Path(folder) / "out")}
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.lists(ROW, min_size=2, max_size=6), st.data())
-def test_a_row_keeps_its_pixels_whatever_happens_around_it(oracle: Oracle, found: list[dict[str, Any]], data: st.DataObject) -> None:
-    rows = {f"id-{k}": row for k, row in enumerate(found)}
-    first = render(rows, data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3)), data.draw(st.randoms()))
+def keeps_its_pixels(one: Model, data: st.DataObject) -> None:
+    def again(rows: dict[str, Row]) -> Images:
+        return render(one, rows, data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3)), data.draw(st.randoms()))
+
+    rows = data.draw(rows_of(one))
+    first = again(rows)
     assert set(first) == {(name, k) for name, row in rows.items() for k in range(row["num_images_per_prompt"] or 1)}
+    torch.set_num_threads(one.threads)
     for record in first.values():
-        assert record["pixel_sha256"] == oracle(record), record
+        wanted = replace(sample_of(record), key=SampleKey(0, 0), row_id="")  # rows that differ in their number only are one
+        assert record["pixel_sha256"] == hashlib.sha256(one.reference(wanted).tobytes()).hexdigest(), record
 
     kept = data.draw(st.lists(st.sampled_from(sorted(rows)), min_size=1, unique=True))
-    fewer = render({name: rows[name] for name in kept}, data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3)), data.draw(st.randoms()))
+    fewer = again({name: rows[name] for name in kept})
     assert set(fewer) == {key for key in first if key[0] in kept}
     for key, record in fewer.items():
         assert (record["seed"], record["pixel_sha256"]) == (first[key]["seed"], first[key]["pixel_sha256"]), key
+
+
+def at_random(examples: int) -> Callable[[Any], Any]:
+    return settings(max_examples=examples, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(autouse=True)
+def one_thread_afterwards() -> Iterator[None]:
+    yield
+    torch.set_num_threads(1)
+
+
+@at_random(8)
+@given(st.data())
+def test_a_row_of_shapes_keeps_its_pixels_whatever_happens_around_it(shapes: Model, data: st.DataObject) -> None:
+    keeps_its_pixels(shapes, data)
+
+
+@pytest.fixture(scope="module")
+def shapes() -> Model:
+    return Model("sd", describe(ModelSpec(id="builtin:shapes")).folder)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FAMILIES)
+@at_random(2)
+@given(st.data())
+def test_a_row_of_every_family_keeps_its_pixels(
+    name: str, dtype: str, threads: int, tiny_model: Callable[[str], Path], data: st.DataObject
+) -> None:
+    keeps_its_pixels(Model(name, tiny_model(name), dtype, threads), data)
