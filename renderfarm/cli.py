@@ -118,6 +118,8 @@ def _print_summary(summary: dict[str, Any], job: Path) -> None:
     out_console.print(f"{state.lower()}: {counts} in {out}")
     for name, count in summary["error_classes"].items():
         out_console.print(f"  {name}: {count:,}  (reasons in {out}/errors/)")
+    for name, reason in summary["workers_left_out"].items():
+        out_console.print(f"worker {name} was left out: {reason}", markup=False)
     if summary["images"]:
         out_console.print(f"contact sheet: {out}/{SHEET}")
     if state == "INTERRUPTED":
@@ -404,9 +406,16 @@ def _print_json(value: Any) -> None:
 def _print_pairs(pairs: dict[str, Any]) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2))
     for name, value in pairs.items():
-        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-        table.add_row(name, Text("—" if value is None else shown, overflow="fold"))  # Text: a prompt may hold what rich takes for markup
+        table.add_row(name, Text(_shown_value(value), overflow="fold"))  # Text: a prompt may hold what rich takes for markup
     out_console.print(table)
+
+
+def _shown_value(value: Any) -> str:
+    if value is None or value == {}:
+        return "—"
+    if isinstance(value, dict):
+        return "\n".join(f"{name}: {_shown_value(of)}" for name, of in value.items())
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _leave(code: int) -> NoReturn:

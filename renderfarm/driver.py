@@ -64,6 +64,8 @@ class RunSummary:
     new_images: int
     new_errors: int
     error_classes: dict[str, int]
+    workers_left_out: dict[str, str]
+    """Why a worker took no part: it has another render profile, or could not be started."""
     seconds: float
     images_per_second: float
     useful_slots: float | None
@@ -341,6 +343,7 @@ class Driver:
             new_images=progress.new_images,
             new_errors=progress.new_errors,
             error_classes=dict(progress.error_classes),
+            workers_left_out=progress.left_out,
             seconds=round(progress.seconds, 2),
             images_per_second=round(progress.images_per_second, 3),
             useful_slots=progress.useful_slots,

@@ -60,6 +60,11 @@ class Progress:
         self.counters[worker] = (receipt.useful_slots, receipt.total_slots)
 
     @property
+    def left_out(self) -> dict[str, str]:
+        """Workers that never rendered, with the reason."""
+        return {name: worker.reason for name, worker in self.workers.items() if worker.reason}
+
+    @property
     def seconds(self) -> float:
         return time.time() - self.started
 

@@ -36,5 +36,6 @@ def read_status(out: str) -> dict[str, Any]:
         "images/s": progress.get("images_per_second"),
         "seconds left": progress.get("eta_seconds") if running else None,
         "workers ready": sum(worker["state"] == "ready" for worker in progress.get("workers", {}).values()) if running else 0,
+        "workers left out": {name: w["reason"] for name, w in progress.get("workers", {}).items() if w.get("reason")},
         "last sign of life (s ago)": round(age) if progress else None,
     }

@@ -15,6 +15,7 @@ from renderfarm.engines.base import Done, Event, Failed, Ready
 from renderfarm.errors import Fatal, ProfileMismatch, RenderFailed, RenderfarmError, Transient, WorkerLost
 from renderfarm.preparation import Prepared, prepare
 from renderfarm.records import Lease, WorkerReady
+from renderfarm.status import read_status
 from renderfarm.worker import Worker, WorkerSpec
 
 Write = Callable[..., Path]
@@ -72,6 +73,9 @@ def test_a_worker_that_cannot_start_does_not_stop_the_one_that_works(
 ) -> None:
     summary, _ = drive(starts={"w1": error, "w2": error, "w3": error})
     assert (summary.state, summary.images) == ("SUCCEEDED", 8)
+    assert summary.workers_left_out["w1"] == "x"
+    assert "w0" not in summary.workers_left_out
+    assert read_status(summary.out)["workers left out"] == summary.workers_left_out
 
 
 def test_a_worker_that_starts_late_is_tried_again_until_the_budget_ends(drive: Callable[..., tuple[RunSummary, ScriptedEngine]]) -> None:
