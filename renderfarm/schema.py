@@ -27,6 +27,7 @@ IMAGE_COLUMNS = pa.schema(
         pa.field("prompt_tokens", pa.int32()),
         pa.field("prompt_truncated", pa.bool_()),
         pa.field("prompt_cut_off", pa.string()),
+        pa.field("negative_prompt_cut_off", pa.string()),
         pa.field("format", pa.string(), nullable=False),
         pa.field("bytes", pa.int64(), nullable=False),
         pa.field("file_sha256", pa.string(), nullable=False),

@@ -21,17 +21,18 @@ from typing import Any, Literal
 import numpy as np
 
 from renderfarm.errors import NonFiniteOutput, PromptTruncated, RenderFailed, RenderfarmError
-from renderfarm.models.base import SlotModel
+from renderfarm.models.base import Counted, SlotModel
 from renderfarm.records import Sample
+
+NOT_COUNTED = Counted(0)
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A finished sample: H×W×3 uint8 pixels, its prompt's tokens, and the end of the prompt that the model did not see."""
+    """A finished sample: H×W×3 uint8 pixels, and what the model read of its prompts."""
 
     pixels: np.ndarray
-    prompt_tokens: int
-    prompt_cut_off: str | None
+    counted: Counted
 
 
 @dataclass
@@ -48,7 +49,7 @@ class Counters:
 class _Job:
     sample: Sample
     future: Future[Rendered]
-    tokens: tuple[int, str | None] = (0, None)
+    counted: Counted = NOT_COUNTED
     state: Any = None
 
 
@@ -141,9 +142,15 @@ class SlotLoop:
                 _fail([job], error)
 
     def _check_truncation(self, job: _Job) -> None:
-        job.tokens = count, cut_off = self._model.count_tokens(job.sample)
-        if cut_off is not None and self.on_truncation == "error":
-            raise PromptTruncated(f"the prompt has {count} tokens; the model would not see its end: {cut_off!r}; shorten it")
+        job.counted = counted = self._model.count_tokens(job.sample)
+        if self.on_truncation == "record":
+            return
+        if counted.cut_off is not None:
+            raise PromptTruncated(
+                f"the prompt has {counted.tokens} tokens; the model would not see its end: {counted.cut_off!r}; shorten it"
+            )
+        if counted.negative_cut_off is not None:
+            raise PromptTruncated(f"the model would not see the end of the negative prompt: {counted.negative_cut_off!r}; shorten it")
 
     def _encode(self, entering: list[_Job], waiting: deque[_Job]) -> None:
         """Have the embeddings of all entering samples cached; fill the last chunk of B with texts needed soon."""
@@ -183,7 +190,7 @@ class SlotLoop:
                         "the picture is wholly black, as an overflow or a hidden filter leaves it; "
                         "try workers.dtype: float32, or another seed or prompt"
                     )
-                job.future.set_result(Rendered(pixels, *job.tokens))
+                job.future.set_result(Rendered(pixels, job.counted))
             except Exception as error:  # as above, for one sample
                 _fail([job], error)
 

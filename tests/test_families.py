@@ -185,16 +185,38 @@ def test_the_tokens_that_count_are_those_of_the_text_encoder_that_reads_most(
     name: str, length: int, per_letter: int, model: Models
 ) -> None:
     adapter = model(name).adapter
-    short, cut = adapter.count_tokens(row(sampler="euler", prompt="x" * 40))
-    assert 40 < short <= 43
-    assert cut is None
-    long, cut = adapter.count_tokens(row(sampler="euler", prompt="x" * 600))
-    assert 600 < long <= 603
-    assert length - 4 <= 600 - len(cut) < length
+    short = adapter.count_tokens(row(sampler="euler", prompt="x" * 40))
+    assert 40 < short.tokens <= 43
+    assert short.cut_off is None
+    long = adapter.count_tokens(row(sampler="euler", prompt="x" * 600))
+    assert 600 < long.tokens <= 603
+    assert length - 4 <= 600 - len(long.cut_off) < length
     reads = {"flux-dev": "prompt_2", "sd3": "prompt_3"}.get(name)  # what T5 reads where the row has a text of its own for it
     if reads:
-        assert adapter.count_tokens(row(sampler="euler", prompt="x" * 600, **{reads: "short"}))[1] is None
-        assert adapter.count_tokens(row(sampler="euler", prompt="short", **{reads: "x" * 600}))[1] is not None
+        assert adapter.count_tokens(row(sampler="euler", prompt="x" * 600, **{reads: "short"})).cut_off is None
+        assert adapter.count_tokens(row(sampler="euler", prompt="short", **{reads: "x" * 600})).cut_off is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "cut_off"),
+    [
+        ("sd", {"negative_prompt": "y" * 100}, 100 - 75),
+        ("sd", {"negative_prompt": "y" * 75}, None),
+        ("sd", {"negative_prompt": "y" * 100, "guidance_scale": 1.0}, None),  # it is not read at all
+        ("sdxl", {"negative_prompt": "short", "negative_prompt_2": "y" * 100}, 100 - 75),
+        ("sdxl", {}, None),
+        ("sd3", {"negative_prompt": "y" * 300}, 300 - 254),
+        ("sd3", {"negative_prompt": "y" * 300, "negative_prompt_3": "short"}, None),
+        ("flux-dev", {"negative_prompt": "y" * 600, "true_cfg_scale": 2.0}, 600 - 510),
+        ("flux-dev", {"negative_prompt": "y" * 600}, None),
+    ],
+)
+def test_the_end_of_a_negative_prompt_that_is_not_seen_is_told_where_it_is_read(
+    name: str, arguments: dict[str, Any], cut_off: int | None, model: Models
+) -> None:
+    counted = model(name).adapter.count_tokens(row(sampler="euler", prompt="x", **{"guidance_scale": 5.0, **arguments}))
+    assert counted.cut_off is None
+    assert counted.negative_cut_off == (None if cut_off is None else "y" * cut_off)
 
 
 def test_the_profile_names_what_decides_pixels(model: Models) -> None:

@@ -291,3 +291,26 @@ def test_a_column_called_image_does_not_hide_the_pictures(write_manifest: Write,
     job = load_job(write_job(write_manifest({"prompt": ["a"], "image": ["old.png"]})), ["manifest.columns={image: null}"])
     renderfarm.run(job, engine="inline")
     assert image_rows(tmp_path / "out")[0]["input_image"] == "old.png"
+
+
+LONG, NEGATIVE = " ".join(f"w{k}" for k in range(80)), " ".join(f"n{k}" for k in range(80))
+
+
+def test_the_table_tells_what_the_model_did_not_see_of_a_prompt(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    manifest = write_manifest({"prompt": ["short", LONG, "short"], "negative_prompt": [None, None, NEGATIVE]})
+    renderfarm.run(write_job(manifest), engine="inline")
+    columns = ("prompt_tokens", "prompt_truncated", "prompt_cut_off", "negative_prompt_cut_off")
+    assert [tuple(made[column] for column in columns) for made in image_rows(tmp_path / "out")] == [
+        (3, False, None, None),
+        (82, True, "w75 w76 w77 w78 w79", None),
+        (3, False, None, "n75 n76 n77 n78 n79"),
+    ]
+
+
+def test_a_prompt_that_is_not_seen_whole_is_an_error_where_the_job_says_so(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    manifest = write_manifest({"prompt": ["short", LONG, "short"], "negative_prompt": [None, None, NEGATIVE]})
+    summary = renderfarm.run(write_job(manifest, render={"on_truncation": "error"}), engine="inline")
+    assert (summary.images, summary.error_classes) == (1, {"PromptTruncated": 2})
+    prompt, negative = (error["error_message"] for error in error_rows(tmp_path / "out"))
+    assert "the prompt has 82 tokens; the model would not see its end: 'w75 w76 w77 w78 w79'" in prompt
+    assert "the end of the negative prompt: 'n75 n76 n77 n78 n79'" in negative

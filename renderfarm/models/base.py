@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from renderfarm.records import Sample
+
+
+@dataclass(frozen=True)
+class Counted:
+    """`tokens`: of the whole prompt, with specials. `cut_off`, `negative_cut_off`: the exact ends that do not fit; None
+    where all of it does, or where there is no negative prompt to read."""
+
+    tokens: int
+    cut_off: str | None = None
+    negative_cut_off: str | None = None
 
 
 class SlotModel(Protocol):
@@ -37,9 +48,8 @@ class SlotModel(Protocol):
     def encode_texts(self, texts: Sequence[Any]) -> list[Any]:
         """Embeddings of at most B such texts, computed at the constant shape B×L."""
 
-    def count_tokens(self, sample: Sample) -> tuple[int, str | None]:
-        """Tokens of the whole prompt that the model's longest text encoder reads (with specials), and the end that the
-        model does not see of that or of another prompt."""
+    def count_tokens(self, sample: Sample) -> Counted:
+        """What the model's longest text encoder reads of the sample's texts, and what it does not see."""
 
     def start(self, sample: Sample, embeddings: Sequence[Any]) -> Any:
         """A new state."""

@@ -17,6 +17,7 @@ import numpy as np
 
 from renderfarm.config import Workers, fixed_batch_size
 from renderfarm.errors import NonFiniteOutput, OutOfMemory
+from renderfarm.models.base import Counted
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.records import Sample
 
@@ -51,9 +52,9 @@ class Fake:
     def encode_texts(self, texts: Sequence[str]) -> list[Any]:
         return list(texts)
 
-    def count_tokens(self, sample: Sample) -> tuple[int, str | None]:
-        words = sample.prompt.split()
-        return len(words) + 2, " ".join(words[TEXT_LENGTH - 2 :]) or None
+    def count_tokens(self, sample: Sample) -> Counted:
+        words, negative = sample.prompt.split(), (sample.negative_prompt or "").split()
+        return Counted(len(words) + 2, *(" ".join(text[TEXT_LENGTH - 2 :]) or None for text in (words, negative)))
 
     def start(self, sample: Sample, embeddings: Sequence[Any]) -> State:
         return State(sample, sample.num_inference_steps)

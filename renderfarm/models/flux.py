@@ -37,8 +37,8 @@ class Flux(SlotPipeline):
         prompts_BLD, pooled_BD, _ = self.pipe.encode_prompt(first, second, self.device, 1, max_sequence_length=self.text_length)
         return prompts_BLD, pooled_BD
 
-    def _counted_texts(self, sample: Sample) -> list[str]:
-        return [sample.prompt if sample.prompt_2 is None else sample.prompt_2]
+    def _counted_texts(self, texts: tuple[str, ...]) -> tuple[str, ...]:
+        return texts[1:]  # T5's
 
     def _counting_tokenizer(self) -> Any:
         return self.pipe.tokenizer_2

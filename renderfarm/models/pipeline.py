@@ -22,6 +22,7 @@ import torch
 
 from renderfarm.config import Workers, fixed_batch_size
 from renderfarm.errors import Fatal, Filtered
+from renderfarm.models.base import Counted
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.common import count_tokens, fills_vectors, finite_pixels, initial_noise
 from renderfarm.models.torch_setup import describe_profile, prepare_torch, translated
@@ -96,8 +97,15 @@ class SlotPipeline(ABC):
         padded = [*texts, *[texts[0]] * (self.batch_size - len(texts))]
         return list(zip(*self._encode(padded), strict=True))[: len(texts)]
 
-    def count_tokens(self, sample: Sample) -> tuple[int, str | None]:
-        counted = [count_tokens(self._counting_tokenizer(), text, self.text_length) for text in self._counted_texts(sample)]
+    def count_tokens(self, sample: Sample) -> Counted:
+        tokens, cut_off = self._count(self._positive(sample))
+        negative = self._negative(sample) if self._guided(sample) else None
+        return Counted(tokens, cut_off, None if negative is None else self._count(negative)[1])
+
+    def _count(self, texts: Hashable) -> tuple[int, str | None]:
+        """Tokens of the first of the texts that count, and the end that is not seen of that or of another one."""
+        read = self._counted_texts(texts if isinstance(texts, tuple) else (texts,))
+        counted = [count_tokens(self._counting_tokenizer(), text, self.text_length) for text in read]
         return counted[0][0], next((cut_off for _, cut_off in counted if cut_off is not None), None)
 
     @torch.inference_mode()
@@ -180,9 +188,9 @@ class SlotPipeline(ABC):
     def _encode(self, texts: Sequence[Any]) -> tuple[torch.Tensor, ...]:
         """Embeddings of B texts, one tensor (B, …) for each part of an `Embedding`."""
 
-    def _counted_texts(self, sample: Sample) -> list[str]:
-        """The prompts that the counting tokenizer's encoder, or another of its length, reads; the first is the main one."""
-        return [sample.prompt, *(text for text in (sample.prompt_2,) if text is not None)]
+    def _counted_texts(self, texts: tuple[str, ...]) -> tuple[str, ...]:
+        """Of the texts for each encoder, those that the counting tokenizer's encoder, or another of its length, reads."""
+        return texts
 
     @abstractmethod
     def _counting_tokenizer(self) -> Any:

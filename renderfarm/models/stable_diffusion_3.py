@@ -47,10 +47,8 @@ class StableDiffusion3(SlotPipeline):
         )
         return prompts_BLD, pooled_BD
 
-    def _counted_texts(self, sample: Sample) -> list[str]:
-        if self.pipe.tokenizer_3 is None:
-            return super()._counted_texts(sample)
-        return [sample.prompt if sample.prompt_3 is None else sample.prompt_3]
+    def _counted_texts(self, texts: tuple[str, ...]) -> tuple[str, ...]:
+        return texts[:2] if self.pipe.tokenizer_3 is None else texts[2:]
 
     def _counting_tokenizer(self) -> Any:
         return self.pipe.tokenizer_3 or self.pipe.tokenizer
