@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -111,14 +112,20 @@ def test_a_second_sigterm_ends_at_once_with_75(engine: str, write_manifest: Writ
 
 
 @pytest.mark.chaos
-def test_sigterm_finishes_the_parts_in_flight_and_exits_75(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["inline", "ray"])
+def test_sigterm_to_the_whole_group_finishes_the_parts_in_flight_and_exits_75(
+    engine: str, write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
     manifest = write_manifest({"prompt": [f"row {k}" for k in range(90)]})
-    job = write_job(manifest)
-    process = start(job, "--engine", "inline", RENDERFARM_FAKE_STEP_S="0.05")
+    job = write_job(manifest, output={"part_rows": 6}, render={"num_inference_steps": 20})
+    process = start(job, "--engine", engine, "--json", RENDERFARM_FAKE_STEP_S="0.1")
     wait_for_parts(tmp_path / "out", 1, process)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     text = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 75, text
-    assert "run the same command again to continue" in text
+    summary = json.loads(text.splitlines()[-1])
+    assert (summary["state"], summary["images"]) == ("INTERRUPTED", 6 * len(tables(tmp_path / "out"))), "the driver knows of every part"
+    assert summary["images"] >= 6 * 3, "one was committed, and at least two were in flight"
+    assert processes_of(str(tmp_path)) == []
     assert renderfarm.run(job, engine="inline").state == "SUCCEEDED"
     check_complete(tmp_path / "out", {(row, 0) for row in range(90)})
