@@ -323,6 +323,8 @@ class Driver:
 
     def _finish(self) -> RunSummary:
         progress = self.progress
+        if self.stop.is_set():  # the grace may have ended before an answer came
+            progress.recount(self.prepared.committed().values())
         self._check_that_all_is_here()
         failed = progress.errors / max(1, progress.errors + progress.images)
         if self.grid is None or progress.parts_done < progress.parts:

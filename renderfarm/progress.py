@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,12 @@ class Progress:
         self.images += receipt.images
         self.errors += receipt.errors
         self.bytes += receipt.bytes
+
+    def recount(self, receipts: Iterable[PartReceipt]) -> None:
+        """Count anew what is committed: a part may be there whose worker's answer never came."""
+        self.parts_done = self.images = self.errors = self.bytes = 0
+        for receipt in receipts:
+            self.add_committed(receipt)
 
     def add(self, worker: str, receipt: Receipt) -> None:
         for part in receipt.parts:

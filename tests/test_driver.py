@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import renderfarm
 from renderfarm.config import load_job
 from renderfarm.driver import Driver, RunSummary
 from renderfarm.engines.base import Done, Event, Failed, Ready
@@ -122,3 +123,19 @@ def test_a_worker_that_dies_while_the_run_is_being_stopped_is_not_replaced(write
     assert (summary.state, summary.exit_code, summary.images) == ("INTERRUPTED", 75, 0)
     assert sorted(engine.workers) == ["w0", "w1"], "and no third one"
     assert driver.progress.lost_workers >= 1
+
+
+def test_a_part_whose_answer_came_too_late_for_the_stop_is_counted(write_manifest: Write, write_job: Write) -> None:
+    prepared = prepare(load_job(write_job(write_manifest())))
+    stop = threading.Event()
+
+    class Silent(ScriptedEngine):
+        def submit(self, worker: str, lease: Lease) -> None:
+            self.workers[worker].render(lease)  # committed, and nobody hears of it
+            stop.set()
+
+    driver = Driver(prepared, stop, lambda progress: None, grace_s=0.1)
+    driver.begin()
+    summary = driver.run(lambda: Silent(prepared, {}, {}))
+    assert (summary.state, summary.new_images) == ("INTERRUPTED", 0)
+    assert summary.images == read_status(summary.out)["images"] == len(renderfarm.open(summary.out)) > 0

@@ -137,21 +137,16 @@ class RayEngine:
 
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[None]:
-    """A stop is the driver's to handle, whoever sends it.
-
-    ray.init puts its own handlers in place, and a SIGTERM would end the driver without finishing what is in flight.
-    `timeout` and service managers signal the whole process group, and Ray's processes are in it: they inherit the mask
-    of this thread, so they never get a SIGTERM (Ray does the same for SIGINT). ray.shutdown kills what does not end.
-    """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    kept = {number: signal.getsignal(number) for number in numbers}  # only the main thread may set handlers
+    """ray.init puts its own handlers in place, and a SIGTERM would end the driver without finishing what is in flight."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _uses_gpu(job: Job) -> bool | None:
