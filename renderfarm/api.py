@@ -16,6 +16,7 @@ from renderfarm.reading import Output
 from renderfarm.report.card import write_card
 from renderfarm.report.contact_sheet import KEY as SHEET
 from renderfarm.report.contact_sheet import write_contact_sheet
+from renderfarm.worker import WorkerSpec
 
 EngineName = Literal["ray", "inline"]
 
@@ -53,13 +54,14 @@ def run(
 
 def _engine_maker(prepared: Prepared, engine: EngineName, address: str | None) -> Callable[[], Engine]:
     def make() -> Engine:
+        spec = WorkerSpec("", prepared.job, prepared.model, prepared.usual)
         if engine == "inline":
             from renderfarm.engines.inline import InlineEngine
 
-            return InlineEngine(prepared.job, prepared.model)
+            return InlineEngine(spec)
         from renderfarm.engines.ray import RayEngine
 
-        return RayEngine(prepared.job, prepared.model, address)
+        return RayEngine(spec, address)
 
     return make
 
@@ -73,6 +75,6 @@ def _write_card(prepared: Prepared) -> None:
         rows=prepared.manifest.rows,
         images=sum(receipt.images for receipt in committed.values()),
         errors=sum(receipt.errors for receipt in committed.values()),
-        finished=grid is not None and len(committed) == len(grid),
+        finished=grid is not None and len(committed) == grid.count,
         sheet=SHEET if prepared.store.exists(SHEET) else None,
     )

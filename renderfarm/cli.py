@@ -118,8 +118,8 @@ def _print_summary(summary: dict[str, Any], job: Path) -> None:
     out_console.print(f"{state.lower()}: {counts} in {out}")
     for name, count in summary["error_classes"].items():
         out_console.print(f"  {name}: {count:,}  (reasons in {out}/errors/)")
-    for name, reason in summary["workers_left_out"].items():
-        out_console.print(f"worker {name} was left out: {reason}", markup=False)
+    for reason, number in summary["workers_left_out"].items():
+        out_console.print(f"workers left out: {number}: {reason}", markup=False)
     if summary["images"]:
         out_console.print(f"contact sheet: {out}/{SHEET}")
     if state == "INTERRUPTED":

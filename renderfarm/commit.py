@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 
 from renderfarm.errors import AlreadyExists, Fatal, InvalidJob, ProfileMismatch
 from renderfarm.layouts import files
+from renderfarm.plan import Grid, where_row
 from renderfarm.records import Part, PartReceipt
 from renderfarm.schema import IMAGE_COLUMNS
 from renderfarm.storage import Store
@@ -90,11 +91,17 @@ def check_job(store: Store, wanted: dict[str, Any]) -> dict[str, Any]:
     return stored
 
 
-def part_rows(store: Store, given: int | str) -> int | None:
-    """Rows per part: the job's own number, or for `auto` the measured one; None where no worker has measured yet.
+def frozen_grid(store: Store, job: dict[str, Any]) -> Grid | None:
+    """The grid of an output, from job.json's value; None for `part_rows: auto` where no worker has measured yet.
 
-    Raises Fatal where parts were committed and it is gone: another number would give them other rows.
+    Raises Fatal where parts are committed and the measured number is gone: another one would give them other rows.
     """
+    rows = sum(file["rows"] for file in job["manifest"]["files"])
+    part_rows = _part_rows(store, job["output"]["part_rows"])
+    return None if part_rows is None else Grid(rows, part_rows, where_row(job["manifest"]["where"]))
+
+
+def _part_rows(store: Store, given: int | str) -> int | None:
     if given != "auto":
         return int(given)
     try:

@@ -37,7 +37,7 @@ from renderfarm.errors import (
 from renderfarm.plan import Grid, choose_part_rows, leases
 from renderfarm.preparation import Prepared
 from renderfarm.progress import Progress, WorkerProgress
-from renderfarm.records import Lease
+from renderfarm.records import Lease, WorkerReady
 from renderfarm.storage import probe
 from renderfarm.worker import LEASES_IN_FLIGHT
 
@@ -45,6 +45,7 @@ HEARTBEAT_S = 5.0
 TRANSIENT_ATTEMPTS = 8
 LOSSES_BEFORE_ANNOUNCING = 2
 START_ATTEMPTS = 3
+UNMEASURED_S = 1.0  # an image, where the first worker could not measure one
 
 Observer = Callable[[Progress], None]
 
@@ -64,8 +65,8 @@ class RunSummary:
     new_images: int
     new_errors: int
     error_classes: dict[str, int]
-    workers_left_out: dict[str, str]
-    """Why a worker took no part: it has another render profile, or could not be started."""
+    workers_left_out: dict[str, int]
+    """Why workers took no part (they have another render profile, or could not be started), and how many."""
     seconds: float
     images_per_second: float
     useful_slots: float | None
@@ -105,12 +106,14 @@ class Driver:
 
     def begin(self) -> None:
         """Check that the output can be written and belongs to this job; the first time, freeze the job in it."""
+        if not self._rows_wanted():
+            raise InvalidJob("manifest.where selects no row: its `row` lies outside the manifest; correct it")
         probe(self.store)
         commit.freeze_job(self.store, self.prepared.frozen())
 
     def run(self, make_engine: Callable[[], Engine]) -> RunSummary:
         """Render what is not done. Starts no worker when all is."""
-        if grid := self.prepared.grid():
+        if (grid := self.prepared.grid()) is not None:
             self._use(grid)
         if self.grid is None or self.progress.parts_done < self.progress.parts:
             engine = make_engine()
@@ -126,7 +129,7 @@ class Driver:
 
     def _use(self, grid: Grid) -> None:
         """Take over what is committed of it."""
-        self.grid, self.is_done, self.progress.parts = grid, bytearray(grid.total), len(grid)
+        self.grid, self.is_done, self.progress.parts = grid, bytearray(grid.total), grid.count
         for index, receipt in self.prepared.committed().items():
             self.is_done[index] = 1
             self.progress.add_committed(receipt)
@@ -135,7 +138,7 @@ class Driver:
     # ------------------------------------------------------------------------------------------ the loop
 
     def _loop(self, engine: Engine) -> None:
-        left = self.progress.parts - self.progress.parts_done if self.grid else self._rows_wanted()
+        left = self.progress.parts - self.progress.parts_done if self.grid is not None else self._rows_wanted()
         for _ in range(min(engine.max_workers, left)):
             self._start_worker(engine)
         source = self._leases()
@@ -221,7 +224,8 @@ class Driver:
 
     def _ready(self, engine: Engine, event: Ready) -> None:
         if self.grid is None:
-            self._use(self.prepared.grid() or self._measured_grid(engine, event.info.seconds_per_image or 0.0))
+            grid = self.prepared.grid()
+            self._use(self._measured_grid(engine, event.info) if grid is None else grid)
         self.starting.discard(event.worker)
         self.free[event.worker] = []
         self.start_failures = 0
@@ -230,13 +234,14 @@ class Driver:
         self.progress.first_ready = self.progress.first_ready or time.time()
         self.progress.state = "RUNNING"
 
-    def _measured_grid(self, engine: Engine, seconds_per_image: float) -> Grid:
-        images_per_row = self.job.render.num_images_per_prompt or 1
-        part_rows = choose_part_rows(self._rows_wanted(), images_per_row, seconds_per_image, engine.max_workers)
-        return self.prepared.grid_of(commit.freeze_part_rows(self.store, part_rows, seconds_per_image))
+    def _measured_grid(self, engine: Engine, info: WorkerReady) -> Grid:
+        seconds = info.seconds_per_image or UNMEASURED_S
+        images_per_row = self.prepared.usual.images_per_row
+        part_rows = choose_part_rows(self._rows_wanted(), images_per_row, seconds, info.batch_size, engine.max_workers)
+        return self.prepared.grid_of(commit.freeze_part_rows(self.store, part_rows, seconds))
 
     def _rows_wanted(self) -> int:
-        return len(self.prepared.grid_of(1))
+        return self.prepared.grid_of(1).count
 
     def _done(self, event: Done) -> None:
         """A worker may answer and die: its leases went elsewhere then, and what it committed is adopted there."""
@@ -324,7 +329,7 @@ class Driver:
     def _finish(self) -> RunSummary:
         progress = self.progress
         if self.stop.is_set():  # the grace may have ended before an answer came
-            progress.recount(self.prepared.committed().values())
+            progress.recount(self.prepared.committed().values(), commit.error_classes(self.store))
         self._check_that_all_is_here()
         failed = progress.errors / max(1, progress.errors + progress.images)
         if self.grid is None or progress.parts_done < progress.parts:

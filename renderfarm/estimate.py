@@ -21,8 +21,8 @@ def estimate(prepared: Prepared) -> dict[str, Any]:
         commit.check_job(prepared.store, prepared.frozen())
     images_done = sum(receipt.images for receipt in committed.values())
     errors_done = sum(receipt.errors for receipt in committed.values())
-    rows_done = _rows(grid.part(index) for index in committed) if grid else 0
-    rows_wanted = _rows(grid) if grid else len(prepared.grid_of(1))
+    rows_done = _rows(grid.part(index) for index in committed) if grid is not None else 0
+    rows_wanted = _rows(grid) if grid is not None else prepared.grid_of(1).count
     per_row = (images_done + errors_done) / rows_done if rows_done and job.manifest.where is None else job.render.num_images_per_prompt or 1
     images_left = round((rows_wanted - rows_done) * per_row)
     if images_done:
@@ -41,10 +41,10 @@ def estimate(prepared: Prepared) -> dict[str, Any]:
         ),
         "columns that travel": ", ".join(prepared.manifest.extras.names) or None,
         "rows": prepared.manifest.rows,
-        "rows per part": grid.part_rows if grid else "auto: measured by the first worker",
-        "parts (leases)": len(grid) if grid else None,
+        "rows per part": grid.part_rows if grid is not None else "auto: measured by the first worker",
+        "parts (leases)": grid.count if grid is not None else None,
         "parts done": len(committed),
-        "parts left": len(grid) - len(committed) if grid else None,
+        "parts left": grid.count - len(committed) if grid is not None else None,
         "images done": images_done,
         "errors done": errors_done,
         "images left": images_left,

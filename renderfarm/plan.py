@@ -13,7 +13,8 @@ import pyarrow as pa
 from renderfarm.manifest import ROW, Manifest, parse_ranges
 from renderfarm.records import Lease, Part
 
-# `part_rows: auto`. A part is what a crash costs, and what the others wait for at the end; but each is a commit and a listing.
+# `part_rows: auto`. A part is what a crash costs, and what the others wait for at the end; but each is a commit, and the
+# few that a worker holds must fill its slots.
 PART_SECONDS = 30.0
 MAX_PART_IMAGES = 512
 PARTS_PER_WORKER = 2  # at least, so that a short job has work for all
@@ -21,7 +22,7 @@ PARTS_PER_WORKER = 2  # at least, so that a short job has work for all
 
 @dataclass(frozen=True)
 class Grid:
-    """The fixed grid of parts over a manifest, frozen in job.json. `where_row`: the only rows wanted, as ranges."""
+    """The fixed grid of parts over a manifest, frozen in the output. `where_row`: the only rows wanted, as ranges."""
 
     rows: int
     part_rows: int
@@ -47,7 +48,9 @@ class Grid:
                 spans.append(range(first, stop))
         return tuple(spans)
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """Parts to render."""
         return sum(len(span) for span in self.wanted)
 
     def __iter__(self) -> Iterator[Part]:
@@ -57,18 +60,13 @@ class Grid:
         return Part(index, index * self.part_rows, min(self.rows, (index + 1) * self.part_rows))
 
 
-def frozen_rows(job: dict[str, Any]) -> int:
-    """The manifest's rows, from an output's job.json."""
-    return sum(file["rows"] for file in job["manifest"]["files"])
-
-
 def where_row(where: dict[str, Any] | None) -> str | None:
     return str(where[ROW]) if where and ROW in where else None
 
 
-def choose_part_rows(rows: int, images_per_row: int, seconds_per_image: float, workers: int) -> int:
-    """`part_rows: auto`: rows that take one worker PART_SECONDS, within what memory and the other workers allow."""
-    images = min(MAX_PART_IMAGES, PART_SECONDS / max(seconds_per_image, 1e-6))
+def choose_part_rows(rows: int, images_per_row: float, seconds_per_image: float, batch_size: int, workers: int) -> int:
+    """`part_rows: auto`: rows that take one worker PART_SECONDS, within what its slots, memory and the other workers ask for."""
+    images = max(batch_size, min(MAX_PART_IMAGES, PART_SECONDS / max(seconds_per_image, 1e-6)))
     return max(1, min(int(images / images_per_row), rows // (PARTS_PER_WORKER * workers)))
 
 

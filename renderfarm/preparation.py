@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from renderfarm import commit
@@ -13,8 +14,10 @@ from renderfarm.models.catalog import ModelInfo, describe
 from renderfarm.plan import Grid, where_row
 from renderfarm.records import PartReceipt
 from renderfarm.samplers import find_sampler
-from renderfarm.samples import check_side
+from renderfarm.samples import Usual, check_side, usual
 from renderfarm.storage import Store, open_store
+
+USUAL_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,13 @@ class Prepared:
 
     def grid(self) -> Grid | None:
         """None: `part_rows: auto`, and no worker has measured yet."""
-        part_rows = commit.part_rows(self.store, self.job.output.part_rows)
-        return None if part_rows is None else self.grid_of(part_rows)
+        return commit.frozen_grid(self.store, self.frozen())
+
+    @cached_property
+    def usual(self) -> Usual:
+        """What workers measure with, from the first rows that are wanted."""
+        first = next(iter(self.grid_of(USUAL_ROWS)))
+        return usual(next(iter(self.manifest.stream([(first.start, first.stop)]))), self.job, self.model)
 
     def grid_of(self, part_rows: int) -> Grid:
         return Grid(self.manifest.rows, part_rows, where_row(self.job.manifest.where))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,9 +49,10 @@ class Progress:
         self.errors += receipt.errors
         self.bytes += receipt.bytes
 
-    def recount(self, receipts: Iterable[PartReceipt]) -> None:
+    def recount(self, receipts: Iterable[PartReceipt], error_classes: Mapping[str, int]) -> None:
         """Count anew what is committed: a part may be there whose worker's answer never came."""
         self.parts_done = self.images = self.errors = self.bytes = 0
+        self.error_classes = Counter(error_classes)
         for receipt in receipts:
             self.add_committed(receipt)
 
@@ -67,9 +68,9 @@ class Progress:
         self.counters[worker] = (receipt.useful_slots, receipt.total_slots)
 
     @property
-    def left_out(self) -> dict[str, str]:
-        """Workers that never rendered, with the reason."""
-        return {name: worker.reason for name, worker in self.workers.items() if worker.reason}
+    def left_out(self) -> dict[str, int]:
+        """Why workers never rendered, and how many."""
+        return dict(Counter(worker.reason for worker in self.workers.values() if worker.reason))
 
     @property
     def seconds(self) -> float:

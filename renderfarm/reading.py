@@ -16,7 +16,7 @@ from renderfarm import commit
 from renderfarm.config import expand_env
 from renderfarm.errors import InvalidJob
 from renderfarm.layouts import files
-from renderfarm.plan import Grid, frozen_rows, where_row
+from renderfarm.plan import Grid
 from renderfarm.schema import ERROR_COLUMNS, IMAGE_COLUMNS
 from renderfarm.storage import Store, open_store
 
@@ -43,15 +43,14 @@ class Output:
             self.job = commit.read_json(self.store, commit.JOB)
         except KeyError:
             raise InvalidJob(f"{url}: not an output of renderfarm (it has no {commit.JOB}); give the folder that `run` printed") from None
-        self.rows = frozen_rows(self.job)
 
     @cached_property
     def grid(self) -> Grid:
         """Raises InvalidJob where it was left to the first worker, and none has been ready yet."""
-        part_rows = commit.part_rows(self.store, self.job["output"]["part_rows"])
-        if part_rows is None:
+        grid = commit.frozen_grid(self.store, self.job)
+        if grid is None:
             raise InvalidJob(f"{self.store.url}: nothing was rendered yet; run its job first")
-        return Grid(self.rows, part_rows, where_row(self.job["manifest"]["where"]))
+        return grid
 
     def __iter__(self) -> Iterator[tuple[Image.Image, dict[str, Any]]]:
         return ((sample.image(), sample.record) for sample in self.samples())

@@ -114,5 +114,6 @@ class WorkerReady:
     profile_sha256: str
     device: str
     load_seconds: float
+    batch_size: int
     seconds_per_image: float | None = None
-    """Measured where `part_rows: auto` is not frozen yet."""
+    """Measured where `part_rows: auto` is not frozen yet; None, too, where the device has no room for the usual sample."""

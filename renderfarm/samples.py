@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from renderfarm.config import Job
+from renderfarm.config import Job, Render
 from renderfarm.errors import InvalidInput, RenderfarmError
 from renderfarm.manifest import EXTRA, ROW
 from renderfarm.models.catalog import ModelInfo
@@ -91,12 +91,22 @@ def expand_row(values: dict[str, Any], job: Job, model: ModelInfo) -> ExpandedRo
     return ExpandedRow(ordinal, row_id, samples, ())
 
 
-def usual_sample(job: Job, model: ModelInfo) -> Sample:
-    """What a row that says nothing would be, to measure with. Raises InvalidInput where the job's defaults cannot be rendered."""
-    row = expand_row({ROW: 0, "prompt": "a picture"}, job.model_copy(update={"seed_policy": "same"}), model)
-    if row.errors:
-        raise InvalidInput(row.errors[0].error_message)
-    return replace(row.samples[0], num_inference_steps=max(4, row.samples[0].num_inference_steps))
+@dataclass(frozen=True)
+class Usual:
+    """What to measure with: a sample such as the manifest's rows ask for, and how many images a row gives."""
+
+    sample: Sample
+    images_per_row: float
+
+
+def usual(rows: pa.Table, job: Job, model: ModelInfo) -> Usual:
+    """From the manifest's first rows: of their samples, the one with the median amount of work."""
+    good = [row.samples for row in expand_rows(rows, job, model) if row.samples]
+    if not good:  # then whatever the model does by itself
+        plain = job.model_copy(update={"render": Render(), "seed": 0})
+        good = [expand_row({ROW: 0, "prompt": "a picture"}, plain, model).samples]
+    samples = sorted((samples[0] for samples in good), key=lambda s: s.height * s.width * s.num_inference_steps)
+    return Usual(samples[len(samples) // 2], sum(map(len, good)) / len(good))
 
 
 def row_error(key: SampleKey, row_id: str, prompt: Any, error: RenderfarmError) -> RowError:

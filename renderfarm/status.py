@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import Any
 
 from renderfarm import commit
@@ -17,7 +18,7 @@ def read_status(out: str) -> dict[str, Any]:
     output: Output = open_output(out)
     committed = commit.committed_parts(output.store).values()
     progress = commit.read_progress(output.store)
-    known = commit.part_rows(output.store, output.job["output"]["part_rows"]) is not None
+    grid = commit.frozen_grid(output.store, output.job)
     state, age = progress.get("state", "PLANNED"), time.time() - progress.get("updated", 0)
     if state in ("STARTING", "RUNNING") and age > STALE_S:
         state = "INTERRUPTED"
@@ -26,8 +27,8 @@ def read_status(out: str) -> dict[str, Any]:
         "out": output.store.url,
         "job": progress.get("job"),
         "state": state,
-        "rows": output.rows,
-        "parts": len(output.grid) if known else None,
+        "rows": sum(file["rows"] for file in output.job["manifest"]["files"]),
+        "parts": grid.count if grid is not None else None,
         "parts done": len(committed),
         "images": sum(receipt.images for receipt in committed),
         "errors": sum(receipt.errors for receipt in committed),
@@ -36,6 +37,6 @@ def read_status(out: str) -> dict[str, Any]:
         "images/s": progress.get("images_per_second"),
         "seconds left": progress.get("eta_seconds") if running else None,
         "workers ready": sum(worker["state"] == "ready" for worker in progress.get("workers", {}).values()) if running else 0,
-        "workers left out": {name: w["reason"] for name, w in progress.get("workers", {}).items() if w.get("reason")},
+        "workers left out": dict(Counter(w["reason"] for w in progress.get("workers", {}).values() if w.get("reason"))),
         "last sign of life (s ago)": round(age) if progress else None,
     }

@@ -80,7 +80,7 @@ def verify(out: str, choice: Choice, model: str | None = None) -> Verification:
     Raises InvalidJob for what is no output, and for a choice that names no image.
     """
     output = Output(out)
-    found = Verification(parts=len(output.grid))
+    found = Verification(parts=output.grid.count)
     chosen, named = _Chosen(choice), set[str]()
     seen: dict[int, tuple[int, int] | None] = {}
     with ThreadPoolExecutor(READERS) as readers:

@@ -27,7 +27,7 @@ from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.load import load_model
 from renderfarm.models.measure import best_batch_size, seconds_per_image
 from renderfarm.records import Lease, Part, PartReceipt, Receipt, RowError, Sample, SampleKey, WorkerReady
-from renderfarm.samples import expand_rows, row_error, usual_sample
+from renderfarm.samples import Usual, expand_rows, row_error
 from renderfarm.schema import ARGUMENT_COLUMNS, ERROR_COLUMNS, IMAGE_COLUMNS, output_name
 from renderfarm.slots import Rendered, SlotLoop
 from renderfarm.storage import open_store
@@ -44,6 +44,7 @@ class WorkerSpec:
     name: str
     job: Job
     model: ModelInfo
+    usual: Usual
 
 
 class Worker:
@@ -64,14 +65,21 @@ class Worker:
         if self.job.workers.batch_size == "auto":  # of workers that measured at the same time, the first one's B counts
             model.batch_size = commit.first_profile(self.store, model.profile())["batch_size"]
         self.profile_sha256 = commit.publish_profile(self.store, model.profile(), record_others=self.job.workers.other_profiles == "record")
-        return WorkerReady(self.spec.name, self.profile_sha256, model.device, time.monotonic() - self.started, self.seconds_per_image)
+        return WorkerReady(
+            worker=self.spec.name,
+            profile_sha256=self.profile_sha256,
+            device=model.device,
+            load_seconds=time.monotonic() - self.started,
+            batch_size=model.batch_size,
+            seconds_per_image=self.seconds_per_image,
+        )
 
     def _load(self) -> SlotModel:
         model = load_model(self.spec.model, self.job.workers)
-        if self.job.workers.batch_size == "auto" and not self.store.exists(commit.PROFILE):
-            best_batch_size(model, usual_sample(self.job, self.spec.model))
+        if self.job.workers.batch_size == "auto" and not commit.has_profile(self.store):
+            best_batch_size(model, self.spec.usual.sample)
         if self.job.output.part_rows == "auto" and not self.store.exists(commit.GRID):
-            self.seconds_per_image = seconds_per_image(model, usual_sample(self.job, self.spec.model))
+            self.seconds_per_image = seconds_per_image(model, self.spec.usual.sample)
         return model
 
     def render(self, lease: Lease) -> Receipt:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,7 @@ from renderfarm.driver import Driver, RunSummary
 from renderfarm.engines.base import Done, Event, Failed, Ready
 from renderfarm.errors import Fatal, ProfileMismatch, RenderFailed, RenderfarmError, Transient, WorkerLost
 from renderfarm.preparation import Prepared, prepare
-from renderfarm.records import Lease, WorkerReady
+from renderfarm.records import Lease
 from renderfarm.status import read_status
 from renderfarm.worker import Worker, WorkerSpec
 
@@ -28,6 +30,7 @@ class ScriptedEngine:
     def __init__(self, prepared: Prepared, starts: dict[str, RenderfarmError], leases: dict[int, list[RenderfarmError]]) -> None:
         self.prepared, self.starts, self.leases = prepared, starts, leases
         self.max_workers = 2
+        self.says: dict[str, Any] = {}  # what workers say of themselves instead of the truth
         self.workers: dict[str, Worker] = {}
         self.events: deque[Event] = deque()
         self.submitted: list[tuple[str, int]] = []
@@ -36,8 +39,8 @@ class ScriptedEngine:
         if error := self.starts.get(name):
             self.events.append(Failed(name, None, error))
             return
-        self.workers[name] = Worker(WorkerSpec(name, self.prepared.job, self.prepared.model))
-        self.events.append(Ready(name, WorkerReady(name, self.workers[name].ready().profile_sha256, "cpu", 0.0)))
+        self.workers[name] = Worker(WorkerSpec(name, self.prepared.job, self.prepared.model, self.prepared.usual))
+        self.events.append(Ready(name, replace(self.workers[name].ready(), **self.says)))
 
     def submit(self, worker: str, lease: Lease) -> None:
         self.submitted.append((worker, lease.number))
@@ -74,8 +77,7 @@ def test_a_worker_that_cannot_start_does_not_stop_the_one_that_works(
 ) -> None:
     summary, _ = drive(starts={"w1": error, "w2": error, "w3": error})
     assert (summary.state, summary.images) == ("SUCCEEDED", 8)
-    assert summary.workers_left_out["w1"] == "x"
-    assert "w0" not in summary.workers_left_out
+    assert list(summary.workers_left_out) == ["x"]
     assert read_status(summary.out)["workers left out"] == summary.workers_left_out
 
 
@@ -125,8 +127,28 @@ def test_a_worker_that_dies_while_the_run_is_being_stopped_is_not_replaced(write
     assert driver.progress.lost_workers >= 1
 
 
+def test_what_the_first_worker_measured_decides_the_grid(write_manifest: Write, write_job: Write) -> None:
+    manifest = write_manifest({"prompt": [f"p{k}" for k in range(1000)], "num_images_per_prompt": [2] * 1000})
+    prepared = prepare(load_job(write_job(manifest, output={"part_rows": "auto"})))
+    stop = threading.Event()
+
+    class Measured(ScriptedEngine):
+        def next_events(self, timeout_s: float) -> list[Event]:
+            stop.set()
+            return super().next_events(timeout_s)
+
+    engine = Measured(prepared, {}, {})
+    engine.says = {"seconds_per_image": 0.25}
+    driver = Driver(prepared, stop, lambda progress: None)
+    driver.begin()
+    assert driver.run(lambda: engine).state == "INTERRUPTED"
+    grid = prepared.grid()
+    assert grid is not None
+    assert grid.part_rows == 60, "120 images take half a minute, and a row gives two"
+
+
 def test_a_part_whose_answer_came_too_late_for_the_stop_is_counted(write_manifest: Write, write_job: Write) -> None:
-    prepared = prepare(load_job(write_job(write_manifest())))
+    prepared = prepare(load_job(write_job(write_manifest({"prompt": ["", *"abcdefg"]}))))
     stop = threading.Event()
 
     class Silent(ScriptedEngine):
@@ -138,4 +160,6 @@ def test_a_part_whose_answer_came_too_late_for_the_stop_is_counted(write_manifes
     driver.begin()
     summary = driver.run(lambda: Silent(prepared, {}, {}))
     assert (summary.state, summary.new_images) == ("INTERRUPTED", 0)
+    assert summary.errors == 1
+    assert summary.error_classes == read_status(summary.out)["error classes"] == {"InvalidInput": 1}
     assert summary.images == read_status(summary.out)["images"] == len(renderfarm.open(summary.out)) > 0

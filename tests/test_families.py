@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import CLASSES, LEGAL, B, Model, row
+from oracle import CLASSES, DTYPES, LEGAL, B, Model, row
 
 from renderfarm.config import Workers
 from renderfarm.models.common import initial_noise
@@ -19,7 +19,6 @@ from renderfarm.models.load import load_model
 from renderfarm.records import Sample
 from renderfarm.samplers import SAMPLERS
 
-DTYPES = ("float32", "bfloat16")
 Models = Callable[..., Model]
 
 
@@ -191,10 +190,27 @@ def test_the_tokens_that_count_are_those_of_the_text_encoder_that_reads_most(
     long = adapter.count_tokens(row(sampler="euler", prompt="x" * 600))
     assert 600 < long.tokens <= 603
     assert length - 4 <= 600 - len(long.cut_off) < length
-    reads = {"flux-dev": "prompt_2", "sd3": "prompt_3"}.get(name)  # what T5 reads where the row has a text of its own for it
-    if reads:
-        assert adapter.count_tokens(row(sampler="euler", prompt="x" * 600, **{reads: "short"})).cut_off is None
-        assert adapter.count_tokens(row(sampler="euler", prompt="short", **{reads: "x" * 600})).cut_off is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "cut_off"),
+    [
+        ("flux-dev", {"prompt": "x" * 100}, None),  # CLIP does not see its end, T5 does
+        ("flux-dev", {"prompt": "x" * 100, "prompt_2": "short"}, 100 - 75),  # now only CLIP reads it
+        ("flux-dev", {"prompt": "short", "prompt_2": "x" * 600}, 600 - 510),
+        ("sd3", {"prompt": "x" * 100}, None),
+        ("sd3", {"prompt": "x" * 100, "prompt_3": "short"}, 100 - 75),
+        ("sd3", {"prompt": "short", "prompt_2": "x" * 100}, 100 - 75),
+        ("sd3", {"prompt": "short", "prompt_3": "x" * 100}, None),
+        ("sd3-dynamic", {"prompt": "short", "prompt_2": "x" * 100}, 100 - 75),
+        ("sdxl", {"prompt": "short", "prompt_2": "x" * 100}, 100 - 75),
+    ],
+)
+def test_a_text_is_cut_off_where_none_of_its_readers_sees_the_end(
+    name: str, arguments: dict[str, Any], cut_off: int | None, model: Models
+) -> None:
+    found = model(name).adapter.count_tokens(row(sampler="euler", **arguments)).cut_off
+    assert found == (None if cut_off is None else "x" * cut_off)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +222,7 @@ def test_the_tokens_that_count_are_those_of_the_text_encoder_that_reads_most(
         ("sdxl", {"negative_prompt": "short", "negative_prompt_2": "y" * 100}, 100 - 75),
         ("sdxl", {}, None),
         ("sd3", {"negative_prompt": "y" * 300}, 300 - 254),
-        ("sd3", {"negative_prompt": "y" * 300, "negative_prompt_3": "short"}, None),
+        ("sd3", {"negative_prompt": "y" * 300, "negative_prompt_3": "short"}, 300 - 75),
         ("flux-dev", {"negative_prompt": "y" * 600, "true_cfg_scale": 2.0}, 600 - 510),
         ("flux-dev", {"negative_prompt": "y" * 600}, None),
     ],

@@ -41,7 +41,7 @@ def test_a_terminal_shows_parts_rate_errors_and_every_worker(progress: Progress)
         "w0",
         "ready",
         "cpu",
-        "w1 is left out: dtype: bfloat16 there",
+        "workers left out: 1: dtype: bfloat16 there",
         "InvalidInput 1",
     ):
         assert text in found

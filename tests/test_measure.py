@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import pytest
 from checker import check_complete
@@ -20,9 +21,9 @@ from renderfarm.estimate import estimate
 from renderfarm.models.catalog import describe
 from renderfarm.models.fake import Fake, State
 from renderfarm.models.measure import best_batch_size, seconds_per_image
+from renderfarm.plan import Grid
 from renderfarm.preparation import prepare
 from renderfarm.progress import Progress
-from renderfarm.samples import usual_sample
 from renderfarm.status import read_status
 from renderfarm.storage import open_store
 from renderfarm.verification import Choice, inspect, verify
@@ -33,23 +34,23 @@ FAKE = describe(ModelSpec(id="builtin:fake"))
 
 
 class Device(Fake):
-    """A denoiser call costs `fixed` milliseconds and `each` more per slot; more slots than `room` do not fit."""
+    """A denoiser call of n slots takes fixed + each · n**power milliseconds; more slots than `room` do not fit."""
 
-    def __init__(self, fixed: float, each: float, room: int = 1000) -> None:
+    def __init__(self, fixed: float, each: float, room: int = 1000, power: float = 1.0) -> None:
         super().__init__(FAKE, Workers(batch_size="auto"))
-        self.fixed, self.each, self.room = fixed, each, room
+        self.fixed, self.each, self.room, self.power = fixed, each, room, power
 
     def step(self, states: Sequence[State]) -> list[bool]:
         if len(states) > self.room:
             raise OutOfMemory("too many")
-        time.sleep((self.fixed + self.each * len(states)) / 1000)
+        time.sleep((self.fixed + self.each * len(states) ** self.power) / 1000)
         return super().step(states)
 
 
 @pytest.mark.parametrize(
     ("device", "best"),
     [
-        (Device(fixed=0, each=10), {1}),
+        (Device(fixed=0, each=10, power=1.5), {1}),  # a busy clock must not decide
         (Device(fixed=200, each=0), {64}),
         (Device(fixed=100, each=0, room=8), {8}),
         (Device(fixed=20, each=20), {4, 8, 16, 32}),  # ×1.33, 1.2, 1.11, 1.06, 1.03: which still pays is for the clock to say
@@ -57,7 +58,7 @@ class Device(Fake):
 )
 def test_the_largest_batch_that_pays_and_fits_is_chosen(device: Device, best: set[int], write_manifest: Write, write_job: Write) -> None:
     job = load_job(write_job(write_manifest(), workers={"batch_size": "auto"}))
-    found = best_batch_size(device, usual_sample(job, FAKE))
+    found = best_batch_size(device, prepare(job).usual.sample)
     assert found in best
     assert device.batch_size == found
 
@@ -65,7 +66,7 @@ def test_the_largest_batch_that_pays_and_fits_is_chosen(device: Device, best: se
 def test_what_the_first_worker_measured_holds_for_all_and_on_resume(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
     path = write_job(write_manifest(), workers={"batch_size": "auto"})
     prepared = prepare(load_job(path))
-    spec = [WorkerSpec(f"w{k}", prepared.job, prepared.model) for k in range(2)]
+    spec = [WorkerSpec(f"w{k}", prepared.job, prepared.model, prepared.usual) for k in range(2)]
     first, second = Worker(spec[0]), Worker(spec[1])  # both measure: none has published yet
     first.slots.ready.result().batch_size = 5
     second.slots.ready.result().batch_size = 9
@@ -83,17 +84,48 @@ def test_what_the_first_worker_measured_holds_for_all_and_on_resume(write_manife
     assert renderfarm.run(path, engine="inline").new_images == 0
 
 
-def test_the_time_of_an_image_has_its_share_of_full_calls(write_manifest: Write, write_job: Write) -> None:
-    device = Device(fixed=30, each=5)
+def test_the_time_of_an_image_is_its_share_of_its_calls(write_manifest: Write, write_job: Write) -> None:
+    wanted = prepare(load_job(write_job(write_manifest(), render={"num_inference_steps": 20}))).usual.sample
+    device = Device(fixed=20, each=0)
+    found = {}
+    for device.batch_size in (1, 16):
+        found[device.batch_size] = seconds_per_image(device, wanted)
+    assert found[1] >= 20 * 0.02, "a sleep is never shorter"
+    assert found[16] < found[1] / 4, "sixteen share a call"
+    device.batch_size = 1
+    assert seconds_per_image(device, replace(wanted, num_inference_steps=2)) < found[1] / 4, "two calls instead of twenty"
+
+
+def test_what_cannot_be_shown_or_does_not_fit_is_no_failure(write_manifest: Write, write_job: Write) -> None:
+    wanted = prepare(load_job(write_job(write_manifest()))).usual.sample
+    device = Device(fixed=1, each=0, room=2)
+    device.batch_size = 2
+    assert seconds_per_image(device, replace(wanted, prompt="[nan]"))
     device.batch_size = 4
-    wanted = usual_sample(load_job(write_job(write_manifest(), render={"num_inference_steps": 20})), FAKE)
-    least = 20 * (30 + 5 * 4) / 4 / 1000
-    assert least <= seconds_per_image(device, wanted) < 5 * least  # a sleep is never shorter, and seldom five times longer
+    assert seconds_per_image(device, wanted) is None
 
 
-def test_what_cannot_be_shown_unfinished_can_be_measured(write_manifest: Write, write_job: Write) -> None:
-    wanted = usual_sample(load_job(write_job(write_manifest())), FAKE)
-    assert seconds_per_image(Device(fixed=1, each=0), replace(wanted, prompt="[nan]")) > 0
+@pytest.mark.parametrize(
+    ("columns", "render", "expected"),
+    [
+        ({"height": [32, 64, 128, 64, 64]}, {}, {"height": 64}),
+        ({"num_inference_steps": [5, 9, 7, 6, 8]}, {"sampler": "lcm", "num_inference_steps": 60}, {"num_inference_steps": 7}),
+        ({"prompt": [None, "", "", "", "b"]}, {}, {"prompt": "b"}),
+        ({"prompt": [""] * 5}, {"sampler": "lcm", "num_inference_steps": 60}, {"num_inference_steps": 20, "sampler": "euler"}),
+        ({"seed": [2**63 - 1] * 5}, {"num_images_per_prompt": 2}, {}),  # no row can be rendered, and that is the rows' affair
+    ],
+)
+def test_it_is_measured_with_what_the_rows_ask_for(
+    columns: dict[str, list[Any]], render: dict[str, Any], expected: dict[str, Any], write_manifest: Write, write_job: Write
+) -> None:
+    prepared = prepare(load_job(write_job(write_manifest({"prompt": list("abcde"), **columns}), render=render)))
+    found = vars(prepared.usual.sample)
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_images_per_row_are_those_of_the_first_rows(write_manifest: Write, write_job: Write) -> None:
+    path = write_job(write_manifest({"prompt": list("abcd"), "num_images_per_prompt": [1, 2, 3, None]}))
+    assert prepare(load_job(path)).usual.images_per_row == 1.75
 
 
 def automatic(write_job: Write, manifest: Path, **changes: object) -> Path:
@@ -132,8 +164,8 @@ def test_a_run_that_goes_on_keeps_the_measured_grid(
     begun = grid(out)
     assert begun["part_rows"] == 1
     monkeypatch.setenv("RENDERFARM_FAKE_STEP_S", "60")  # a worker that measured would take for ever
-    load = load_job(path)
-    worker = Worker(WorkerSpec("w0", prepare(load).job, FAKE))
+    prepared = prepare(load_job(path))
+    worker = Worker(WorkerSpec("w0", prepared.job, prepared.model, prepared.usual))
     assert worker.ready().seconds_per_image is None
     worker.close()
     monkeypatch.setenv("RENDERFARM_FAKE_STEP_S", "0")
@@ -172,4 +204,5 @@ def test_of_two_drivers_that_measured_the_first_ones_grid_holds() -> None:
     store = open_store("memory://two-drivers-measured")
     assert commit.freeze_part_rows(store, 7, 0.5) == 7
     assert commit.freeze_part_rows(store, 9, 0.4) == 7
-    assert commit.part_rows(store, "auto") == 7
+    job = {"manifest": {"files": [{"rows": 20}], "where": None}, "output": {"part_rows": "auto"}}
+    assert commit.frozen_grid(store, job) == Grid(20, 7)

@@ -84,7 +84,7 @@ def render(one: Model, rows: dict[str, Row], workers: int, part_rows: int, order
         }  # fmt: skip
         prepared = prepare(Job.model_validate(job))
         commit.freeze_job(prepared.store, prepared.frozen())
-        pool = [Worker(WorkerSpec(f"w{k}", prepared.job, prepared.model)) for k in range(workers)]
+        pool = [Worker(WorkerSpec(f"w{k}", prepared.job, prepared.model, prepared.usual)) for k in range(workers)]
         for worker in pool:
             worker.ready()
         grid = prepared.grid_of(part_rows)

@@ -29,7 +29,7 @@ VALUES = [
     Part(3, 9, 12),
     PartReceipt(3, 2, 1, 999, error_classes={"InvalidInput": 1}),
     Receipt(3, (PartReceipt(3, 2, 1, 999),), 0.5),
-    WorkerReady("w0", "ab" * 32, "cpu", 1.5),
+    WorkerReady("w0", "ab" * 32, "cpu", 1.5, 8, 0.25),
 ]
 
 
@@ -66,9 +66,9 @@ def test_part_names_sort_as_their_numbers() -> None:
 @given(st.integers(1, 5000), st.integers(1, 700))
 def test_the_grid_covers_every_row_once_in_order(rows: int, part_rows: int) -> None:
     grid = Grid(rows, part_rows)
-    parts = [grid.part(index) for index in range(len(grid))]
+    parts = [grid.part(index) for index in range(grid.count)]
     assert [row for part in parts for row in range(part.start, part.stop)] == list(range(rows))
-    assert [part.index for part in parts] == list(range(len(grid)))
+    assert [part.index for part in parts] == list(range(grid.count))
     assert all(part.stop - part.start == part_rows for part in parts[:-1])
     assert 1 <= parts[-1].stop - parts[-1].start <= part_rows
 
@@ -76,34 +76,36 @@ def test_the_grid_covers_every_row_once_in_order(rows: int, part_rows: int) -> N
 @given(st.integers(1, 10**9), st.integers(1, 1000), st.integers(1, 10**6))
 def test_appending_rows_moves_no_part_but_the_last(rows: int, part_rows: int, more: int) -> None:
     grid, longer = Grid(rows, part_rows), Grid(rows + more, part_rows)
-    last = len(grid) - 1
+    last = grid.count - 1
     assert longer.part(0) == grid.part(0) or last == 0
     assert (longer.part(last).index, longer.part(last).start) == (grid.part(last).index, grid.part(last).start)
 
 
 def test_a_manifest_of_a_billion_rows_is_planned_without_walking_it() -> None:
     grid = Grid(1_000_000_000, 64)
-    assert len(grid) == 15_625_000
+    assert grid.count == 15_625_000
     assert grid.part(15_624_999) == Part(15_624_999, 999_999_936, 1_000_000_000)
 
 
 @pytest.mark.parametrize(
-    ("rows", "images_per_row", "seconds_per_image", "workers", "expected"),
+    ("rows", "images_per_row", "seconds_per_image", "batch_size", "workers", "expected"),
     [
-        (100_000, 1, 0.25, 4, 120),  # half a minute's work
-        (100_000, 4, 0.25, 4, 30),
-        (100_000, 1, 0.0001, 4, MAX_PART_IMAGES),
-        (100_000, 1, 0.0, 4, MAX_PART_IMAGES),
-        (100_000, 1, 600.0, 4, 1),  # a row is never divided
-        (100_000, 10_000, 0.25, 4, 1),
-        (100, 1, 0.25, 8, 6),  # two parts for each worker
-        (3, 1, 0.25, 8, 1),
+        (100_000, 1, 0.25, 8, 4, 120),  # half a minute's work
+        (100_000, 4, 0.25, 8, 4, 30),
+        (100_000, 2.5, 0.25, 8, 4, 48),
+        (100_000, 1, 0.0001, 8, 4, MAX_PART_IMAGES),
+        (100_000, 1, 0.0, 8, 4, MAX_PART_IMAGES),
+        (100_000, 1, 600.0, 1, 4, 1),
+        (100_000, 1, 600.0, 8, 4, 8),  # slots are filled, however long it takes
+        (100_000, 10_000, 0.25, 8, 4, 1),  # a row is never divided
+        (100, 1, 0.25, 8, 8, 6),  # two parts for each worker
+        (3, 1, 0.25, 8, 8, 1),
     ],
 )
 def test_automatic_parts_take_half_a_minute_within_reason(
-    rows: int, images_per_row: int, seconds_per_image: float, workers: int, expected: int
+    rows: int, images_per_row: float, seconds_per_image: float, batch_size: int, workers: int, expected: int
 ) -> None:
-    assert choose_part_rows(rows, images_per_row, seconds_per_image, workers) == expected
+    assert choose_part_rows(rows, images_per_row, seconds_per_image, batch_size, workers) == expected
 
 
 def test_one_lease_per_part_that_is_not_done_with_just_its_rows(write_manifest: Write) -> None:
@@ -127,7 +129,7 @@ def test_only_parts_within_the_named_spans_are_leased(rows: int, part_rows: int,
     grid = Grid(rows, part_rows, ",".join(f"{first}-{first + length}:{stride}" for first, length, stride in spans))
     named = {row for first, length, stride in spans for row in range(first, first + length + 1, stride) if row < rows}
     found = [part.index for part in grid]
-    assert len(found) == len(grid)
+    assert len(found) == grid.count
     assert found == sorted(set(found))
     assert set(found) <= set(range(grid.total))
     assert set(found) >= {row // part_rows for row in named}

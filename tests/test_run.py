@@ -6,6 +6,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -245,6 +246,17 @@ def test_a_removed_or_damaged_picture_does_not_stop_the_next_run(write_manifest:
     assert renderfarm.run(job, engine="inline").state == "SUCCEEDED"
 
 
+@pytest.mark.parametrize("part_rows", [3, "auto"])
+def test_a_row_range_outside_the_manifest_is_an_error_before_any_worker_starts(
+    part_rows: Any, write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    job = write_job(write_manifest(), output={"part_rows": part_rows})
+    load = load_job(job, ["manifest.where={row: 100-200}"])
+    with pytest.raises(InvalidJob, match="selects no row: its `row` lies outside the manifest"):
+        renderfarm.run(load, engine="inline")
+    assert not (tmp_path / "out/_renderfarm/job.json").exists()
+
+
 def test_a_selection_of_no_row_is_an_error_that_says_so(write_manifest: Write, write_job: Write) -> None:
     job = load_job(write_job(write_manifest()), ["manifest.where={category: hot}"])
     with pytest.raises(InvalidJob, match="selects no row"):
@@ -256,6 +268,7 @@ def test_workers_that_write_elsewhere_do_not_count_as_done(write_manifest: Write
     from renderfarm.driver import Driver
     from renderfarm.engines.inline import InlineEngine
     from renderfarm.preparation import prepare
+    from renderfarm.worker import WorkerSpec
 
     job = load_job(write_job(write_manifest()))
     elsewhere = job.model_copy(update={"output": job.output.model_copy(update={"path": str(tmp_path / "elsewhere")})})
@@ -263,7 +276,7 @@ def test_workers_that_write_elsewhere_do_not_count_as_done(write_manifest: Write
     driver = Driver(prepared, threading.Event(), lambda progress: None)
     driver.begin()
     with pytest.raises(Fatal, match="not the same place for every node"):
-        driver.run(lambda: InlineEngine(elsewhere, prepared.model))
+        driver.run(lambda: InlineEngine(WorkerSpec("", elsewhere, prepared.model, prepared.usual)))
 
 
 def test_an_output_named_by_an_environment_variable_is_where_this_process_says(

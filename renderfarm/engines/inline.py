@@ -5,11 +5,10 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
-from renderfarm.config import Job
 from renderfarm.engines.base import Done, Event, Failed, Ready
 from renderfarm.errors import RenderFailed, RenderfarmError
-from renderfarm.models.catalog import ModelInfo
 from renderfarm.records import Lease
 from renderfarm.worker import Worker, WorkerSpec
 
@@ -17,14 +16,14 @@ from renderfarm.worker import Worker, WorkerSpec
 class InlineEngine:
     max_workers = 1
 
-    def __init__(self, job: Job, model: ModelInfo) -> None:
-        self.job, self.model = job, model
+    def __init__(self, spec: WorkerSpec) -> None:
+        self.spec = spec
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self.in_flight = 0
         self.worker: Worker | None = None
 
     def start_worker(self, name: str) -> None:
-        self.worker = Worker(WorkerSpec(name, self.job, self.model))
+        self.worker = Worker(replace(self.spec, name=name))
         _start(self._ready, name, self.worker)
 
     def _ready(self, name: str, worker: Worker) -> None:

@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -23,7 +24,6 @@ import ray.exceptions
 from renderfarm.config import Job
 from renderfarm.engines.base import Done, Event, Failed, Ready
 from renderfarm.errors import Fatal, RenderFailed, RenderfarmError, WorkerLost
-from renderfarm.models.catalog import ModelInfo
 from renderfarm.records import Lease, Receipt, WorkerReady
 from renderfarm.worker import LEASES_IN_FLIGHT, Worker, WorkerSpec
 
@@ -44,9 +44,9 @@ class _Actor:
 class RayEngine:
     """`address` None starts a private Ray on this machine; else it joins that cluster."""
 
-    def __init__(self, job: Job, model: ModelInfo, address: str | None = None) -> None:
-        self.job, self.model = job, model
-        self.max_workers = job.workers.max
+    def __init__(self, spec: WorkerSpec, address: str | None = None) -> None:
+        self.spec, self.job = spec, spec.job
+        self.max_workers = self.job.workers.max
         self._folder: str | None = None
         self._actors: dict[str, Any] = {}
         self._calls: dict[Any, tuple[str, Lease | None]] = {}
@@ -54,10 +54,10 @@ class RayEngine:
         if self._own:
             with _signals_kept():
                 self._connect(address)
-        gpu = _uses_gpu(job)
+        gpu = _uses_gpu(self.job)
         if gpu is None:
             raise Fatal("workers.device is cuda, but no node of this Ray has a GPU; use device: auto or cpu")
-        self._options = {"num_gpus": 1, "num_cpus": 1} if gpu else {"num_gpus": 0, "num_cpus": job.workers.threads}
+        self._options = {"num_gpus": 1, "num_cpus": 1} if gpu else {"num_gpus": 0, "num_cpus": self.job.workers.threads}
         self._check_room()
 
     def _connect(self, address: str | None) -> None:
@@ -94,7 +94,7 @@ class RayEngine:
             max_task_retries=0,
             enable_task_events=False,
             **self._options,
-        ).remote(WorkerSpec(name, self.job, self.model))
+        ).remote(replace(self.spec, name=name))
         self._actors[name] = actor
         self._calls[actor.ready.remote()] = (name, None)
 

@@ -54,6 +54,9 @@ class SlotModel(Protocol):
     def start(self, sample: Sample, embeddings: Sequence[Any]) -> Any:
         """A new state."""
 
+    def calls(self, state: Any) -> int:
+        """Denoiser calls that a state needs from its beginning to its end."""
+
     def step(self, states: Sequence[Any]) -> list[bool]:
         """One denoiser call for 1 to B states of one slot group, at the constant shape B; True: finished."""
 

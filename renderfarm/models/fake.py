@@ -59,6 +59,9 @@ class Fake:
     def start(self, sample: Sample, embeddings: Sequence[Any]) -> State:
         return State(sample, sample.num_inference_steps)
 
+    def calls(self, state: State) -> int:
+        return state.sample.num_inference_steps
+
     def step(self, states: Sequence[State]) -> list[bool]:
         time.sleep(self.step_seconds)
         for state in states:

@@ -37,11 +37,8 @@ class Flux(SlotPipeline):
         prompts_BLD, pooled_BD, _ = self.pipe.encode_prompt(first, second, self.device, 1, max_sequence_length=self.text_length)
         return prompts_BLD, pooled_BD
 
-    def _counted_texts(self, texts: tuple[str, ...]) -> tuple[str, ...]:
-        return texts[1:]  # T5's
-
-    def _counting_tokenizer(self) -> Any:
-        return self.pipe.tokenizer_2
+    def _readers(self) -> Sequence[tuple[Any, int]]:
+        return (self.pipe.tokenizer, self.pipe.tokenizer_max_length), (self.pipe.tokenizer_2, self.text_length)
 
     def _patches(self, sample: Sample) -> tuple[int, int]:
         """Rows and columns of 2×2 patches."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import replace
 from typing import Any
 
 from renderfarm.errors import OutOfMemory, RenderfarmError
@@ -14,19 +15,17 @@ from renderfarm.records import Sample
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
 WORTH_IT = 1.05  # a larger B must give 5 % more: it takes memory, and more of it is filler where rows are few
 WARM_UP, MEASURED = 1, 2  # denoiser calls
+TOO_MUCH = (OutOfMemory, RuntimeError)  # torch reports some kinds of too much as a bare RuntimeError
 
 
 def best_batch_size(model: SlotModel, sample: Sample) -> int:
-    """Try candidates from small to large until one is not worth it or does not fit. Leaves the model at the best one.
-
-    `sample`: what the job's rows look like by default; it must have more than WARM_UP + MEASURED steps.
-    """
+    """Try candidates from small to large until one is not worth it or does not fit. Leaves the model at the best one."""
     best, best_rate = CANDIDATES[0], 0.0
     for size in CANDIDATES:
         model.batch_size = size
         try:
-            rate = _steps_per_second(model, sample)[0]
-        except (OutOfMemory, RuntimeError):  # torch reports some kinds of too much as a bare RuntimeError
+            rate = size / _seconds_per_call(model, sample)
+        except TOO_MUCH:
             if size == CANDIDATES[0]:
                 raise
             break
@@ -37,19 +36,30 @@ def best_batch_size(model: SlotModel, sample: Sample) -> int:
     return best
 
 
-def seconds_per_image(model: SlotModel, sample: Sample) -> float:
-    """With every slot full: `sample`'s share of the denoiser calls of all its steps, and its decoding."""
-    rate, state = _steps_per_second(model, sample)
-    started = time.perf_counter()
-    with contextlib.suppress(RenderfarmError):  # it is not finished: a filter or a check may well refuse what it shows
-        model.decode(state)
-    return sample.num_inference_steps / rate + time.perf_counter() - started
+def seconds_per_image(model: SlotModel, sample: Sample) -> float | None:
+    """With every slot full: its share of all its denoiser calls, and its decoding. None where there is no room for it."""
+    try:
+        seconds = _seconds_per_call(model, sample)
+        state = model.start(sample, _embeddings(model, sample))
+        for _ in range(2):  # the first decoding warms up
+            started = time.perf_counter()
+            with contextlib.suppress(RenderfarmError):  # it is only noise: a filter or a check may well refuse it
+                model.decode(state)
+            decoding = time.perf_counter() - started
+    except TOO_MUCH:
+        return None
+    return model.calls(state) * seconds / model.batch_size + decoding
 
 
-def _steps_per_second(model: SlotModel, sample: Sample) -> tuple[float, Any]:
-    """Steps of samples, summed over all slots, in a second; and the state of one such sample."""
-    embeddings = [model.encode_texts([text])[0] for text in model.texts(sample)]
-    states = [model.start(sample, embeddings) for _ in range(model.batch_size)]
+def _embeddings(model: SlotModel, sample: Sample) -> list[Any]:
+    return [model.encode_texts([text])[0] for text in model.texts(sample)]
+
+
+def _seconds_per_call(model: SlotModel, sample: Sample) -> float:
+    """Of the denoiser, with every slot full."""
+    enough = replace(sample, num_inference_steps=max(WARM_UP + MEASURED + 1, sample.num_inference_steps))
+    embeddings = _embeddings(model, enough)
+    states = [model.start(enough, embeddings) for _ in range(model.batch_size)]
     for _ in range(WARM_UP):
         model.step(states)
     model.synchronize()
@@ -57,4 +67,4 @@ def _steps_per_second(model: SlotModel, sample: Sample) -> tuple[float, Any]:
     for _ in range(MEASURED):
         model.step(states)
     model.synchronize()
-    return model.batch_size * MEASURED / (time.perf_counter() - started), states[0]
+    return (time.perf_counter() - started) / MEASURED

@@ -103,9 +103,14 @@ class SlotPipeline(ABC):
         return Counted(tokens, cut_off, None if negative is None else self._count(negative)[1])
 
     def _count(self, texts: Hashable) -> tuple[int, str | None]:
-        """Tokens of the first of the texts that count, and the end that is not seen of that or of another one."""
-        read = self._counted_texts(texts if isinstance(texts, tuple) else (texts,))
-        counted = [count_tokens(self._counting_tokenizer(), text, self.text_length) for text in read]
+        """Tokens of the first text, and the end that no encoder sees of that or of another one.
+
+        An encoder with room for the whole of a text makes good for one that cuts it off.
+        """
+        longest: dict[str, tuple[Any, int]] = {}
+        for text, reader in zip(texts if isinstance(texts, tuple) else (texts,), self._readers(), strict=False):
+            longest[text] = max(longest.get(text, reader), reader, key=lambda reader: reader[1])
+        counted = [count_tokens(tokenizer, text, length) for text, (tokenizer, length) in longest.items()]
         return counted[0][0], next((cut_off for _, cut_off in counted if cut_off is not None), None)
 
     @torch.inference_mode()
@@ -127,6 +132,9 @@ class SlotPipeline(ABC):
             negative=negative,
             guidance_embedding=self._guidance_embedding(sample),
         )
+
+    def calls(self, state: State) -> int:
+        return len(state.timesteps)
 
     @translated
     @torch.inference_mode()
@@ -188,13 +196,9 @@ class SlotPipeline(ABC):
     def _encode(self, texts: Sequence[Any]) -> tuple[torch.Tensor, ...]:
         """Embeddings of B texts, one tensor (B, …) for each part of an `Embedding`."""
 
-    def _counted_texts(self, texts: tuple[str, ...]) -> tuple[str, ...]:
-        """Of the texts for each encoder, those that the counting tokenizer's encoder, or another of its length, reads."""
-        return texts
-
     @abstractmethod
-    def _counting_tokenizer(self) -> Any:
-        """The tokenizer that decides whether a prompt is seen whole, at `text_length` tokens."""
+    def _readers(self) -> Sequence[tuple[Any, int]]:
+        """Tokenizer and length of every text encoder that is there, in the order of the texts."""
 
     # What a family says of its denoiser.
 

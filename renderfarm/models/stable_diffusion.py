@@ -89,8 +89,8 @@ class StableDiffusion(UNetPipeline):
     def _encode(self, texts: Sequence[str]) -> tuple[torch.Tensor, ...]:
         return (self.pipe.encode_prompt(list(texts), self.device, 1, do_classifier_free_guidance=False)[0],)
 
-    def _counting_tokenizer(self) -> Any:
-        return self.pipe.tokenizer
+    def _readers(self) -> Sequence[tuple[Any, int]]:
+        return ((self.pipe.tokenizer, self.text_length),)
 
 
 class LatentConsistency(StableDiffusion):

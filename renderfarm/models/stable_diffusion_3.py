@@ -47,11 +47,10 @@ class StableDiffusion3(SlotPipeline):
         )
         return prompts_BLD, pooled_BD
 
-    def _counted_texts(self, texts: tuple[str, ...]) -> tuple[str, ...]:
-        return texts[:2] if self.pipe.tokenizer_3 is None else texts[2:]
-
-    def _counting_tokenizer(self) -> Any:
-        return self.pipe.tokenizer_3 or self.pipe.tokenizer
+    def _readers(self) -> Sequence[tuple[Any, int]]:
+        clip = self.pipe.tokenizer_max_length
+        readers = [(self.pipe.tokenizer, clip), (self.pipe.tokenizer_2, clip), (self.pipe.tokenizer_3, T5_LENGTH)]
+        return [reader for reader in readers if reader[0] is not None]
 
     def _noise_shape(self, sample: Sample) -> tuple[int, ...]:
         scale = self.pipe.vae_scale_factor

@@ -42,8 +42,8 @@ class StableDiffusionXL(UNetPipeline):
         prompts_BLD, _, pooled_BD, _ = self.pipe.encode_prompt(first, second, self.device, 1, do_classifier_free_guidance=False)
         return prompts_BLD, pooled_BD
 
-    def _counting_tokenizer(self) -> Any:
-        return self.pipe.tokenizer
+    def _readers(self) -> Sequence[tuple[Any, int]]:
+        return (self.pipe.tokenizer, self.text_length), (self.pipe.tokenizer_2, self.text_length)
 
     def _begin(self, scheduler: Any, sample: Sample, noise_1Chw: torch.Tensor) -> torch.Tensor:
         latents = super()._begin(scheduler, sample, noise_1Chw)

@@ -67,7 +67,7 @@ def _view(progress: Progress) -> Group:
     bar = Table.grid()  # a bare ProgressBar ends without a line break
     bar.add_row(ProgressBar(total=progress.parts, completed=progress.parts_done, width=60))
     lines: list[Text | Table] = [Text(one_line(progress)), bar, workers]
-    lines += [Text(f"{name} is left out: {reason}") for name, reason in progress.left_out.items()]
+    lines += [Text(f"workers left out: {count}: {reason}") for reason, count in progress.left_out.items()]
     if progress.error_classes:
         lines.append(Text("errors: " + ", ".join(f"{name} {count}" for name, count in progress.error_classes.items())))
     return Group(*lines)
