@@ -76,7 +76,16 @@ SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in _TABLE}
 
 # Samplers that diffusers has and that are refused here, by each of their usual names: why.
 GLOBAL_STATE = "draws its noise from the process's global random state, so its pixels would depend on batch mates and order"
+NOT_THERE = "is not in diffusers, or not with the steps that its name promises elsewhere, so its pixels would be another sampler's"
 REFUSED: dict[str, tuple[str, str]] = {
+    "sasolver": ("was not compared with diffusers' own pipeline here", "dpm++2m-sde"),
+    "dpm++ 2s a": (NOT_THERE, "dpm++2s"),
+    "dpm++ 2s a karras": (NOT_THERE, "dpm++2s"),
+    "dpm++ 3m sde": (NOT_THERE, "dpm++2m-sde"),
+    "dpm++ 3m sde karras": (NOT_THERE, "dpm++2m-sde-karras"),
+    "dpm fast": (NOT_THERE, "dpm"),
+    "dpm adaptive": (NOT_THERE, "dpm"),
+    "restart": (NOT_THERE, "heun"),
     "dpmsolversde": (GLOBAL_STATE, "dpm++sde"),
     "flow-heun": ("fails in diffusers for every flow model tried", "flow-euler"),
     "flow-lcm": (GLOBAL_STATE, "flow-euler"),
@@ -111,7 +120,7 @@ def find_sampler(name: str | int, kind: Kind, refused: Mapping[str, str] = NOTHI
     if found := _BY_SPELLING.get(_spelling(name)):
         return _legal(found, kind, refused)
     if inexact := {_spelling(word): reason for word, reason in REFUSED.items()}.get(_spelling(name)):
-        raise InvalidInput(f"sampler {name!r} {inexact[0]}; the nearest that does not: {_nearest(inexact[1], kind, refused)!r}")
+        raise InvalidInput(f"sampler {name!r} {inexact[0]}; the nearest legal one: {_nearest(inexact[1], kind, refused)!r}")
     legal = [spelling for spelling, sampler in _BY_SPELLING.items() if sampler.kind == kind and sampler.name not in refused]
     close = difflib.get_close_matches(_spelling(name), legal, n=1, cutoff=0.4)
     hint = f"; did you mean {_BY_SPELLING[close[0]].name!r}?" if close else ""

@@ -93,7 +93,18 @@ def test_the_profile_names_weights_versions_and_flags() -> None:
     profile = load_model(SHAPES, Workers(batch_size=2)).profile()
     assert profile["deterministic_algorithms"] is True
     assert len(profile["weights"]["vae/diffusion_pytorch_model.safetensors"]) == 64
-    assert {"torch", "diffusers", "transformers", "threads", "cpu_capability", "dtype", "text_length"} <= set(profile)
+    assert {
+        "torch",
+        "diffusers",
+        "transformers",
+        "tokenizers",
+        "numpy",
+        "scipy",
+        "threads",
+        "cpu_capability",
+        "dtype",
+        "text_length",
+    } <= set(profile)
 
 
 def test_a_lease_carries_its_own_rows_only(write_manifest: Callable[..., Path], write_job: Callable[..., Path]) -> None:

@@ -112,7 +112,17 @@ def test_the_nearest_legal_sampler_is_the_one_that_people_would_expect() -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("DPMSolverSDE", "global random state"), ("flow_lcm", "global random state"), ("Flow Heun", "fails")]
+    ("name", "reason"),
+    [
+        ("DPMSolverSDE", "global random state"),
+        ("flow_lcm", "global random state"),
+        ("Flow Heun", "fails"),
+        ("DPM++ 2S a Karras", "not in diffusers"),
+        ("DPM++ 3M SDE", "not in diffusers"),
+        ("DPM adaptive", "not in diffusers"),
+        ("Restart", "not in diffusers"),
+        ("SASolver", "not compared"),
+    ],
 )
 def test_samplers_of_diffusers_that_are_not_exact_are_refused_with_the_reason(name: str, reason: str) -> None:
     for kind in ("diffusion", "flow"):

@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Callable
 from functools import wraps
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -81,14 +82,13 @@ def describe_profile(info: ModelInfo, workers: Workers, device: str) -> dict[str
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
+        **{name: version(name) for name in ("diffusers", "transformers", "tokenizers", "numpy", "scipy")},  # LMS integrates with scipy
     }
 
 
 def _decides_pixels(name: str) -> bool:
     """Variables by which kernels are chosen; how many threads they use is said elsewhere."""
-    chosen = ("ONEDNN_", "DNNL_", "MKL_", "ATEN_", "CUBLAS_WORKSPACE_CONFIG", "DIFFUSERS_ATTN_BACKEND")
+    chosen = ("ONEDNN_", "DNNL_", "MKL_", "ATEN_", "CUBLAS_WORKSPACE_CONFIG", "DIFFUSERS_ATTN_BACKEND", "NVIDIA_TF32_OVERRIDE")
     return name.startswith(chosen) and not name.endswith("_NUM_THREADS")
 
 
