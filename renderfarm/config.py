@@ -102,8 +102,9 @@ class Workers(Strict):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one, else cpu."""
     threads: Annotated[int, Field(ge=1, le=2)] = 1
-    """Torch threads per worker on a CPU, 1 or 2; part of the render profile. From 3 on, torch may cut a batch in the
-    middle of a vector register, and a sample's pixels would depend on its slot: use more workers instead."""
+    """Torch threads per worker on a CPU, 1 or 2; part of the render profile. 2 need an even batch_size, so that no sample
+    is cut in two; from 3 on, torch may cut a batch in the middle of a vector register. In both cases a sample's pixels
+    would depend on its slot: use more workers instead."""
 
     other_profiles: Literal["refuse", "record"] = "refuse"
     """A worker whose render profile is not the output's (another CPU, another version) would render other bits. refuse:
@@ -113,6 +114,15 @@ class Workers(Strict):
     def _ordered(self) -> Workers:
         if self.min > self.max:
             raise ValueError(f"workers.min ({self.min}) is larger than workers.max ({self.max})")
+        return self
+
+    @model_validator(mode="after")
+    def _no_sample_is_cut(self) -> Workers:
+        if (size := fixed_batch_size(self)) > 1 and size % self.threads:
+            raise ValueError(
+                f"workers.threads {self.threads} cannot share a batch_size of {size} evenly: a sample cut in two gets pixels "
+                f"that depend on its slot; use batch_size {size + 1}, or threads 1 and more workers"
+            )
         return self
 
 

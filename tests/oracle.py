@@ -142,7 +142,7 @@ class Model:
     def reference(self, wanted: Sample) -> np.ndarray:
         """Image 0 of diffusers' pipeline called with B copies of the row."""
         if wanted not in self.known:
-            self.known[wanted] = reference(self.pipe, wanted)
+            self.known[wanted] = reference(self.pipe, wanted, self.batch_size)
         return self.known[wanted]
 
 
@@ -156,14 +156,14 @@ def plain_pipeline(class_: Any, folder: Any, dtype: str = "float32", threads: in
     return pipe
 
 
-def reference(pipe: Any, wanted: Sample) -> np.ndarray:
+def reference(pipe: Any, wanted: Sample, batch_size: int = B) -> np.ndarray:
     """Image 0 of diffusers' pipeline called with B copies of the row."""
     kind, changes = (REFERENCE | FLOW_REFERENCE)[wanted.sampler]
     if changes.get("use_flow_sigmas"):
         changes = {**changes, "flow_shift": pipe.original_config["shift"]}
     pipe.scheduler = kind.from_config(pipe.original_config, **changes)
     texts = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
-    arguments = {name: [getattr(wanted, name)] * B for name in texts if getattr(wanted, name) is not None}
+    arguments = {name: [getattr(wanted, name)] * batch_size for name in texts if getattr(wanted, name) is not None}
     if wanted.true_cfg_scale is not None:
         arguments["true_cfg_scale"] = wanted.true_cfg_scale
     images = pipe(
@@ -172,7 +172,7 @@ def reference(pipe: Any, wanted: Sample) -> np.ndarray:
         width=wanted.width,
         num_inference_steps=wanted.num_inference_steps,
         guidance_scale=wanted.guidance_scale,
-        generator=[torch.Generator("cpu").manual_seed(wanted.seed) for _ in range(B)],
+        generator=[torch.Generator("cpu").manual_seed(wanted.seed) for _ in range(batch_size)],
     ).images
     return np.asarray(images[0])
 

@@ -24,7 +24,7 @@ import torch
 from checker import image_rows
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from oracle import DTYPES, LEGAL, B, Model
+from oracle import DTYPES, LEGAL, Model
 
 from renderfarm import commit
 from renderfarm.config import Job, ModelSpec
@@ -91,7 +91,7 @@ def render(one: Model, rows: dict[str, Row], workers: int, part_rows: int, order
         pq.write_table(pa.table({"id": list(rows), **columns}), f"{folder}/m.parquet")
         job = {
             "name": "t", "manifest": f"{folder}/m.parquet", "model": str(one.folder), "seed": 5,
-            "workers": {"batch_size": B, "dtype": one.dtype, "threads": one.threads},
+            "workers": {"batch_size": one.batch_size, "dtype": one.dtype, "threads": one.threads},
             "output": {"path": f"{folder}/out", "part_rows": part_rows},
         }  # fmt: skip
         prepared = prepare(Job.model_validate(job))
@@ -150,4 +150,4 @@ def test_rows_of_shapes_keep_their_pixels_whatever_happens_around_them() -> None
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_rows_of_every_family_keep_their_pixels(name: str, dtype: str, threads: int, tiny_model: Callable[[str], Path]) -> None:
-    keeps_their_pixels(Model(name, tiny_model(name), dtype, threads), examples=2)
+    keeps_their_pixels(Model(name, tiny_model(name), dtype, threads, batch_size=2 + threads), examples=2)

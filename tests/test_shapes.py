@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -164,6 +167,20 @@ def test_a_share_of_nothing_is_null_in_json() -> None:
     tree = json.loads(json.dumps(evaluation.as_json(nothing), allow_nan=False))
     assert tree["one"] == {"prompts": 0, "colour": None, "background": None, "shape": None, "place": None, "all": None}
     assert "–" in evaluation.format_table(nothing)
+
+
+def test_the_training_runs_from_nothing_to_a_pipeline_that_paints(tmp_path: Path) -> None:
+    """A few steps of each stage, uncompiled; what comes out is as large as what is shipped, and renders."""
+    steps = ("--vae-steps", "2", "--decoder-steps", "2", "--unet-steps", "2", "--pool", "64", "--threads", "1")
+    command = [sys.executable, "-m", "renderfarm.shapes.train", "--work", f"{tmp_path}/work", "--out", f"{tmp_path}/model", *steps]
+    ended = subprocess.run(command, env={**os.environ, "TORCHDYNAMO_DISABLE": "1"}, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr
+    pipe, shipped = (evaluation.load_pipeline(folder) for folder in (tmp_path / "model", MODEL))
+    for part in ("vae", "text_encoder", "unet"):
+        mine, its = ({name: w.shape for name, w in getattr(p, part).state_dict().items()} for p in (pipe, shipped))
+        assert mine == its, part
+    (image,) = pipe("a red circle", num_inference_steps=2).images
+    assert image.size == (64, 64)
 
 
 def test_the_shipped_model_obeys_prompts_that_training_never_showed() -> None:

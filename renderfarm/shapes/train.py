@@ -1,12 +1,13 @@
 """Train `builtin:shapes` from scratch: tokenizer, autoencoder, text encoder and UNet, on drawn scenes.
 
     python -m renderfarm.shapes.train --work /tmp/shapes --out renderfarm/shapes/model
-    python -m renderfarm.shapes.train --work /tmp/shapes --out renderfarm/shapes/model --autoencoder renderfarm/shapes/model
+    python -m renderfarm.shapes.train --work /tmp/shapes --out renderfarm/shapes/model --start renderfarm/shapes/model
 
-The second form takes the autoencoder of a finished model.
+The second form goes on from a finished model with the last cycle and the decoder.
 
 Each stage leaves a file in the work folder and is skipped when that file is there, so an interrupted training goes
-on. Needs a C++ compiler (torch.compile). Give it the machine: another busy process doubles the time of a step.
+on. About two and a half hours on two CPU cores with AVX-512 bf16 that do nothing else; needs a C++ compiler
+(torch.compile).
 """
 
 from __future__ import annotations
@@ -32,9 +33,14 @@ from renderfarm.shapes.scenes import SIZE_PX, caption, draw, random_scene
 
 TEXT_LENGTH = 77
 # Stable Diffusion's own schedule never hides a plain background: at its last timestep sqrt(alpha_bar) is 0.068, and the
-# mean of 16×16 latents shows it through the noise, so a model reads it there and not from the text. This one ends in
-# noise (0.006), and the model predicts v, which at that end is the picture itself.
-NOISE = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "v_prediction"}
+# mean of 16×16 latents shows it through the noise, so the model reads it there and not from the text. The other one
+# ends in noise (0.006), and the model predicts v, which at that end is the picture itself.
+EPSILON = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
+VELOCITY = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "v_prediction"}
+# (noise schedule, steps, highest learning rate), one after the other: how the shipped weights came to be. Shapes learnt
+# with the first schedule served for the second, so a training anew could leave the first cycle out. The last cycle draws
+# faint and small objects oftener (`scene_weights`).
+CYCLES = ((EPSILON, 7000, 1.2e-3), (VELOCITY, 1800, 8e-4), (VELOCITY, 6000, 3e-4))
 
 
 def make_tokenizer() -> CLIPTokenizer:
@@ -88,18 +94,14 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_unet() -> UNet2DConditionModel:
-    """Text is heard at 8×8 and 4×4, where colour and place are decided; attention at 16×16 would double the time.
-
-    Widths are multiples of 32, as vectors on a CPU want them for a sample to be the same at any place in a batch.
-    """
     return UNet2DConditionModel(
         sample_size=SIZE_PX // 4,
         in_channels=4,
         out_channels=4,
-        block_out_channels=(64, 96, 96),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=(2, 1, 1),
+        block_out_channels=(64, 128),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
         cross_attention_dim=96,
         attention_head_dim=4,
         norm_num_groups=16,
@@ -200,18 +202,7 @@ def scene_weights(latents: torch.Tensor) -> torch.Tensor:
     """
     background = latents.flatten(2).median(dim=-1).values[..., None, None]
     energy = ((latents - background) ** 2).mean(dim=(1, 2, 3)) - 0.05  # a plain background has 0.05
-    return (energy.median() / energy.clamp(min=1e-3)).sqrt().clamp(0.5, 4.0)
-
-
-def draw_timesteps(count: int, generator: torch.Generator) -> torch.Tensor:
-    """Timesteps 0..999, most of them where noise hides the picture in part: there colour, place and shape are decided.
-
-    Three quarters are logit-normal, as in Stable Diffusion 3 (https://arxiv.org/abs/2403.03206, section 3.1), with the
-    middle moved towards noise; the rest is uniform, so that no timestep stays unknown.
-    """
-    middle = torch.sigmoid(0.5 + torch.randn(count, generator=generator))
-    uniform = torch.rand(count, generator=generator)
-    return (torch.where(torch.rand(count, generator=generator) < 0.75, middle, uniform) * 1000).long().clamp(max=999)
+    return (energy.median() / energy.clamp(min=1e-3)).clamp(0.3, 8.0)
 
 
 def train_unet(
@@ -222,20 +213,21 @@ def train_unet(
     tokens: torch.Tensor,
     empty: torch.Tensor,
     checkpoint: Path,
+    noise_options: dict[str, Any],
     steps: int,
+    max_lr: float,
     batch: int = 32,
-    max_lr: float = 1e-3,
 ) -> None:
     """A tenth of the captions is dropped for guidance; the averaged weights are left in the models."""
-    noise_schedule = DDPMScheduler(num_train_timesteps=1000, **NOISE)
+    noise_schedule = DDPMScheduler(num_train_timesteps=1000, **noise_options)
     # The backward pass of fused attention is slow on CPUs; with plain products and compiled, a step takes half as long.
     unet.set_attn_processor(AttnProcessor())
     text_encoder.set_attn_implementation("eager")
     denoise: Any = torch.compile(unet)
     live = torch.nn.ModuleList([unet, text_encoder])
     average = copy.deepcopy(live)
-    optimizer = torch.optim.AdamW(live.parameters(), lr=max_lr, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=max_lr, total_steps=steps, pct_start=0.05)
+    optimizer = torch.optim.AdamW(live.parameters(), lr=max_lr, weight_decay=1e-2, betas=(0.9, 0.98), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=max_lr, total_steps=steps, pct_start=0.08)
     generator, start, first, losses = torch.Generator().manual_seed(2), time.time(), 0, []
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
@@ -248,11 +240,12 @@ def train_unet(
         x, ids = latents[pick].float(), tokens[pick].clone()
         ids[torch.rand(batch, generator=generator) < 0.1] = empty
         noise = torch.randn(x.shape, generator=generator)
-        t = draw_timesteps(batch, generator)
+        t = torch.randint(1000, (batch,), generator=generator)
         with bf16():
             text = text_encoder(ids)[0]
             predicted = denoise(noise_schedule.add_noise(x, noise, t), t, text, return_dict=False)[0]
-        loss = F.mse_loss(predicted.float(), noise_schedule.get_velocity(x, noise, t))
+        wanted = noise if noise_options["prediction_type"] == "epsilon" else noise_schedule.get_velocity(x, noise, t)
+        loss = F.mse_loss(predicted.float(), wanted)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(live.parameters(), 1.0)
@@ -273,13 +266,13 @@ def train_unet(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for the stages' results")
     parser.add_argument("--out", type=Path, required=True, help="where the finished model goes")
-    parser.add_argument("--autoencoder", type=Path, metavar="MODEL", help="a finished model whose autoencoder to take")
+    parser.add_argument("--start", type=Path, help="a finished model to go on from")
     parser.add_argument("--vae-steps", type=int, default=2500)
     parser.add_argument("--decoder-steps", type=int, default=2000)
-    parser.add_argument("--unet-steps", type=int, default=21_000)
+    parser.add_argument("--unet-steps", type=int, help="steps of each cycle, for a trial (default: the cycle's own)")
     parser.add_argument("--pool", type=int, default=80_000, help="scenes drawn for the UNet")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -287,33 +280,41 @@ def main() -> None:
     torch.manual_seed(0)
     args.work.mkdir(parents=True, exist_ok=True)
 
-    tokenizer, vae, pixels = make_tokenizer(), make_vae().to(memory_format=torch.channels_last), None
-    vae_file, pool_file, decoder_file = (args.work / name for name in ("vae.pt", "pool.pt", "decoder.pt"))
-    if args.autoencoder:
-        vae.load_state_dict(AutoencoderKL.from_pretrained(args.autoencoder / "vae", dtype=torch.float32).state_dict())
-    else:
-        if not vae_file.exists():
-            train_vae(vae, draw_pool(12_000, seed=1)[0], args.vae_steps)
-            torch.save(vae.state_dict(), vae_file)
-        vae.load_state_dict(torch.load(vae_file, weights_only=True))
+    tokenizer, vae = make_tokenizer(), make_vae().to(memory_format=torch.channels_last)
+    text_encoder, unet, cycles = make_text_encoder(tokenizer), make_unet(), list(CYCLES)
+    if args.start:
+        finished = StableDiffusionPipeline.from_pretrained(args.start, dtype=torch.float32, safety_checker=None)
+        for mine, its in ((vae, finished.vae), (text_encoder, finished.text_encoder), (unet, finished.unet)):
+            mine.load_state_dict(its.state_dict())
+        cycles = cycles[-1:]
+    vae_file, pool_file = args.work / "vae.pt", args.work / "pool.pt"
+    if not vae_file.exists():
+        if not args.start:
+            train_vae(vae, draw_pool(min(args.pool, 12_000), seed=1)[0], args.vae_steps)
+        torch.save(vae.state_dict(), vae_file)
+    vae.load_state_dict(torch.load(vae_file, weights_only=True))
+    pixels, captions = draw_pool(args.pool, seed=2)
     if not pool_file.exists():
-        pixels, captions = draw_pool(args.pool, seed=2)
         torch.save({"latents": encode_pool(vae, pixels), "captions": captions}, pool_file)
     pool = torch.load(pool_file, weights_only=True)
-    if not args.autoencoder:
-        if not decoder_file.exists():
-            pixels = draw_pool(args.pool, seed=2)[0] if pixels is None else pixels
-            tune_decoder(vae, pixels, pool["latents"].float(), args.decoder_steps)
-            torch.save(vae.state_dict(), decoder_file)
-        vae.load_state_dict(torch.load(decoder_file, weights_only=True))
-
     scale = 1.0 / pool["latents"].float().std().item()
     vae.register_to_config(scaling_factor=scale)
-    text_encoder, unet = make_text_encoder(tokenizer), make_unet().to(memory_format=torch.channels_last)
-    tokens, latents = tokenize(tokenizer, pool["captions"]), pool["latents"].float() * scale
+    print(f"scaling factor {scale:.4f}", flush=True)
+
+    unet.to(memory_format=torch.channels_last)
+    tokens = tokenize(tokenizer, pool["captions"])
     empty = tokenize(tokenizer, [""])[0]
-    train_unet(unet, text_encoder, latents, scene_weights(latents), tokens, empty, args.work / "unet.pt", args.unet_steps)
-    scheduler = EulerDiscreteScheduler(**NOISE, timestep_spacing="leading", steps_offset=1)
+    latents = pool["latents"].float() * scale
+    for number, (noise_options, steps, max_lr) in enumerate(cycles, start=len(CYCLES) - len(cycles) + 1):
+        checkpoint = args.work / f"cycle{number}.pt"
+        weights = scene_weights(latents) if number == len(CYCLES) else torch.ones(len(latents))
+        train_unet(unet, text_encoder, latents, weights, tokens, empty, checkpoint, noise_options, args.unet_steps or steps, max_lr)
+    decoder_file = args.work / "decoder.pt"
+    if not decoder_file.exists():
+        tune_decoder(vae, pixels, pool["latents"].float(), args.decoder_steps)
+        torch.save(vae.state_dict(), decoder_file)
+    vae.load_state_dict(torch.load(decoder_file, weights_only=True))
+    scheduler = EulerDiscreteScheduler(**VELOCITY, timestep_spacing="leading", steps_offset=1)
     pipeline = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
