@@ -194,3 +194,10 @@ def test_the_shipped_model_obeys_prompts_that_training_never_showed() -> None:
     assert result.one.colour >= 0.88
     assert result.one.background >= 0.98
     assert result.one.shape >= 0.84
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_samplers_that_clip_unless_told_not_to_paint_the_right_colour(sampler: str) -> None:
+    torch.set_num_threads(2)
+    result = evaluation.evaluate(evaluation.load_pipeline(MODEL), one=16, two=0, sampler=sampler)
+    assert result.one.colour >= 0.8, "with clipped latents: 4 % with DDIM, 41 % with DDPM"

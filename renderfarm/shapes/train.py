@@ -314,7 +314,9 @@ def main() -> None:
         tune_decoder(vae, pixels, pool["latents"].float(), args.decoder_steps)
         torch.save(vae.state_dict(), decoder_file)
     vae.load_state_dict(torch.load(decoder_file, weights_only=True))
-    scheduler = EulerDiscreteScheduler(**VELOCITY, timestep_spacing="leading", steps_offset=1)
+    # Euler does not clip, but DDPM and DDIM do unless they are told not to, and latents are not between -1 and 1
+    options = {**VELOCITY, "timestep_spacing": "leading", "steps_offset": 1, "clip_sample": False}
+    scheduler = EulerDiscreteScheduler.from_config(options)
     pipeline = StableDiffusionPipeline(
         vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
         requires_safety_checker=False,
