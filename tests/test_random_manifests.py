@@ -31,7 +31,7 @@ from renderfarm.config import Job, ModelSpec
 from renderfarm.models.catalog import describe
 from renderfarm.plan import leases
 from renderfarm.preparation import prepare
-from renderfarm.records import SampleKey
+from renderfarm.records import Lease, SampleKey
 from renderfarm.rerender import sample_of
 from renderfarm.samplers import SAMPLERS
 from renderfarm.worker import LEASES_IN_FLIGHT, Worker, WorkerSpec
@@ -96,21 +96,29 @@ def render(one: Model, rows: dict[str, Row], workers: int, part_rows: int, order
         }  # fmt: skip
         prepared = prepare(Job.model_validate(job))
         commit.freeze_job(prepared.store, prepared.frozen())
-        pool = [Worker(WorkerSpec(f"w{k}", prepared.job, prepared.model, prepared.usual)) for k in range(workers)]
-        for worker in pool:
-            worker.ready()
-        grid = prepared.grid_of(part_rows)
-        todo = [(order.choice(pool), lease) for lease in leases(prepared.manifest, grid, lambda index: False)]
+        todo = list(leases(prepared.manifest, prepared.grid_of(part_rows), lambda index: False))
         order.shuffle(todo)
-        with ThreadPoolExecutor(workers * LEASES_IN_FLIGHT) as threads:
-            list(threads.map(lambda pair: pair[0].render(pair[1]), todo))
-        for worker in pool:
-            worker.close()
+        shares: list[list[Lease]] = [[] for _ in range(workers)]
+        for lease in todo:
+            order.choice(shares).append(lease)
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(lambda k: work(WorkerSpec(f"w{k}", prepared.job, prepared.model, prepared.usual), shares[k]), range(workers)))
         return {(record["row_id"], record["image_index"]): record for record in image_rows(Path(folder) / "out")}
 
 
+def work(spec: WorkerSpec, share: list[Lease]) -> None:
+    """One worker's leases in their order, as many at a time as an engine lets it hold."""
+    worker = Worker(spec)
+    try:
+        worker.ready()
+        with ThreadPoolExecutor(LEASES_IN_FLIGHT) as threads:
+            list(threads.map(worker.render, share))
+    finally:
+        worker.close()
+
+
 def keeps_their_pixels(one: Model, examples: int) -> None:
-    """Random, and the same each time: the seed is the case's own."""
+    """Random, and drawn the same each time (the seed is the case's own); which thread is first is left to the machine."""
 
     @seed(zlib.crc32(f"{one.name} {one.dtype} {one.threads}".encode()))
     @settings(max_examples=examples, database=None, suppress_health_check=list(HealthCheck))
