@@ -2,14 +2,18 @@
 
     submit(samples) ─▶ queue per slot group ─▶ [ slot 0 | slot 1 | … | slot B-1 ] ─▶ decode ─▶ future
 
-One thread, started here, does all work on the model, because a second torch thread slows the first. Steps,
-samplers, guidance and seeds mix in a batch; only the slot group (size, guidance on or off) separates. The group with
-the most work goes first, so that partial batches wait for mates from later leases and filler comes only when nothing
-else is left to do.
+One thread, started here, does all work on the model, because a second torch thread slows the first. Loops in one
+process take turns, a model's loading or one step each: loading changes what torch gives every thread (the default
+dtype, how modules are made), so a model that computed meanwhile would give other pixels.
+
+Steps, samplers, guidance and seeds mix in a batch; only the slot group (size, guidance on or off) separates. The group
+with the most work goes first, so that partial batches wait for mates from later leases and filler comes only when
+nothing else is left to do.
 """
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections import OrderedDict, deque
@@ -25,6 +29,28 @@ from renderfarm.models.base import Counted, SlotModel
 from renderfarm.records import Sample
 
 NOT_COUNTED = Counted(0)
+
+
+class _Turns:
+    """A lock that is fair: threads have it in the order in which they asked."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._tickets = itertools.count()
+        self._now = 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            mine = next(self._tickets)
+            self._changed.wait_for(lambda: self._now == mine)
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._now += 1
+            self._changed.notify_all()
+
+
+_TURNS = _Turns()
 
 
 @dataclass(frozen=True)
@@ -89,7 +115,8 @@ class SlotLoop:
 
     def _run(self, load: Callable[[], SlotModel]) -> None:
         try:
-            self._model = load()
+            with _TURNS:
+                self._model = load()
         except BaseException as error:  # whatever loading raises belongs to whoever waits for the model
             self.ready.set_exception(error)
             return
@@ -98,7 +125,8 @@ class SlotLoop:
         while open_ or self._groups:
             open_ = self._take_in(open_)
             if self._groups:
-                self._advance()
+                with _TURNS:
+                    self._advance()
 
     def _take_in(self, open_: bool) -> bool:
         """Move new jobs into their groups; wait for some only if there is nothing else to do."""

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import CLASSES, DTYPES, LEGAL, B, Model, row
+from oracle import CLASSES, DTYPES, LEGAL, B, Model, pixels, row
 
 from renderfarm.config import Workers
 from renderfarm.models.common import initial_noise
 from renderfarm.models.load import load_model
 from renderfarm.records import Sample
 from renderfarm.samplers import SAMPLERS
+from renderfarm.slots import SlotLoop
 
 Models = Callable[..., Model]
 
@@ -98,6 +99,23 @@ def test_random_numbers_drawn_by_others_between_the_steps_move_no_pixel(name: st
     assert calls > 3
     for a, b in zip(quiet, disturbed, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["lcm", "flux-dev"])
+def test_a_model_that_is_loaded_beside_the_rendering_moves_no_pixel(name: str, model: Models) -> None:
+    """Loading sets torch's default dtype for the whole process, and each model's tensors are made with it."""
+    one, rows = model(name, "bfloat16"), mixed_rows(name)
+    quiet = one.render(rows)
+    futures = [future for _ in range(4) for future in one.loop.submit(rows)]
+    loaded = 0
+    while not all(future.done() for future in futures):
+        beside = SlotLoop(lambda: load_model(one.info, one.workers))
+        beside.ready.result(timeout=60)
+        beside.close()
+        loaded += 1
+    assert loaded > 1
+    for place, ours in enumerate(pixels(futures)):
+        np.testing.assert_array_equal(ours, quiet[place % len(rows)], err_msg=str(rows[place % len(rows)]))
 
 
 @pytest.mark.parametrize("name", ["sd", "lcm", "sdxl", "sd3", "flux-dev"])

@@ -47,6 +47,7 @@ def prepare_torch(workers: Workers) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         raise Fatal("workers.device is cuda, but torch finds no GPU here (or is built without CUDA); use device: auto or cpu")
     torch.set_num_threads(workers.threads)
+    torch.set_default_dtype(torch.float32)  # tables of timesteps and sigmas are made with it
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
