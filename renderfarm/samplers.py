@@ -38,7 +38,7 @@ class Sampler:
 
 _FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 _FLOW_DPM = {**_FLOW, "algorithm_type": "dpmsolver++"}
-_KARRAS = {"use_karras_sigmas": True}
+_KARRAS = {"use_karras_sigmas": True, "use_exponential_sigmas": False, "use_beta_sigmas": False}  # instead of the model's own
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
 _TABLE = (
     Sampler("ddpm", "DDPMScheduler", draws=True),

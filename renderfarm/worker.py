@@ -25,7 +25,7 @@ from renderfarm.manifest import EXTRA, ROW
 from renderfarm.models.base import SlotModel
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.load import load_model
-from renderfarm.models.measure import best_batch_size, seconds_per_image
+from renderfarm.models.measure import best_batch_size, check_places, seconds_per_image
 from renderfarm.records import Lease, Part, PartReceipt, Receipt, RowError, Sample, SampleKey, WorkerReady
 from renderfarm.samples import Usual, expand_rows, row_error
 from renderfarm.schema import ARGUMENT_COLUMNS, ERROR_COLUMNS, IMAGE_COLUMNS, output_name
@@ -80,6 +80,7 @@ class Worker:
             best_batch_size(model, self.spec.usual.sample)
         if self.job.output.part_rows == "auto" and not self.store.exists(commit.GRID):
             self.seconds_per_image = seconds_per_image(model, self.spec.usual.sample)
+        check_places(model, self.spec.usual.sample)
         return model
 
     def render(self, lease: Lease) -> Receipt:

@@ -14,8 +14,10 @@ import torch
 from oracle import CLASSES, DTYPES, LEGAL, B, Model, pixels, row
 
 from renderfarm.config import Workers
+from renderfarm.errors import Fatal
 from renderfarm.models.common import initial_noise
 from renderfarm.models.load import load_model
+from renderfarm.models.measure import check_places
 from renderfarm.records import Sample
 from renderfarm.samplers import SAMPLERS
 from renderfarm.slots import SlotLoop
@@ -77,6 +79,24 @@ def test_order_and_mates_move_no_pixel(name: str, model: Models) -> None:
         np.testing.assert_array_equal(a, b)
     for a, b in zip(first[::4], one.render(rows[::4]), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_denoiser_that_tells_places_apart_by_a_bit_is_found_out(name: str, dtype: str, model: Models) -> None:
+    one, wanted = model(name, dtype), mixed_rows(name)[1]
+    torch.set_num_threads(1)  # of this thread: it is not the one that the slot loop renders in
+    check_places(one.adapter, wanted)
+
+    def disturb(_: Any, __: Any, outputs: Any) -> None:
+        outputs[0][-1].view(-1)[5] = torch.nextafter(outputs[0][-1].view(-1)[5], torch.tensor(torch.inf, dtype=outputs[0].dtype))
+
+    handle = one.denoiser.register_forward_hook(disturb)
+    try:
+        with pytest.raises(Fatal, match=r"other bits at 1 of 3 places .*set another workers.batch_size"):
+            check_places(one.adapter, wanted)
+    finally:
+        handle.remove()
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -105,6 +105,15 @@ def test_what_cannot_be_shown_or_does_not_fit_is_no_failure(write_manifest: Writ
     assert seconds_per_image(device, wanted) is None
 
 
+def test_a_worker_on_whose_device_places_differ_renders_nothing(
+    write_manifest: Write, write_job: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Fake, "places_that_differ", lambda model, sample: [2, 3])
+    with pytest.raises(Fatal, match=r"other bits at 2 of \d+ places of its batch \(at 64×64 pixels on this device\)"):
+        renderfarm.run(write_job(write_manifest()), engine="inline")
+    assert not list(tmp_path.glob("out/**/*.png"))
+
+
 @pytest.mark.parametrize(
     ("columns", "render", "expected"),
     [

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from renderfarm.errors import InvalidInput
-from renderfarm.samplers import DIFFUSIONDB_CODES, SAMPLERS, Kind, find_sampler
+from renderfarm.models.catalog import refused_by_configuration
+from renderfarm.samplers import DIFFUSIONDB_CODES, SAMPLERS, Kind, find_sampler, make_scheduler
 
 WORDS = [(word, sampler.name) for sampler in SAMPLERS.values() for word in (sampler.name, *sampler.aliases)]
 
@@ -23,6 +26,35 @@ def plain(word: str) -> str:
 def test_every_name_and_alias_finds_its_sampler_in_any_spelling(word: str, name: str) -> None:
     for spelling in (word, word.upper(), word.replace("_", " "), word.replace("-", "_"), f" {word} ", word.replace("dpm++", "dpmpp")):
         assert find_sampler(spelling, SAMPLERS[name].kind).name == name, spelling
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"prediction_type": "epsilon"},
+        {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+        {"prediction_type": "sample"},
+        {"use_karras_sigmas": True},
+        {"use_exponential_sigmas": True},
+        {"use_beta_sigmas": True},
+    ],
+    ids=str,
+)
+def test_a_sampler_runs_under_a_models_own_scheduler_configuration_or_is_refused(own: dict[str, Any]) -> None:
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, **own}
+    refused = refused_by_configuration("StableDiffusionPipeline", config)
+    failed = set()
+    for name in (name for name, sampler in SAMPLERS.items() if sampler.kind == "diffusion"):
+        scheduler = make_scheduler(name, config)
+        scheduler.set_timesteps(5)
+        latents = torch.ones(1, 4, 2, 2) * scheduler.init_noise_sigma
+        try:
+            for t in scheduler.timesteps:
+                latents = scheduler.step(scheduler.scale_model_input(latents, t) / 2, t, latents, return_dict=False)[0]
+        except (NotImplementedError, ValueError):
+            failed.add(name)
+        assert torch.isfinite(latents).all()
+    assert failed == set(refused)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)

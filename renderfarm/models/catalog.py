@@ -175,7 +175,7 @@ def describe(spec: ModelSpec) -> ModelInfo:
         sampler=_default_sampler(index, family.kind),
         arguments=family.arguments - _unread(denoiser, index),
         safety_checker=spec.safety_checker,
-        refused_samplers={**family.refused_samplers, **_refused_by_configuration(class_name, scheduler)},
+        refused_samplers={**family.refused_samplers, **refused_by_configuration(class_name, scheduler)},
     )
 
 
@@ -203,9 +203,12 @@ def _unread(denoiser: Config, index: Config) -> frozenset[str]:
     return unread
 
 
-def _refused_by_configuration(class_name: str, scheduler: Config) -> dict[str, str]:
-    """Flow samplers that the model's scheduler configuration makes inexact or impossible."""
-    refused = {}
+def refused_by_configuration(class_name: str, scheduler: Config) -> dict[str, str]:
+    """Samplers that the model's scheduler configuration makes inexact or impossible."""
+    refused: dict[str, str] = {}
+    if scheduler.get("prediction_type") == "sample":
+        reason = "its denoiser predicts the picture itself (prediction_type: sample), which diffusers' scheduler does not take"
+        refused |= dict.fromkeys(("pndm", "euler-a", "dpm2", "dpm2-karras", "dpm2-a", "dpm2-a-karras"), reason)
     if scheduler.get("stochastic_sampling"):
         refused["flow-euler"] = "its scheduler configuration says stochastic_sampling, which " + GLOBAL_STATE
     dynamic = scheduler.get("use_dynamic_shifting", False)

@@ -74,6 +74,9 @@ class Fake:
                 raise RuntimeError("scripted: something broke")
         return [state.steps_left == 0 for state in states]
 
+    def places_that_differ(self, sample: Sample) -> list[int]:
+        return []
+
     def decode(self, state: State) -> np.ndarray:
         sample = state.sample
         if "[nan]" in sample.prompt:

@@ -1,5 +1,6 @@
-"""What the first worker measures on its device: the B that gives most images per second (`batch_size: auto`), and how
-long an image takes (`part_rows: auto`). Both are found once and then kept."""
+"""What a worker finds out on its device before its first lease: whether a sample's place in the batch decides its pixels,
+and, if it is the first, the B that gives most images per second (`batch_size: auto`) and how long an image takes
+(`part_rows: auto`). The last two are found once and then kept."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from renderfarm.errors import OutOfMemory, RenderfarmError
+from renderfarm.errors import Fatal, OutOfMemory, RenderfarmError
 from renderfarm.models.base import SlotModel
 from renderfarm.records import Sample
 
@@ -16,6 +17,24 @@ CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
 WORTH_IT = 1.05  # a larger B must give 5 % more: it takes memory, and more of it is filler where rows are few
 WARM_UP, MEASURED = 1, 2  # denoiser calls
 TOO_MUCH = (OutOfMemory, RuntimeError)  # torch reports some kinds of too much as a bare RuntimeError
+
+
+def check_places(model: SlotModel, sample: Sample) -> None:
+    """Raise Fatal where a denoiser call gives a sample other bits at another place in the batch.
+
+    It happens where kernels cut a batch in the middle of a sample or of a vector, which depends on B, threads, device
+    and libraries: there no row would keep its pixels.
+    """
+    try:
+        places = model.places_that_differ(sample)
+    except TOO_MUCH:
+        return  # rows that are too large for the device say so themselves
+    if places:
+        raise Fatal(
+            f"the denoiser gives a sample other bits at {len(places)} of {model.batch_size} places of its batch "
+            f"(at {sample.width}×{sample.height} pixels on this device), so rows would not keep their pixels; "
+            "set another workers.batch_size (1 always works), or workers.threads: 1 on a CPU"
+        )
 
 
 def best_batch_size(model: SlotModel, sample: Sample) -> int:

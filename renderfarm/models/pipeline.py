@@ -158,6 +158,13 @@ class SlotPipeline(ABC):
 
     @translated
     @torch.inference_mode()
+    def places_that_differ(self, sample: Sample) -> list[int]:
+        state = self.start(sample, [self.encode_texts([text])[0] for text in self.texts(sample)])
+        parts = [part for part in self._denoise([state] * self.batch_size) if part is not None]
+        return [k for k in range(1, self.batch_size) if not all(torch.equal(part[k], part[0]) for part in parts)]
+
+    @translated
+    @torch.inference_mode()
     def decode(self, state: State) -> np.ndarray:
         vae = self.pipe.vae
         # one image at a time, as vae.enable_slicing() does: a batched VAE in bf16 gives other pixels
