@@ -283,7 +283,7 @@ def models(
 ) -> None:
     """List the model families that can be rendered, and the builtin models."""
     from renderfarm.config import BUILTIN_MODELS
-    from renderfarm.models.catalog import FAMILIES, families_markdown
+    from renderfarm.models.families import FAMILIES, families_markdown
 
     if markdown:
         sys.stdout.write(families_markdown())

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from renderfarm.errors import InvalidInput
 
-Kind = Literal["diffusion", "flow"]
+Kind = Literal["diffusion", "flow", "own"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Sampler:
     """`draws`: takes fresh noise at its steps, from the sample's own generator (ancestral and SDE kinds).
 
     `kind`: what the model must have been trained for, diffusion (noise or v at a timestep) or flow (a velocity at a time
-    between picture and noise). The other kind's samplers run, too, and paint nonsense.
+    between picture and noise). The other kind's samplers run, too, and paint nonsense. own: nobody knows what the model
+    was trained for, and its own scheduler is the only one.
     """
 
     name: str
@@ -71,6 +72,7 @@ _TABLE = (
     Sampler("flow-euler", "FlowMatchEulerDiscreteScheduler", aliases=("flowmatch_euler", "fm_euler"), kind="flow"),
     Sampler("flow-dpm++2m", "DPMSolverMultistepScheduler", _FLOW_DPM, ("flow_dpmpp_2m",), kind="flow"),
     Sampler("flow-unipc", "UniPCMultistepScheduler", _FLOW, kind="flow"),
+    Sampler("default", "the model's own", draws=True, kind="own"),
 )  # fmt: skip
 SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in _TABLE}
 
@@ -128,6 +130,13 @@ def find_sampler(name: str | int, kind: Kind, refused: Mapping[str, str] = NOTHI
 
 
 def _legal(sampler: Sampler, kind: Kind, refused: Mapping[str, str]) -> Sampler:
+    if kind != sampler.kind and "own" in (kind, sampler.kind):
+        reason = (
+            "was not compared for this class of model, which renders with its own scheduler"
+            if kind == "own"
+            else "is for classes of models that are not in the table of families"
+        )
+        raise InvalidInput(f"sampler {sampler.name} {reason}; leave sampler out, or use {_nearest('euler', kind, refused)!r}")
     if sampler.kind != kind:
         raise InvalidInput(
             f"sampler {sampler.name} is for {sampler.kind} models, and this is a {kind} model: it would paint nonsense; "

@@ -55,11 +55,12 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a family's tiny model, by its name in `families.BUILDERS`, built on first use."""
+    """The folder of a family's tiny model, by its name in `BUILDERS`, built on first use."""
+    import call_families
     import families
 
-    root = tmp_path_factory.mktemp("models")
-    return lambda name: families.build(name, root / name)
+    root, builders = tmp_path_factory.mktemp("models"), families.BUILDERS | call_families.BUILDERS
+    return lambda name: families.build(builders[name], root / name)
 
 
 @pytest.fixture(scope="session")

@@ -201,10 +201,10 @@ def save(pipe: Any, folder: Path) -> Path:
     return folder
 
 
-def build(name: str, folder: Path) -> Path:
+def build(builder: Callable[[], Any], folder: Path) -> Path:
     """The folder of that family's model, built on first use."""
     if folder.exists():
         return folder
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return save(BUILDERS[name](), folder)
+        return save(builder(), folder)

@@ -69,6 +69,20 @@ CLASSES = {
     "sd3-dynamic": diffusers.StableDiffusion3Pipeline,
     "flux-dev": diffusers.FluxPipeline,
     "flux-schnell": diffusers.FluxPipeline,
+    "flux2-dev": diffusers.Flux2Pipeline,
+    "flux2-klein": diffusers.Flux2KleinPipeline,
+    "flux2-klein-distilled": diffusers.Flux2KleinPipeline,
+    "qwen-image": diffusers.QwenImagePipeline,
+    "z-image": diffusers.ZImagePipeline,
+    "pixart-sigma": diffusers.PixArtSigmaPipeline,
+    "sana": diffusers.SanaPipeline,
+    "deepfloyd": diffusers.IFPipeline,
+}
+# Arguments of the call that a user who wants the prompt read as it is, and the size painted as it is, gives as well.
+AS_ASKED: dict[Any, dict[str, Any]] = {
+    diffusers.PixArtSigmaPipeline: {"use_resolution_binning": False, "clean_caption": False},
+    diffusers.SanaPipeline: {"use_resolution_binning": False, "clean_caption": False, "complex_human_instruction": None},
+    diffusers.IFPipeline: {"clean_caption": False},
 }
 FLOW_REFERENCE: dict[str, tuple[Any, dict[str, Any]]] = {
     "flow-euler": (diffusers.FlowMatchEulerDiscreteScheduler, {}),
@@ -86,7 +100,17 @@ LEGAL: dict[str, list[str]] = {
     "sd3-dynamic": list(FLOW_REFERENCE),
     "flux-dev": list(FLOW_REFERENCE),
     "flux-schnell": ["flow-euler", "flow-unipc"],
+    "flux2-dev": list(FLOW_REFERENCE),
+    "flux2-klein": list(FLOW_REFERENCE),
+    "flux2-klein-distilled": list(FLOW_REFERENCE),
+    "qwen-image": ["flow-euler", "flow-unipc"],
+    "z-image": ["flow-euler"],
+    "pixart-sigma": list(REFERENCE),
+    "sana": list(FLOW_REFERENCE),
+    "deepfloyd": ["ddpm"],
 }
+SLOT_FAMILIES = list(LEGAL)[:10]
+CALL_FAMILIES = list(LEGAL)[10:]
 DTYPES = ("float32", "bfloat16")
 
 
@@ -125,7 +149,7 @@ class Model:
 
     @cached_property
     def pipe(self) -> Any:
-        absent = {"text_encoder_3": None, "tokenizer_3": None} if self.name == "sd3-dynamic" else {}
+        absent = {"sd3-dynamic": {"text_encoder_3": None, "tokenizer_3": None}, "deepfloyd": {"safety_checker": None}}.get(self.name, {})
         return plain_pipeline(CLASSES[self.name], self.folder, self.dtype, self.threads, **absent)
 
     def close(self) -> None:
@@ -151,7 +175,8 @@ def plain_pipeline(class_: Any, folder: Any, dtype: str = "float32", threads: in
     torch.set_num_threads(threads)
     pipe = class_.from_pretrained(folder, dtype=getattr(torch, dtype), **absent)
     pipe.set_progress_bar_config(disable=True)
-    pipe.vae.enable_slicing()
+    if hasattr(pipe, "vae"):
+        pipe.vae.enable_slicing()
     pipe.original_config = dict(pipe.scheduler.config)
     return pipe
 
@@ -159,22 +184,39 @@ def plain_pipeline(class_: Any, folder: Any, dtype: str = "float32", threads: in
 def reference(pipe: Any, wanted: Sample, batch_size: int = B) -> np.ndarray:
     """Image 0 of diffusers' pipeline called with B copies of the row."""
     kind, changes = (REFERENCE | FLOW_REFERENCE)[wanted.sampler]
-    if changes.get("use_flow_sigmas"):
+    if changes.get("use_flow_sigmas") and "shift" in pipe.original_config:
         changes = {**changes, "flow_shift": pipe.original_config["shift"]}
     pipe.scheduler = kind.from_config(pipe.original_config, **changes)
     texts = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
     arguments = {name: [getattr(wanted, name)] * batch_size for name in texts if getattr(wanted, name) is not None}
     if wanted.true_cfg_scale is not None:
         arguments["true_cfg_scale"] = wanted.true_cfg_scale
+    arguments |= AS_ASKED.get(type(pipe), {})
+    if "negative_prompt" in arguments and isinstance(pipe, diffusers.Flux2KleinPipeline):
+        arguments["negative_prompt_embeds"] = pipe.encode_prompt(arguments.pop("negative_prompt"))[0]
+    if isinstance(pipe, diffusers.QwenImagePipeline):
+        arguments |= padded_texts(pipe, {name: arguments.pop(name) for name in ("prompt", "negative_prompt") if name in arguments})
+    if not isinstance(pipe, diffusers.QwenImagePipeline):
+        arguments["guidance_scale"] = wanted.guidance_scale
     images = pipe(
         **arguments,
         height=wanted.height,
         width=wanted.width,
         num_inference_steps=wanted.num_inference_steps,
-        guidance_scale=wanted.guidance_scale,
         generator=[torch.Generator("cpu").manual_seed(wanted.seed) for _ in range(batch_size)],
     ).images
     return np.asarray(images[0])
+
+
+def padded_texts(pipe: Any, texts: dict[str, list[str]]) -> dict[str, torch.Tensor]:
+    """Embeddings with at least one and at most 64 rows of zeros behind them, a multiple of 64 in all, and masks."""
+    found = {}
+    for name, copies in texts.items():
+        embeds, _ = pipe.encode_prompt(copies)
+        more = 64 - embeds.shape[1] % 64
+        found[f"{name}_embeds"] = torch.cat([embeds, embeds.new_zeros(len(embeds), more, embeds.shape[2])], dim=1)
+        found[f"{name}_embeds_mask"] = torch.cat([torch.ones(embeds.shape[:2]), torch.zeros(len(embeds), more)], dim=1).long()
+    return found
 
 
 def pixels(futures: list[Future[Rendered]]) -> list[np.ndarray]:

@@ -32,17 +32,20 @@ def mixed_rows(name: str) -> list[Sample]:
         values: dict[str, Any] = {
             "sampler": LEGAL[name][number % len(LEGAL[name])],
             "prompt": f"a {('red', 'green', 'blue')[number % 3]} star {number}",
-            "num_inference_steps": max(1 + number % 4, SAMPLERS[LEGAL[name][number % len(LEGAL[name])]].min_steps),
+            # Qwen-Image's schedule has no single step: it divides by zero
+            "num_inference_steps": max(
+                1 + number % 4, 2 if name == "qwen-image" else 1, SAMPLERS[LEGAL[name][number % len(LEGAL[name])]].min_steps
+            ),
             "guidance_scale": (1.0, 3.0, 7.5, 0.0)[number % 4],
-            "height": (32, 40)[number // 3 % 2],
+            "height": (32, 64 if name == "sana" else 40)[number // 3 % 2],
         }
-        if name not in ("lcm", "sd-guidance-embedded") and number % 2:
+        if name not in ("lcm", "sd-guidance-embedded", "flux2-dev") and number % 2:
             values["negative_prompt"] = ("a square", "")[number % 3 == 0]
-        if name.startswith(("sdxl", "sd3", "flux")) and number % 3 == 1:
+        if name.startswith(("sdxl", "sd3", "flux-")) and number % 3 == 1:
             values |= {"prompt_2": f"a second text {number}", "negative_prompt_2": "grey"}
         if name.startswith("sd3") and number % 3 == 2:
             values |= {"prompt_3": f"a third text {number}", "negative_prompt_3": "blurred"}
-        if name.startswith("flux"):
+        if name.startswith(("flux-", "qwen")):
             values["true_cfg_scale"] = (None, 2.0, 1.0, 3.5)[number % 4]
         rows.append(row(number, **values))
     return rows

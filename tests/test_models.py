@@ -20,7 +20,8 @@ from oracle import CLASSES, row
 from renderfarm.config import ModelSpec, Workers, load_job
 from renderfarm.errors import Filtered, InvalidInput, InvalidJob
 from renderfarm.models import catalog
-from renderfarm.models.catalog import FAMILIES, describe, families_markdown
+from renderfarm.models.catalog import describe
+from renderfarm.models.families import FAMILIES, families_markdown
 from renderfarm.models.load import load_model
 from renderfarm.plan import Grid, leases
 from renderfarm.preparation import prepare

@@ -1,119 +1,20 @@
-"""What a model is, read from its folder's JSON files; nothing here imports torch.
-
-Adding a family: one module beside this one, one line in FAMILIES.
-"""
+"""What a model is, read from its folder's JSON files; torch is not needed."""
 
 from __future__ import annotations
 
+import inspect
 import json
-import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from renderfarm.config import ModelSpec, expand_env
 from renderfarm.errors import Fatal, InvalidJob
+from renderfarm.models.families import ALWAYS, FAMILIES, GENERIC, LCM, NEGATIVE, SD, SHIFTED, Config, Family, Sizes
 from renderfarm.samplers import GLOBAL_STATE, SAMPLERS, Kind
-
-Config = dict[str, Any]  # a component's JSON file
-
-_ALWAYS = frozenset(
-    [
-        *("id", "prompt", "seed", "num_images_per_prompt", "seed_b", "blend"),
-        *("height", "width", "num_inference_steps", "guidance_scale", "sampler"),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """In pixels: the default height and width, what both must be a multiple of, and the largest."""
-
-    height: int
-    width: int
-    factor: int
-    max_side: int
-
-
-def _of_unet(unet: Config, vae: Config) -> Sizes:
-    scale = _vae_scale(vae)
-    side = unet["sample_size"]
-    height, width = (side, side) if isinstance(side, int) else side
-    # StableDiffusionPipeline.check_inputs wants multiples of 8
-    return Sizes(height * scale, width * scale, math.lcm(8, scale), 4 * max(height, width) * scale)
-
-
-def _of_sd3(transformer: Config, vae: Config) -> Sizes:
-    side, factor = transformer["sample_size"] * _vae_scale(vae), transformer["patch_size"] * _vae_scale(vae)
-    # a table of positions, of which the transformer takes the middle
-    return Sizes(side, side, factor, min(4 * side, transformer["pos_embed_max_size"] * factor))
-
-
-def _of_flux(transformer: Config, vae: Config) -> Sizes:
-    side = 128 * _vae_scale(vae)  # FluxPipeline.default_sample_size; the configuration names none
-    return Sizes(side, side, 2 * _vae_scale(vae), 4 * side)
-
-
-def _vae_scale(vae: Config) -> int:
-    scale: int = 2 ** (len(vae["block_out_channels"]) - 1)
-    return scale
-
-
-@dataclass(frozen=True)
-class Family:
-    """A pipeline class: who renders it (`module:class` in this package), what rows may say, and the pipeline's own defaults.
-
-    `refused_samplers`: of its kind, and yet not to be used, with the reason.
-    """
-
-    adapter: str
-    kind: Kind
-    arguments: frozenset[str]
-    num_inference_steps: int
-    guidance_scale: float
-    denoiser: str
-    sizes: Callable[[Config, Config], Sizes]
-    refused_samplers: Mapping[str, str] = field(default_factory=dict)
-    safety_checker: bool = False
-
-
-_NEGATIVE = frozenset({"negative_prompt", "negative_prompt_2", "negative_prompt_3"})
-_SD = _ALWAYS | {"negative_prompt"}
-_SDXL = _SD | {"prompt_2", "negative_prompt_2"}
-_SD3 = _SDXL | {"prompt_3", "negative_prompt_3"}
-_FLUX = _SDXL | {"true_cfg_scale"}
-_LCM_ONLY = {
-    name: "a latent consistency model jumps to the picture at each step, which only its own sampler follows"
-    for name, sampler in SAMPLERS.items()
-    if sampler.kind == "diffusion" and name != "lcm"
-}
-_LCM = "LatentConsistencyModelPipeline"
-
-# by `_class_name` in model_index.json
-FAMILIES = {
-    "StableDiffusionPipeline": Family("stable_diffusion:StableDiffusion", "diffusion", _SD, 50, 7.5, "unet", _of_unet, {}, True),
-    _LCM: Family("stable_diffusion:LatentConsistency", "diffusion", _ALWAYS, 4, 8.5, "unet", _of_unet, _LCM_ONLY, True),
-    "StableDiffusionXLPipeline": Family("stable_diffusion_xl:StableDiffusionXL", "diffusion", _SDXL, 50, 5.0, "unet", _of_unet),
-    "StableDiffusion3Pipeline": Family("stable_diffusion_3:StableDiffusion3", "flow", _SD3, 28, 7.0, "transformer", _of_sd3),
-    "FluxPipeline": Family("flux:Flux", "flow", _FLUX, 28, 3.5, "transformer", _of_flux),
-}
-
-
-def families_markdown() -> str:
-    """FAMILIES as a table for people. Tests compare it with the file, and the families with those that they measured."""
-    lines = [
-        "| pipeline class | batching | task | arguments besides the common ones | legal samplers | exact |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, family in FAMILIES.items():
-        more = ", ".join(f"`{argument}`" for argument in sorted(family.arguments - _ALWAYS)) or "none"
-        legal = [s.name for s in SAMPLERS.values() if s.kind == family.kind and s.name not in family.refused_samplers]
-        samplers = ", ".join(f"`{sampler}`" for sampler in legal) if len(legal) < 5 else f"all {len(legal)} of kind {family.kind}"
-        lines.append(f"| `{name}` | slots | text-to-image | {more} | {samplers} | yes |")
-    return "\n".join(lines) + "\n"
 
 
 @dataclass(frozen=True)
@@ -135,6 +36,9 @@ class ModelInfo:
     arguments: frozenset[str]
     safety_checker: bool = False
     refused_samplers: Mapping[str, str] = field(default_factory=dict)
+    pipeline_class: str = ""
+    compared: bool = True
+    """Whether the class's pixels were compared with diffusers' own; where not, exactness is not promised."""
 
     @property
     def name(self) -> str:
@@ -148,20 +52,20 @@ def describe(spec: ModelSpec) -> ModelInfo:
     if model_id == "builtin:fake":
         if spec.safety_checker:
             raise InvalidJob(f"model {model_id}: it has no safety checker; leave model.safety_checker out")
-        return ModelInfo(model_id, "fake:Fake", "diffusion", None, None, 8, 64, 64, 4096, 20, 5.0, "euler", _SD)
+        return ModelInfo(model_id, "fake:Fake", "diffusion", None, None, 8, 64, 64, 4096, 20, 5.0, "euler", SD)
     folder = _find_folder(model_id, spec)
     index = _read_json(folder / "model_index.json", f"model {model_id}: {folder} is not a model in diffusers' format")
     class_name = index.get("_class_name", "")
-    family = FAMILIES.get(class_name)
-    if family is None:
-        raise InvalidJob(f"model {model_id}: {class_name or 'its pipeline'} is not supported yet; supported: {', '.join(FAMILIES)}")
+    family = FAMILIES.get(class_name) or _generic(class_name, folder, model_id)
     _check_safety_checker(spec, family, index, folder)
-    denoiser, vae, scheduler = (
-        _read_json(folder / file, f"model {model_id}: {file} is missing or damaged")
-        for file in (f"{family.denoiser}/config.json", "vae/config.json", "scheduler/scheduler_config.json")
-    )
-    if class_name == _LCM and denoiser.get("time_cond_proj_dim") is None:
-        raise InvalidJob(f"model {model_id}: its UNet takes no guidance embedding (time_cond_proj_dim), so {_LCM} cannot run it")
+
+    def configuration(file: str) -> Config:
+        return _read_json(folder / file, f"model {model_id}: {file} is missing or damaged")
+
+    denoiser, scheduler = configuration(f"{family.denoiser}/config.json"), configuration("scheduler/scheduler_config.json")
+    vae = configuration("vae/config.json") if family.vae else {}
+    if class_name == LCM and denoiser.get("time_cond_proj_dim") is None:
+        raise InvalidJob(f"model {model_id}: its UNet takes no guidance embedding (time_cond_proj_dim), so {LCM} cannot run it")
     builtin = model_id == "builtin:shapes"
     return ModelInfo(
         id=model_id,
@@ -176,6 +80,33 @@ def describe(spec: ModelSpec) -> ModelInfo:
         arguments=family.arguments - _unread(denoiser, index),
         safety_checker=spec.safety_checker,
         refused_samplers={**family.refused_samplers, **refused_by_configuration(class_name, scheduler)},
+        pipeline_class=class_name,
+        compared=class_name in FAMILIES,
+    )
+
+
+def _generic(class_name: Any, folder: Path, model_id: str) -> Family:
+    """The family of a class that is not in the table, from what diffusers says of it."""
+    import diffusers
+
+    known = getattr(diffusers, class_name, None) if isinstance(class_name, str) and class_name.endswith("Pipeline") else None
+    taken = inspect.signature(known.__call__).parameters if known is not None else {}
+    needed = {name for name, p in taken.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)} - {"self"}
+    if known is None or "prompt" not in taken or "generator" not in taken or needed:
+        raise InvalidJob(
+            f"model {model_id}: {class_name or 'its pipeline'} is no text-to-image class of diffusers {diffusers.__version__} that a "
+            f"prompt alone can call; supported and compared: {', '.join(FAMILIES)}"
+        )
+    denoiser = next((name for name in ("transformer", "unet", "prior") if (folder / name / "config.json").is_file()), "transformer")
+    arguments = (ALWAYS - {"seed_b", "blend"}) | (SD - ALWAYS) & taken.keys()
+    steps, guidance = (taken[name].default if name in taken else None for name in ("num_inference_steps", "guidance_scale"))
+    return replace(
+        GENERIC,
+        arguments=arguments,
+        num_inference_steps=steps if isinstance(steps, int) else GENERIC.num_inference_steps,
+        guidance_scale=guidance if isinstance(guidance, int | float) else GENERIC.guidance_scale,
+        denoiser=denoiser,
+        vae=(folder / "vae" / "config.json").is_file(),
     )
 
 
@@ -197,7 +128,7 @@ def _check_safety_checker(spec: ModelSpec, family: Family, index: Config, folder
 def _unread(denoiser: Config, index: Config) -> frozenset[str]:
     """Arguments of the family that this model's pipeline would ignore: where guidance is an embedding there is no second
     pass for a negative prompt, and without T5 nobody reads the third prompt."""
-    unread = _NEGATIVE if denoiser.get("time_cond_proj_dim") is not None else frozenset()
+    unread = NEGATIVE if denoiser.get("time_cond_proj_dim") is not None else frozenset()
     if index.get("text_encoder_3", [None])[0] is None:
         unread |= {"prompt_3", "negative_prompt_3"}
     return unread
@@ -213,7 +144,7 @@ def refused_by_configuration(class_name: str, scheduler: Config) -> dict[str, st
         refused["flow-euler"] = "its scheduler configuration says stochastic_sampling, which " + GLOBAL_STATE
     dynamic = scheduler.get("use_dynamic_shifting", False)
     exponential = dynamic and scheduler.get("time_shift_type", "exponential") == "exponential"
-    if (dynamic or class_name == "FluxPipeline") and not exponential:
+    if (dynamic or class_name in SHIFTED) and not exponential:
         refused["flow-dpm++2m"] = (
             "the pipeline shifts its timesteps by mu, which diffusers' solver takes from exponential dynamic shifting only"
         )
@@ -274,4 +205,5 @@ def _default_sampler(index: dict[str, Any], kind: Kind) -> str:
     """The table's name for the scheduler that the model comes with; a plain one of its kind if the table has it not."""
     class_name = index.get("scheduler", [None, None])[1]
     kin = [sampler for sampler in SAMPLERS.values() if sampler.scheduler == class_name and sampler.kind == kind]
-    return min(kin, key=lambda sampler: len(sampler.overrides)).name if kin else {"diffusion": "ddim", "flow": "flow-euler"}[kind]
+    plain = {"diffusion": "ddim", "flow": "flow-euler", "own": "default"}[kind]
+    return min(kin, key=lambda sampler: len(sampler.overrides)).name if kin else plain

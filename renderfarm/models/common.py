@@ -1,7 +1,8 @@
-"""What several families do in the same way: the first noise, counting tokens, pixels from the autoencoder."""
+"""What several families do in the same way: the first noise, counting tokens, pixels."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,13 @@ def initial_noise(sample: Sample, shape: tuple[int, ...], device: str, dtype: to
     return slerp(first[0], second[0], sample.blend), generator
 
 
+def generator_of(seed: int) -> torch.Generator:
+    """On the CPU, whatever renders: its numbers are the same everywhere."""
+    return torch.Generator("cpu").manual_seed(seed)
+
+
 def _draw(seed: int, shape: tuple[int, ...], device: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Generator]:
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator = generator_of(seed)
     return randn_tensor(shape, generator=generator, device=torch.device(device), dtype=dtype), generator
 
 
@@ -55,6 +61,18 @@ def count_tokens(tokenizer: Any, prompt: str, length: int) -> tuple[int, str | N
     return count, prompt[encoded.offset_mapping[kept][0] :]
 
 
+def count_in_template(tokenizer: Any, template: Callable[[str], str], prompt: str, length: int) -> tuple[int, str | None]:
+    """Tokens of the prompt where `template` puts it into a longer text, and its exact end that does not fit in `length`."""
+    mark = "\ue000"
+    start = template(mark).index(mark)
+    offsets = tokenizer(template(prompt), truncation=False, verbose=False, return_offsets_mapping=True).offset_mapping
+    stop = start + len(prompt)
+    count = sum(first < stop and last > start for first, last in offsets)
+    if len(offsets) <= length or offsets[length][0] >= stop:
+        return count, None
+    return count, prompt[max(offsets[length][0] - start, 0) :]
+
+
 LANES = 32  # of the widest vector register: bfloat16 in AVX-512
 
 
@@ -67,11 +85,16 @@ def fills_vectors(encoder: torch.nn.Module) -> bool:
     return all(layer.out_features % LANES == 0 for layer in encoder.modules() if isinstance(layer, torch.nn.Linear))
 
 
+NOT_FINITE = "the model gave NaN or infinite values; try workers.dtype: float32 or bfloat16, or another sampler or guidance_scale"
+
+
 def finite_pixels(image_13HW: torch.Tensor, image_processor: Any) -> np.ndarray:
     """H×W×3 uint8, by the pipeline's own rounding. Raises NonFiniteOutput rather than paint NaN as black."""
     if not torch.isfinite(image_13HW).all():
-        raise NonFiniteOutput(
-            "the model gave NaN or infinite values; try workers.dtype: float32 or bfloat16, or another sampler or guidance_scale"
-        )
-    pixels = image_processor.postprocess(image_13HW, output_type="np")[0]
-    return np.ascontiguousarray((pixels * 255).round().astype("uint8"))
+        raise NonFiniteOutput(NOT_FINITE)
+    return to_uint8(image_processor.postprocess(image_13HW, output_type="np")[0])
+
+
+def to_uint8(picture_HW3: np.ndarray) -> np.ndarray:
+    """Floats 0..1 as diffusers' `numpy_to_pil` rounds them."""
+    return np.ascontiguousarray((picture_HW3 * 255).round().astype("uint8"))

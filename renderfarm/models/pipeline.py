@@ -12,20 +12,21 @@ Shapes: B slots, H×W pixels, C channels, h×w latents, L text positions, D feat
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 
-from renderfarm.config import Workers, fixed_batch_size
-from renderfarm.errors import Fatal, Filtered
+from renderfarm.config import Workers
+from renderfarm.errors import Filtered
 from renderfarm.models.base import Counted
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.common import count_tokens, fills_vectors, finite_pixels, initial_noise
-from renderfarm.models.torch_setup import describe_profile, prepare_torch, translated
+from renderfarm.models.loaded import LoadedPipeline
+from renderfarm.models.torch_setup import translated
 from renderfarm.records import Sample
 from renderfarm.samplers import make_scheduler
 
@@ -48,39 +49,15 @@ class State:
     next_step: int = 0
 
 
-class SlotPipeline(ABC):
-    """A loaded diffusers pipeline behind the `SlotModel` protocol."""
+class SlotPipeline(LoadedPipeline):
+    """A loaded diffusers pipeline behind the `SlotModel` protocol, one denoiser call a step."""
 
-    pipeline: ClassVar[Any]
     cached_texts = 2048  # 0.2 MB each for CLIP in float32
-    text_length: int
 
     def __init__(self, info: ModelInfo, workers: Workers) -> None:
-        self.info, self.workers, self.batch_size = info, workers, fixed_batch_size(workers)
-        self.device = prepare_torch(workers)
-        self.dtype: torch.dtype = getattr(torch, workers.dtype)
-        assert info.folder is not None
-        try:
-            self.pipe = self.pipeline.from_pretrained(
-                info.folder, dtype=self.dtype, use_safetensors=True, local_files_only=True, **self._load_arguments()
-            ).to(self.device)
-        except Exception as error:  # damaged weights raise many kinds; none of them is the row's fault
-            raise Fatal(f"model {info.id}: cannot be loaded from {info.folder}: {error}") from error
+        super().__init__(info, workers)
         encoders = (getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
         self.mixes_texts = all(fills_vectors(encoder) for encoder in encoders if encoder is not None)
-
-    def _load_arguments(self) -> dict[str, Any]:
-        return {}
-
-    def synchronize(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-    def profile(self) -> dict[str, Any]:
-        # names with `_` are diffusers' own notes, one of them a list in hash order
-        scheduler = {key: value for key, value in self.pipe.scheduler.config.items() if not key.startswith("_")}
-        own = {"text_length": self.text_length, "vae_slicing": True, "scheduler": scheduler, "safety_checker": self.info.safety_checker}
-        return describe_profile(self.info, self.workers, self.device) | own | {"batch_size": self.batch_size}
 
     def slot_group(self, sample: Sample) -> Hashable:
         return sample.height, sample.width, self._guided(sample)

@@ -1,0 +1,170 @@
+"""Families whose denoising loop is not opened up: one *step* is diffusers' whole `__call__` on B rows with equal arguments.
+
+A family's module says only what is its own: the arguments of the call, and what its text encoder reads. The slot group
+is what a call takes once for all its rows (size, steps, guidance, sampler), so a row's pixels equal those of the
+pipeline called with B copies of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+
+from renderfarm.config import Workers
+from renderfarm.errors import NonFiniteOutput
+from renderfarm.models.base import Counted
+from renderfarm.models.catalog import ModelInfo
+from renderfarm.models.common import NOT_FINITE, count_in_template, count_tokens, generator_of, slerp, to_uint8
+from renderfarm.models.loaded import LoadedPipeline
+from renderfarm.models.torch_setup import translated
+from renderfarm.records import Sample
+from renderfarm.samplers import SAMPLERS, make_scheduler
+
+
+@dataclass
+class State:
+    """A sample and what its texts are to `_arguments`; then its picture, H×W×3 floats 0..1."""
+
+    sample: Sample
+    texts: Sequence[Any]
+    picture: np.ndarray | None = None
+
+
+class WholeCall(LoadedPipeline):
+    """A loaded diffusers pipeline behind the `SlotModel` protocol, one whole rendering a step."""
+
+    cached_texts = 256
+    draws_with = "prepare_latents"
+    """The pipeline's method that draws the first noise."""
+
+    def __init__(self, info: ModelInfo, workers: Workers) -> None:
+        if not hasattr(self, "pipeline"):
+            self.pipeline = getattr(diffusers, info.pipeline_class)
+        super().__init__(info, workers)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.own_scheduler = self.pipe.scheduler
+        vae: Any = getattr(self.pipe, "vae", None)
+        if hasattr(vae, "enable_slicing"):
+            vae.enable_slicing()  # a batched VAE in bf16 gives other pixels
+
+    # What a family says.
+
+    def _guided(self, sample: Sample) -> bool:
+        """Whether a second, unconditional prediction is made."""
+        return sample.guidance_scale > 1
+
+    def _arguments(self, states: Sequence[State]) -> dict[str, Any]:
+        """Keyword arguments of the call, for B states of one slot group."""
+        samples = [state.sample for state in states]
+        arguments = {
+            "prompt": [sample.prompt for sample in samples],
+            "height": samples[0].height,
+            "width": samples[0].width,
+            "num_inference_steps": samples[0].num_inference_steps,
+            "guidance_scale": samples[0].guidance_scale,
+        }
+        if self._guided(samples[0]) and "negative_prompt" in self.info.arguments:
+            arguments["negative_prompt"] = [sample.negative_prompt or "" for sample in samples]
+        return arguments
+
+    def _group_of_texts(self, sample: Sample) -> Hashable:
+        """What of its texts decides the shape of a denoiser call."""
+        return None
+
+    def _tokenizer(self) -> Any:
+        return self.pipe.tokenizer
+
+    def _template(self) -> Callable[[str], str] | None:
+        """Puts a prompt into the text that the encoder reads; None: it reads the prompt."""
+        return None
+
+    # The protocol.
+
+    def slot_group(self, sample: Sample) -> Hashable:
+        names = ("height", "width", "num_inference_steps", "guidance_scale", "true_cfg_scale", "sampler")
+        return *(getattr(sample, name) for name in names), self._guided(sample), self._group_of_texts(sample)
+
+    def texts(self, sample: Sample) -> tuple[Hashable, ...]:
+        return ()
+
+    def encode_texts(self, texts: Sequence[Any]) -> list[Any]:
+        raise NotImplementedError("the call encodes its texts")
+
+    def count_tokens(self, sample: Sample) -> Counted:
+        tokens, cut_off = self._count(sample.prompt)
+        negative = sample.negative_prompt if self._guided(sample) else None
+        return Counted(tokens, cut_off, None if negative is None else self._count(negative)[1])
+
+    def _count(self, text: str) -> tuple[int, str | None]:
+        if (template := self._template()) is not None:
+            return count_in_template(self._tokenizer(), template, text, self.text_length)
+        return count_tokens(self._tokenizer(), text, self.text_length)
+
+    def start(self, sample: Sample, embeddings: Sequence[Any]) -> State:
+        return State(sample, embeddings)
+
+    def calls(self, state: State) -> int:
+        return 1
+
+    def step(self, states: Sequence[State]) -> list[bool]:
+        for state, picture in zip(states, self._call(states), strict=False):
+            state.picture = picture
+        return [True] * len(states)
+
+    def places_that_differ(self, sample: Sample) -> list[int]:
+        short = replace(sample, num_inference_steps=max(2, SAMPLERS[sample.sampler].min_steps))  # some schedules have no step of one
+        pictures = self._call([self.start(short, [self.encode_texts([text])[0] for text in self.texts(short)])] * self.batch_size)
+        return [k for k in range(1, self.batch_size) if not np.array_equal(pictures[k], pictures[0], equal_nan=True)]
+
+    def decode(self, state: State) -> np.ndarray:
+        assert state.picture is not None
+        if not np.isfinite(state.picture).all():
+            raise NonFiniteOutput(NOT_FINITE)
+        return to_uint8(state.picture)
+
+    @translated
+    @torch.inference_mode()
+    def _call(self, states: Sequence[State]) -> np.ndarray:
+        """B×H×W×3 floats 0..1 of 1 to B states; empty slots repeat the first."""
+        slots = [*states, *[states[0]] * (self.batch_size - len(states))]
+        name = slots[0].sample.sampler
+        self.pipe.scheduler = (
+            type(self.own_scheduler).from_config(self.own_scheduler.config)
+            if name == "default"
+            else make_scheduler(name, self.own_scheduler.config)
+        )
+        with self._first_noise([slot.sample for slot in slots]) as generators:
+            pictures: np.ndarray = self.pipe(**self._arguments(slots), generator=generators, output_type="np").images
+        return pictures
+
+    @contextlib.contextmanager
+    def _first_noise(self, samples: Sequence[Sample]) -> Iterator[list[torch.Generator]]:
+        """A generator for each sample; while it lasts, the pipeline's first noise is that of `seed` and `seed_b`."""
+        if all(sample.blend is None for sample in samples):
+            yield [generator_of(sample.seed) for sample in samples]
+            return
+        ends = [[generator_of(s.seed) for s in samples], [generator_of(s.seed if s.seed_b is None else s.seed_b) for s in samples]]
+        draw = getattr(self.pipe, self.draws_with)
+        signature = inspect.signature(draw)
+
+        def blended(*args: Any, **kwargs: Any) -> Any:
+            bound, drawn = signature.bind(*args, **kwargs), []
+            for generators in ends:
+                bound.arguments["generator"] = generators
+                drawn.append(draw(*bound.args, **bound.kwargs))
+            first, second = (both[0] if isinstance(both, tuple) else both for both in drawn)
+            noise = torch.stack([slerp(a, b, s.blend or 0.0) for a, b, s in zip(first, second, samples, strict=True)])
+            return (noise, *drawn[0][1:]) if isinstance(drawn[0], tuple) else noise
+
+        setattr(self.pipe, self.draws_with, blended)
+        try:
+            yield [a if (s.blend or 0.0) < 0.5 else b for a, b, s in zip(*ends, samples, strict=True)]
+        finally:
+            delattr(self.pipe, self.draws_with)

@@ -1,0 +1,22 @@
+"""DeepFloyd IF, first stage: a UNet over pixels, with T5."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from diffusers import IFPipeline
+
+from renderfarm.models.calls import State, WholeCall
+
+
+class DeepFloyd(WholeCall):
+    pipeline = IFPipeline
+    text_length = 77
+    draws_with = "prepare_intermediate_images"
+
+    def _load_arguments(self) -> dict[str, Any]:
+        return {"safety_checker": None, "watermarker": None}
+
+    def _arguments(self, states: Sequence[State]) -> dict[str, Any]:
+        return super()._arguments(states) | {"clean_caption": False}

@@ -1,0 +1,29 @@
+"""Any other text-to-image class of diffusers, called as it is; nothing was compared."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from renderfarm.config import Workers
+from renderfarm.models.base import Counted
+from renderfarm.models.calls import State, WholeCall
+from renderfarm.models.catalog import ModelInfo
+from renderfarm.records import Sample
+
+
+class Generic(WholeCall):
+    text_length = 0  # not known
+
+    def __init__(self, info: ModelInfo, workers: Workers) -> None:
+        super().__init__(info, workers)
+        self.taken = inspect.signature(self.pipe.__call__).parameters
+
+    def count_tokens(self, sample: Sample) -> Counted:
+        tokenizer = getattr(self.pipe, "tokenizer", None)
+        return Counted(0 if tokenizer is None else len(tokenizer(sample.prompt).input_ids))
+
+    def _arguments(self, states: Sequence[State]) -> dict[str, Any]:
+        as_asked = {"use_resolution_binning": False, "clean_caption": False}
+        return {name: value for name, value in (super()._arguments(states) | as_asked).items() if name in self.taken}
