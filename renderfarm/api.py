@@ -77,4 +77,5 @@ def _write_card(prepared: Prepared) -> None:
         errors=sum(receipt.errors for receipt in committed.values()),
         finished=grid is not None and len(committed) == grid.count,
         sheet=SHEET if prepared.store.exists(SHEET) else None,
+        warnings=prepared.model.warnings,
     )

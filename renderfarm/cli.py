@@ -120,6 +120,8 @@ def _print_summary(summary: dict[str, Any], job: Path) -> None:
         out_console.print(f"  {name}: {count:,}  (reasons in {out}/errors/)")
     for reason, number in summary["workers_left_out"].items():
         out_console.print(f"workers left out: {number}: {reason}", markup=False)
+    for warning in summary["warnings"]:
+        out_console.print(f"warning: {warning}", markup=False)
     if summary["images"]:
         out_console.print(f"contact sheet: {out}/{SHEET}")
     if state == "INTERRUPTED":

@@ -71,6 +71,8 @@ class RunSummary:
     images_per_second: float
     useful_slots: float | None
     bytes: int
+    warnings: tuple[str, ...] = ()
+    """What a user of the dataset should know of the model's rendering."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -355,6 +357,7 @@ class Driver:
             images_per_second=round(progress.images_per_second, 3),
             useful_slots=progress.useful_slots,
             bytes=progress.bytes,
+            warnings=self.prepared.model.warnings,
         )
         self._heartbeat(force=True)
         self.store.put(f"{commit.RUNS}/{progress.run_id}.json", json.dumps(summary.to_dict(), indent=1).encode())

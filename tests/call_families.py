@@ -76,8 +76,8 @@ def sharp(transformer: Any) -> Any:
     """Its attention picks few tokens, so that a short text shows among much padding and a long instruction."""
     with torch.no_grad():
         for name, weights in transformer.named_parameters():
-            if name.endswith(("norm_q.weight", "norm_k.weight")):
-                weights.fill_(3.0)
+            if name.endswith(("norm_q.weight", "norm_k.weight", "norm_added_k.weight")):
+                weights.fill_(5.0)
     return transformer
 
 
@@ -128,7 +128,9 @@ def qwen_image() -> diffusers.QwenImagePipeline:
     scheduler = FlowMatchEulerDiscreteScheduler(
         shift=1.0, use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02
     )
-    return diffusers.QwenImagePipeline(scheduler, decoder, transformers.Qwen2_5_VLForConditionalGeneration(config), tokenizer, transformer)
+    return diffusers.QwenImagePipeline(
+        scheduler, decoder, transformers.Qwen2_5_VLForConditionalGeneration(config), tokenizer, sharp(transformer)
+    )
 
 
 def z_image() -> diffusers.ZImagePipeline:

@@ -107,7 +107,9 @@ LEGAL: dict[str, list[str]] = {
     "z-image": ["flow-euler"],
     "pixart-sigma": list(REFERENCE),
     "sana": list(FLOW_REFERENCE),
-    "deepfloyd": ["ddpm"],
+    "deepfloyd": [
+        name for name, (kind, _) in REFERENCE.items() if kind is diffusers.DDPMScheduler or (name.startswith("dpm") and "dpm2" not in name)
+    ],
 }
 SLOT_FAMILIES = list(LEGAL)[:10]
 CALL_FAMILIES = list(LEGAL)[10:]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from oracle import CLASSES, DTYPES, LEGAL, B, Model, pixels, row
+from oracle import CALL_FAMILIES, CLASSES, DTYPES, LEGAL, B, Model, pixels, row
 
 from renderfarm.config import Workers
 from renderfarm.errors import Fatal
@@ -31,7 +31,7 @@ def mixed_rows(name: str) -> list[Sample]:
     for number in range(max(8, len(LEGAL[name]))):
         values: dict[str, Any] = {
             "sampler": LEGAL[name][number % len(LEGAL[name])],
-            "prompt": f"a {('red', 'green', 'blue')[number % 3]} star {number}",
+            "prompt": f"a {('red', 'green', 'blue')[number % 3]} star {number}" + " and so on" * 5 * (number % 3),
             # Qwen-Image's schedule has no single step: it divides by zero
             "num_inference_steps": max(
                 1 + number % 4, 2 if name == "qwen-image" else 1, SAMPLERS[LEGAL[name][number % len(LEGAL[name])]].min_steps
@@ -39,8 +39,8 @@ def mixed_rows(name: str) -> list[Sample]:
             "guidance_scale": (1.0, 3.0, 7.5, 0.0)[number % 4],
             "height": (32, 64 if name == "sana" else 40)[number // 3 % 2],
         }
-        if name not in ("lcm", "sd-guidance-embedded", "flux2-dev") and number % 2:
-            values["negative_prompt"] = ("a square", "")[number % 3 == 0]
+        if name not in ("lcm", "sd-guidance-embedded", "flux2-dev", "flux2-klein-distilled") and number % 2:
+            values["negative_prompt"] = ("a square" * (1 + number % 2 * 9), "")[number % 3 == 0]
         if name.startswith(("sdxl", "sd3", "flux-")) and number % 3 == 1:
             values |= {"prompt_2": f"a second text {number}", "negative_prompt_2": "grey"}
         if name.startswith("sd3") and number % 3 == 2:
@@ -92,9 +92,11 @@ def test_a_denoiser_that_tells_places_apart_by_a_bit_is_found_out(name: str, dty
     check_places(one.adapter, wanted)
 
     def disturb(_: Any, __: Any, outputs: Any) -> None:
-        outputs[0][-1].view(-1)[5] = torch.nextafter(outputs[0][-1].view(-1)[5], torch.tensor(torch.inf, dtype=outputs[0].dtype))
+        last = outputs[0][-1]
+        value = last[(0,) * last.ndim]  # one number by the least that there is
+        value.copy_(torch.nextafter(value, torch.full_like(value, torch.inf)))
 
-    handle = one.denoiser.register_forward_hook(disturb)
+    handle = one.denoiser.register_forward_hook(disturb, prepend=True)
     try:
         with pytest.raises(Fatal, match=r"other bits at 1 of 3 places .*set another workers.batch_size"):
             check_places(one.adapter, wanted)
@@ -198,9 +200,10 @@ def test_guidance_as_an_embedding_never_costs_a_second_prediction_and_still_tell
     assert (a != b).mean() > 0.5
 
 
-@pytest.mark.parametrize(
-    ("name", "sampler"), [("sd", "euler-a"), ("lcm", "lcm"), ("sdxl", "dpm++sde"), ("sd3", "flow-euler"), ("flux-dev", "flow-unipc")]
-)
+BLENDED = [("sd", "euler-a"), ("sdxl", "dpm++sde"), ("flux-dev", "flow-unipc"), ("pixart-sigma", "euler-a")]
+
+
+@pytest.mark.parametrize(("name", "sampler"), [*((name, LEGAL[name][0]) for name in CLASSES), *BLENDED])
 def test_a_blend_of_seeds_ends_at_both_of_them_bit_for_bit(name: str, sampler: str, model: Models) -> None:
     wanted = row(sampler=sampler, seed=5)
     blends = [replace(wanted, seed_b=9, blend=at) for at in (0.0, 0.5, 1.0)]
@@ -219,18 +222,37 @@ def test_a_blend_of_noises_is_as_strong_as_noise() -> None:
 
 @pytest.mark.parametrize(
     ("name", "length", "per_letter"),
-    [("sd", 77, 1), ("lcm", 77, 1), ("sdxl", 77, 1), ("sd3", 256, 1), ("sd3-dynamic", 77, 1), ("flux-dev", 512, 1)],
+    [
+        *[("sd", 77, 1), ("lcm", 77, 1), ("sdxl", 77, 1), ("sd3", 256, 1), ("sd3-dynamic", 77, 1), ("flux-dev", 512, 1)],
+        *[("pixart-sigma", 300, 1), ("sana", 300, 1), ("deepfloyd", 77, 1)],
+    ],
 )
 def test_the_tokens_that_count_are_those_of_the_text_encoder_that_reads_most(
     name: str, length: int, per_letter: int, model: Models
 ) -> None:
     adapter = model(name).adapter
     short = adapter.count_tokens(row(sampler="euler", prompt="x" * 40))
-    assert 40 < short.tokens <= 43
+    assert 40 <= short.tokens <= 43  # Gemma's tiny one adds no mark
     assert short.cut_off is None
     long = adapter.count_tokens(row(sampler="euler", prompt="x" * 600))
-    assert 600 < long.tokens <= 603
-    assert length - 4 <= 600 - len(long.cut_off) < length
+    assert 600 <= long.tokens <= 603
+    assert length - 4 <= 600 - len(long.cut_off) <= length
+
+
+@pytest.mark.parametrize("name", CALL_FAMILIES)
+def test_a_prompt_is_cut_off_where_the_pipeline_cuts_it(name: str, model: Models) -> None:
+    """Seen by what it reads: letters after the cut move no pixel, the last one before it does."""
+    one, usual = model(name), row(sampler=LEGAL[name][0], num_inference_steps=2)
+    short = one.adapter.count_tokens(replace(usual, prompt="x" * 40))
+    assert (40 <= short.tokens <= 42, short.cut_off) == (True, None)
+    long = one.adapter.count_tokens(replace(usual, prompt="x" * 600))
+    assert 600 <= long.tokens <= 602
+    kept = 600 - len(long.cut_off)
+    assert 0 < kept < 513
+    prompts = ["x" * 600, "x" * kept + "y" * (600 - kept), "x" * (kept - 1) + "y" * (601 - kept)]
+    whole, after, before = one.render([replace(usual, prompt=prompt) for prompt in prompts])
+    np.testing.assert_array_equal(whole, after)
+    assert (whole != before).any()
 
 
 @pytest.mark.parametrize(

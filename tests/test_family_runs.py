@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from checker import check_complete, error_rows, image_rows, tables
-from oracle import B, Model, row
+from oracle import B, Model, plain_pipeline, row
 
 import renderfarm
 from renderfarm.errors import InvalidJob
@@ -25,6 +28,13 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "sdxl": {**NEGATIVE, **PAIR, "sampler": ["DPM++ 2M Karras", None, "flow-euler", "euler-a"]},
     "sd3": {**NEGATIVE, **PAIR, "prompt_3": ["a third text", None, None, None], "sampler": [None, "flow-unipc", "ddim", "flow-dpm++2m"]},
     "flux-dev": {**NEGATIVE, **PAIR, "true_cfg_scale": [None, 2.0, None, 3.0], "sampler": [None, "flow-unipc", "lcm", "flow-euler"]},
+    "flux2-dev": {"sampler": [None, "flow-unipc", "ddim", "flow-euler"]},
+    "flux2-klein": {**NEGATIVE, "sampler": [None, "flow-unipc", "ddim", "flow-dpm++2m"]},
+    "qwen-image": {**NEGATIVE, "true_cfg_scale": [None, 2.0, None, 3.0], "sampler": [None, "flow-unipc", "flow-dpm++2m", None]},
+    "z-image": {**NEGATIVE, "sampler": [None, "flow-euler", "flow-unipc", None]},
+    "pixart-sigma": {**NEGATIVE, "sampler": ["euler", "Euler a", "flow-euler", None]},
+    "sana": {**NEGATIVE, "sampler": [None, "flow-unipc", "euler", "flow-euler"]},
+    "deepfloyd": {**NEGATIVE, "sampler": [None, "DPM++ 2M", "euler", "ddpm"]},
     "flux-schnell": {**PAIR, "sampler": [None, "flow-unipc", "flow-dpm++2m", "flow-euler"]},
 }
 
@@ -35,7 +45,7 @@ def test_a_job_gives_the_pixels_of_diffusers_and_the_familys_columns(
 ) -> None:
     one, columns = model(name), COLUMNS[name]
     shared = {"prompt": ["a red circle", "two blue squares", "a star", "a sky"], "seed": [3, None, 4, 5], "category": list("abcd")}
-    sizes = {"height": [32, 40, 32, 32], "width": [32] * 4}
+    sizes = {"height": [32, 64 if name == "sana" else 40, 32, 32], "width": [32] * 4, "num_inference_steps": [3, 4, 3, 3]}
     manifest = write_manifest({**shared, **sizes, **columns})
     summary = renderfarm.run(write_job(manifest, model=str(one.folder), workers={"batch_size": B}), engine="inline")
     out = tmp_path / "out"
@@ -53,6 +63,35 @@ def test_a_job_gives_the_pixels_of_diffusers_and_the_familys_columns(
         arguments = {key: made[key] for key in ("prompt", "seed", "height", "width", "num_inference_steps", "guidance_scale", "sampler")}
         expected = one.reference(row(**arguments, **given))
         assert made["pixel_sha256"] == hashlib.sha256(expected.tobytes()).hexdigest(), made
+
+
+def test_a_class_that_is_not_in_the_table_is_called_as_it_is_and_said_not_to_be_compared(
+    tiny_model: Callable[[str], Path], write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    folder = tiny_model("generic")
+    columns = {
+        "prompt": ["a star", "a sky", "two"],
+        "seed": [3, 4, 5],
+        "negative_prompt": [None, "grey", None],
+        "sampler": [None, None, "euler"],
+    }
+    path = write_job(
+        write_manifest(columns), model=str(folder), workers={"batch_size": B}, render={"height": 32, "width": 32, "num_inference_steps": 3}
+    )
+    summary = renderfarm.run(path, engine="inline")
+    check_complete(tmp_path / "out", {(number, 0) for number in range(3)})
+    assert (summary.images, summary.errors) == (2, 1)
+    assert "renders with its own scheduler; leave sampler out" in error_rows(tmp_path / "out")[0]["error_message"]
+    pipe = plain_pipeline(diffusers.PixArtAlphaPipeline, folder)
+    for made in image_rows(tmp_path / "out"):
+        images = pipe(
+            prompt=[made["prompt"]] * B, negative_prompt=[made["negative_prompt"] or ""] * B, height=32, width=32, num_inference_steps=3,
+            guidance_scale=made["guidance_scale"], generator=[torch.Generator().manual_seed(made["seed"]) for _ in range(B)],
+            use_resolution_binning=False, clean_caption=False,
+        ).images  # fmt: skip
+        assert made["pixel_sha256"] == hashlib.sha256(np.asarray(images[0]).tobytes()).hexdigest()
+    card = (tmp_path / "out/README.md").read_text()
+    assert "PixArtAlphaPipeline was not compared" in card
 
 
 def test_a_negative_prompt_for_a_model_that_has_none_is_refused_before_work_starts(

@@ -65,10 +65,15 @@ def test_a_scheduler_that_the_model_comes_with_is_its_default_sampler(copy: Path
         assert describe(ModelSpec(id=str(copy))).sampler == sampler
 
 
-def test_another_pipeline_class_is_refused_by_name(copy: Path) -> None:
+@pytest.mark.parametrize(
+    "class_name", ["NoSuchPipeline", "StableDiffusionImg2ImgPipeline", "AudioLDMPipeline", "UNet2DConditionModel", ["a", "B"], 7]
+)
+def test_a_class_that_a_prompt_alone_cannot_call_is_refused_by_name(class_name: Any, copy: Path) -> None:
     index = json.loads((copy / "model_index.json").read_text())
-    (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "KolorsPipeline"}))
-    with pytest.raises(InvalidJob, match=r"KolorsPipeline is not supported yet; supported: StableDiffusionPipeline, .*FluxPipeline"):
+    (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": class_name}))
+    with pytest.raises(
+        InvalidJob, match=r"is no text-to-image class of diffusers .*; supported and compared: StableDiffusionPipeline, .*FluxPipeline"
+    ):
         describe(ModelSpec(id=str(copy)))
 
 

@@ -54,6 +54,11 @@ class WholeCall(LoadedPipeline):
         if hasattr(vae, "enable_slicing"):
             vae.enable_slicing()  # a batched VAE in bf16 gives other pixels
 
+    @property
+    def denoiser(self) -> torch.nn.Module:
+        found: torch.nn.Module = getattr(self.pipe, "transformer", None) or self.pipe.unet
+        return found
+
     # What a family says.
 
     def _guided(self, sample: Sample) -> bool:
@@ -119,9 +124,20 @@ class WholeCall(LoadedPipeline):
         return [True] * len(states)
 
     def places_that_differ(self, sample: Sample) -> list[int]:
-        short = replace(sample, num_inference_steps=max(2, SAMPLERS[sample.sampler].min_steps))  # some schedules have no step of one
-        pictures = self._call([self.start(short, [self.encode_texts([text])[0] for text in self.texts(short)])] * self.batch_size)
-        return [k for k in range(1, self.batch_size) if not np.array_equal(pictures[k], pictures[0], equal_nan=True)]
+        short = replace(sample, num_inference_steps=max(2, SAMPLERS[sample.sampler].min_steps))  # some schedules have no single step
+        state = self.start(short, [self.encode_texts([text])[0] for text in self.texts(short)])
+        differ: set[int] = set()
+
+        def compare(_: Any, __: Any, outputs: Any) -> None:
+            rows = list(outputs[0])  # B, or 2B with guidance
+            differ.update(k % self.batch_size for k, row in enumerate(rows) if not torch.equal(row, rows[k - k % self.batch_size]))
+
+        handle = self.denoiser.register_forward_hook(compare)
+        try:
+            self._call([state] * self.batch_size)
+        finally:
+            handle.remove()
+        return sorted(differ)
 
     def decode(self, state: State) -> np.ndarray:
         assert state.picture is not None

@@ -37,8 +37,8 @@ class ModelInfo:
     safety_checker: bool = False
     refused_samplers: Mapping[str, str] = field(default_factory=dict)
     pipeline_class: str = ""
-    compared: bool = True
-    """Whether the class's pixels were compared with diffusers' own; where not, exactness is not promised."""
+    warnings: tuple[str, ...] = ()
+    """What a user of the dataset should know of the model's rendering."""
 
     @property
     def name(self) -> str:
@@ -56,7 +56,7 @@ def describe(spec: ModelSpec) -> ModelInfo:
     folder = _find_folder(model_id, spec)
     index = _read_json(folder / "model_index.json", f"model {model_id}: {folder} is not a model in diffusers' format")
     class_name = index.get("_class_name", "")
-    family = FAMILIES.get(class_name) or _generic(class_name, folder, model_id)
+    family = FAMILIES.get(str(class_name)) or _generic(class_name, folder, model_id)
     _check_safety_checker(spec, family, index, folder)
 
     def configuration(file: str) -> Config:
@@ -81,7 +81,9 @@ def describe(spec: ModelSpec) -> ModelInfo:
         safety_checker=spec.safety_checker,
         refused_samplers={**family.refused_samplers, **refused_by_configuration(class_name, scheduler)},
         pipeline_class=class_name,
-        compared=class_name in FAMILIES,
+        warnings=()
+        if class_name in FAMILIES
+        else (f"{class_name} was not compared with diffusers' own pixels here: exactness is not promised",),
     )
 
 
@@ -91,8 +93,7 @@ def _generic(class_name: Any, folder: Path, model_id: str) -> Family:
 
     known = getattr(diffusers, class_name, None) if isinstance(class_name, str) and class_name.endswith("Pipeline") else None
     taken = inspect.signature(known.__call__).parameters if known is not None else {}
-    needed = {name for name, p in taken.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)} - {"self"}
-    if known is None or "prompt" not in taken or "generator" not in taken or needed:
+    if known is None or not {"prompt", "generator", "height", "width"} <= taken.keys() or {"image", "num_frames"} & taken.keys():
         raise InvalidJob(
             f"model {model_id}: {class_name or 'its pipeline'} is no text-to-image class of diffusers {diffusers.__version__} that a "
             f"prompt alone can call; supported and compared: {', '.join(FAMILIES)}"
@@ -127,8 +128,8 @@ def _check_safety_checker(spec: ModelSpec, family: Family, index: Config, folder
 
 def _unread(denoiser: Config, index: Config) -> frozenset[str]:
     """Arguments of the family that this model's pipeline would ignore: where guidance is an embedding there is no second
-    pass for a negative prompt, and without T5 nobody reads the third prompt."""
-    unread = NEGATIVE if denoiser.get("time_cond_proj_dim") is not None else frozenset()
+    pass for a negative prompt, nor in a distilled klein, and without T5 nobody reads the third prompt."""
+    unread = NEGATIVE if denoiser.get("time_cond_proj_dim") is not None or index.get("is_distilled") else frozenset()
     if index.get("text_encoder_3", [None])[0] is None:
         unread |= {"prompt_3", "negative_prompt_3"}
     return unread

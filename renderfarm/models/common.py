@@ -55,7 +55,8 @@ def count_tokens(tokenizer: Any, prompt: str, length: int) -> tuple[int, str | N
     count = len(encoded.input_ids)
     if count <= length:
         return count, None
-    kept = length - 1  # of a truncated prompt, the last token is the end mark
+    truncated = tokenizer(prompt, truncation=True, max_length=length, verbose=False).input_ids
+    kept = length - (truncated[-1] in tokenizer.all_special_ids)  # most, but not Gemma's, end in a mark
     if not tokenizer.is_fast:
         return count, str(tokenizer.decode(encoded.input_ids[kept:-1]))
     return count, prompt[encoded.offset_mapping[kept][0] :]

@@ -121,14 +121,15 @@ _LCM_ONLY = {
     if sampler.kind == "diffusion" and name != "lcm"
 }
 LCM = "LatentConsistencyModelPipeline"
-_DDPM_ONLY = {
-    name: "DeepFloyd IF predicts its variance as well, which diffusers' other schedulers do not read"
+_READ_VARIANCE = ("DDPMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler")
+_NO_VARIANCE = {
+    name: "DeepFloyd IF predicts its variance as well, which this scheduler does not read"
     for name, sampler in SAMPLERS.items()
-    if sampler.kind == "diffusion" and name != "ddpm"
+    if sampler.kind == "diffusion" and sampler.scheduler not in _READ_VARIANCE
 }
-
-_NOT_COMPARED = "was found to be inexact or to fail in diffusers for this class"
-_EULER_ONLY = dict.fromkeys(("flow-dpm++2m", "flow-unipc"), _NOT_COMPARED)
+_NO_SIGMAS = "this pipeline says its own noise levels, which diffusers' scheduler does not take"
+_EULER_ONLY = dict.fromkeys(("flow-dpm++2m", "flow-unipc"), _NO_SIGMAS)
+_NO_DPM = {"flow-dpm++2m": _NO_SIGMAS}
 
 
 def _called(
@@ -152,11 +153,11 @@ FAMILIES = {
     "FluxPipeline": Family("flux:Flux", "flow", _FLUX, 28, 3.5, "transformer", _of_flux),
     "Flux2Pipeline": _called("flux2:Flux2", "flow", ALWAYS, 50, 4.0, _of_patches),
     "Flux2KleinPipeline": _called("flux2:Flux2Klein", "flow", SD, 50, 4.0, _of_patches),
-    "QwenImagePipeline": _called("qwen_image:QwenImage", "flow", SD | {"true_cfg_scale"}, 50, 1.0, _of_qwen_image),
+    "QwenImagePipeline": _called("qwen_image:QwenImage", "flow", SD | {"true_cfg_scale"}, 50, 1.0, _of_qwen_image, _NO_DPM),
     "ZImagePipeline": _called("z_image:ZImage", "flow", SD, 50, 5.0, _of_patches, _EULER_ONLY),
     "PixArtSigmaPipeline": _called("pixart:PixArtSigma", "diffusion", SD, 20, 4.5, _of_pixart),
     "SanaPipeline": _called("sana:Sana", "flow", SD, 20, 4.5, _of_sana),
-    "IFPipeline": Family("deepfloyd:DeepFloyd", "diffusion", SD, 100, 7.0, "unet", _of_pixels, _DDPM_ONLY, False, "calls", False),
+    "IFPipeline": Family("deepfloyd:DeepFloyd", "diffusion", SD, 100, 7.0, "unet", _of_pixels, _NO_VARIANCE, False, "calls", False),
 }
 SHIFTED = ("FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "QwenImagePipeline")  # whether the configuration says so or not
 GENERIC = Family("generic:Generic", "own", SD, 50, 5.0, "", _of_any, {}, False, "calls", False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import Environment
@@ -31,6 +32,8 @@ committed and complete in itself{% endif %}: {{ images }} images, {{ errors }} e
 | model | `{{ model }}`{% if revision %} at `{{ revision }}`{% endif %} |
 | layout, format | {{ layout }}, {{ format }} |
 | job seed | {{ seed }} |
+{% for warning in warnings %}| warning | {{ warning }} |
+{% endfor %}
 {% if sheet %}
 
 ![contact sheet]({{ sheet }})
@@ -69,6 +72,7 @@ def write_card(
     errors: int,
     finished: bool,
     sheet: str | None,
+    warnings: Sequence[str] = (),
 ) -> None:
     """Write or refresh the card. `frozen` is job.json's value."""
     # Markdown, not HTML: every value is checked by the job's schema, a number, or JSON-quoted
@@ -89,5 +93,6 @@ def write_card(
         quoted=store.url.replace("'", "''"),
         tables=files.TABLES,
         sheet=sheet,
+        warnings=warnings,
     )
     store.put(KEY, text.encode())
