@@ -65,6 +65,32 @@ def test_a_job_gives_the_pixels_of_diffusers_and_the_familys_columns(
         assert made["pixel_sha256"] == hashlib.sha256(expected.tobytes()).hexdigest(), made
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in COLUMNS if name != "flux-schnell"])
+def test_twelve_rows_through_ray_have_the_same_pixels_with_one_worker_and_with_two(
+    name: str, tiny_model: Callable[[str], Path], local_ray: None, write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    columns = {column: values * 3 for column, values in COLUMNS[name].items() if column != "sampler"}
+    made = {
+        "prompt": [f"{'a red circle ' * (k % 4)}number {k}" for k in range(12)],
+        "num_inference_steps": [2, 3] * 6,
+        "guidance_scale": [1.0, 4.0, 2.5, 4.0] * 3,
+        "height": [32] * 8 + [64] * 4,
+        "width": [32] * 12,
+    }
+    manifest = write_manifest({**made, **columns})
+    found = []
+    for workers, part_rows in ((1, 5), (2, 2)):
+        out = tmp_path / f"out-{workers}"
+        pool = {"min": 1, "max": workers, "batch_size": B}
+        job = write_job(manifest, model=str(tiny_model(name)), workers=pool, output={"path": str(out), "part_rows": part_rows})
+        assert renderfarm.run(job, engine="ray").images == 12
+        check_complete(out, {(number, 0) for number in range(12)})
+        found.append({record["row"]: record["pixel_sha256"] for record in image_rows(out)})
+    assert found[0] == found[1]
+    assert len(set(found[0].values())) == 12
+
+
 def test_a_class_that_is_not_in_the_table_is_called_as_it_is_and_said_not_to_be_compared(
     tiny_model: Callable[[str], Path], write_manifest: Write, write_job: Write, tmp_path: Path
 ) -> None:
