@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-TEXT, INTEGER, NUMBER, TEXT_OR_INTEGER, ANY = "text", "a whole number", "a number", "text or a whole number", "any"
+TEXT, INTEGER, NUMBER, TEXT_OR_INTEGER = "text", "a whole number", "a number", "text or a whole number"
+IMAGE = "a path or URL, a file's bytes, or {bytes, path} as Hugging Face stores images"
 
 ARGUMENTS: dict[str, str] = {
     "id": TEXT_OR_INTEGER,
@@ -25,11 +26,11 @@ ARGUMENTS: dict[str, str] = {
     "true_cfg_scale": NUMBER,
     "seed_b": INTEGER,
     "blend": NUMBER,
-    # taken by no family here yet
-    "image": ANY,
-    "mask_image": ANY,
-    "control_image": ANY,
+    "image": IMAGE,
+    "mask_image": IMAGE,
     "strength": NUMBER,
+    # taken by no family here yet
+    "control_image": IMAGE,
 }
 PRESETS: dict[str, dict[str, str]] = {
     "diffusiondb": {
@@ -48,9 +49,14 @@ def accepts(kind: str, type_: pa.DataType) -> bool:
     """Whether a column of this Arrow type can hold the argument. pandas turns integers with gaps into floats."""
     if pa.types.is_dictionary(type_):
         type_ = type_.value_type
-    if kind == ANY or pa.types.is_null(type_):
+    if pa.types.is_null(type_):
         return True
+    if isinstance(type_, pa.BaseExtensionType):
+        type_ = type_.storage_type
+    if pa.types.is_struct(type_):
+        return kind == IMAGE and {"bytes", "path"} >= {field.name for field in type_}
     text = pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
+    data = pa.types.is_binary(type_) or pa.types.is_large_binary(type_) or pa.types.is_binary_view(type_)
     whole = pa.types.is_integer(type_)
     number = whole or pa.types.is_floating(type_)
-    return bool({TEXT: text, INTEGER: number, NUMBER: number, TEXT_OR_INTEGER: text or whole}[kind])
+    return bool({TEXT: text, INTEGER: number, NUMBER: number, TEXT_OR_INTEGER: text or whole, IMAGE: text or data}[kind])

@@ -66,6 +66,8 @@ class Render(Strict):
     """One of `renderfarm samplers`."""
     true_cfg_scale: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = None
     """FLUX: guidance with a second pass over a negative prompt; on above 1, for rows that have a negative prompt."""
+    strength: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    """How much of an input image is painted anew: 1 all of it. Of the steps, `int(num_inference_steps · strength)` run."""
     on_truncation: Literal["record", "error"] = "record"
     """What to do with a prompt that the model reads only a beginning of. record: render it, and say in the table what
     was cut off. error: the row ends as an error."""
@@ -88,6 +90,31 @@ class Render(Strict):
             if getattr(self, name) is None:
                 raise ValueError(f"render.override names {name}, but render.{name} is not given")
         return self
+
+
+class Inputs(Strict):
+    """The images that rows give: `image`, `mask_image`."""
+
+    folder: str | None = None
+    """Where relative paths start; no path may lead out of it. Default: the manifest's folder."""
+    urls: tuple[str, ...] = ()
+    """Beginnings of http(s) URLs that rows may name, e.g. `https://images.example.org/set1/`. None: no URL is fetched."""
+    private_addresses: bool = False
+    """Whether such a URL may lead into a private network, or to this machine."""
+    resize: Literal["crop", "stretch"] | None = None
+    """What to do with an image of another size than the row's. Nothing given: the row ends as an error."""
+    max_mebibytes: Annotated[float, Field(gt=0, le=1024)] = 64
+    """The largest file."""
+    timeout_s: Annotated[float, Field(gt=0, le=600)] = 30
+    """For one URL, from beginning to end."""
+
+    @field_validator("urls")
+    @classmethod
+    def _beginnings(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        for url in urls:
+            if not re.match(r"https?://[^/@?#]+/", url):
+                raise ValueError(f"{url}: write it as https://HOST/ or https://HOST/FOLDER/, without a password")
+        return urls
 
 
 class Workers(Strict):
@@ -161,6 +188,7 @@ class Job(Strict):
     """Start of every derived seed."""
     seed_policy: Literal["derive", "same"] = "derive"
     """derive: each row its own noise. same: every row uses the job's seed + k, as benchmark generators do."""
+    inputs: Inputs = Inputs()
     workers: Workers = Workers()
     output: Output
     failure: Failure = Failure()
@@ -352,7 +380,7 @@ def _absolute(text: str, base: Path) -> str:
 def _resolve(job: Job, base: Path) -> Job:
     paths = job.manifest.path if isinstance(job.manifest.path, list) else [job.manifest.path]
     absolute = [_absolute(path, base) for path in paths]
-    model_id = job.model.id
+    model_id, folder = job.model.id, job.inputs.folder
     if model_id.startswith((".", "/", "~")):
         model_id = _absolute(model_id, base)
     return job.model_copy(
@@ -360,5 +388,6 @@ def _resolve(job: Job, base: Path) -> Job:
             "manifest": job.manifest.model_copy(update={"path": absolute if len(absolute) > 1 else absolute[0]}),
             "model": job.model.model_copy(update={"id": model_id}),
             "output": job.output.model_copy(update={"path": _absolute(job.output.path, base)}),
+            "inputs": job.inputs.model_copy(update={"folder": folder and _absolute(folder, base)}),
         }
     )

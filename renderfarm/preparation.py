@@ -10,7 +10,7 @@ from renderfarm import commit
 from renderfarm.config import Job, expand_env
 from renderfarm.errors import InvalidInput, InvalidJob
 from renderfarm.manifest import Manifest, open_manifest
-from renderfarm.models.catalog import ModelInfo, describe
+from renderfarm.models.catalog import ModelInfo, describe, for_task
 from renderfarm.plan import Grid, where_row
 from renderfarm.records import PartReceipt
 from renderfarm.samplers import find_sampler
@@ -55,7 +55,9 @@ class Prepared:
                 "where": job.manifest.model_dump(mode="json")["where"],  # YAML knows dates, JSON does not
             },
             "model": {"id": self.model.name, "revision": self.model.revision, "safety_checker": job.model.safety_checker},
+            "task": self.model.task,
             "render": self._render_defaults(),
+            "inputs": {"resize": job.inputs.resize},
             "seed": job.seed,
             "seed_policy": job.seed_policy,
             "workers": {"batch_size": job.workers.batch_size, "dtype": job.workers.dtype},
@@ -73,6 +75,7 @@ class Prepared:
             "sampler": find_sampler(given.sampler or self.model.sampler, self.model.kind, self.model.refused_samplers).name,
             "negative_prompt": given.negative_prompt,
             "true_cfg_scale": given.true_cfg_scale,
+            "strength": given.strength,
             "on_truncation": given.on_truncation,
             "num_images_per_prompt": given.num_images_per_prompt or 1,
             "override": sorted(given.override),
@@ -82,8 +85,14 @@ class Prepared:
 def prepare(job: Job) -> Prepared:
     """Raises InvalidJob for everything that can be known now."""
     model = describe(job.model)
-    _check_render(job, model)
     manifest = open_manifest(job.manifest, model.arguments)
+    model = for_task(model, manifest.columns)
+    if refused := sorted(manifest.columns.keys() - model.arguments):
+        raise InvalidJob(
+            f"manifest: {', '.join(refused)}: not an argument of {model.task}; drop it, or let it travel as a plain column: "
+            f"manifest: {{columns: {{{refused[0]}: null}}}}"
+        )
+    _check_render(job, model)
     # expanded once and here: a worker's environment and folder may be others
     store = open_store(expand_env(job.output.path))
     job = job.model_copy(update={"output": job.output.model_copy(update={"path": store.url})})
@@ -97,6 +106,8 @@ def _check_render(job: Job, model: ModelInfo) -> None:
         for name in ("negative_prompt", "true_cfg_scale"):
             if getattr(job.render, name) is not None and name not in model.arguments:
                 raise InvalidInput(f"{name} is not an argument of this model; leave it out")
+        if job.render.strength is not None and model.task == "text-to-image":
+            raise InvalidInput("strength is for rows with an image; leave it out, or give the manifest a column image")
         for name in ("height", "width"):
             if (value := getattr(job.render, name)) is not None:
                 check_side(value, name, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,25 @@ class SampleKey:
 
 
 @dataclass(frozen=True)
+class InputImage:
+    """An image that a row gives. `source`: the path or URL as the manifest has it, None where it is embedded.
+    `data`: the file's bytes, None until they are fetched."""
+
+    source: str | None
+    data: bytes | None = field(default=None, repr=False)
+
+    @property
+    def sha256(self) -> str:
+        assert self.data is not None
+        return hashlib.sha256(self.data).hexdigest()
+
+
+@dataclass(frozen=True)
 class Sample:
-    """A sample with every argument resolved (row > job > family default); names are diffusers'."""
+    """A sample with every argument resolved (row > job > family default); names are diffusers'.
+
+    `height`, `width`: 0 where an input image decides them, until it is fetched. `resize`: how an input image gets to them.
+    """
 
     key: SampleKey
     row_id: str
@@ -38,6 +56,10 @@ class Sample:
     true_cfg_scale: float | None = None
     seed_b: int | None = None
     blend: float | None = None
+    strength: float | None = None
+    resize: str | None = None
+    image: InputImage | None = None
+    mask_image: InputImage | None = None
 
 
 @dataclass(frozen=True)

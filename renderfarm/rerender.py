@@ -12,11 +12,15 @@ from typing import Any
 from renderfarm import commit
 from renderfarm.config import ModelSpec, Workers, model_spec
 from renderfarm.errors import InvalidJob
-from renderfarm.models.catalog import describe
+from renderfarm.inputs import KEPT
+from renderfarm.models.catalog import describe, for_task
 from renderfarm.models.load import load_model
 from renderfarm.reading import Output
-from renderfarm.records import Sample, SampleKey
+from renderfarm.records import InputImage, Sample, SampleKey
 from renderfarm.slots import Rendered, SlotLoop
+from renderfarm.storage import Store
+
+ARGUMENTS_OF = {"text-to-image": (), "image-to-image": ("image",), "inpainting": ("image", "mask_image")}
 
 
 class Renderer:
@@ -25,7 +29,8 @@ class Renderer:
     def __init__(self, output: Output, model: str | None = None) -> None:
         """`model`: where a model lies that the job knew by a folder. Raises InvalidJob if it cannot be found."""
         profile = commit.read_profile(output.store)
-        info = describe(_model_spec(output.job, model))
+        info = for_task(describe(_model_spec(output.job, model)), ARGUMENTS_OF[output.job["task"]])
+        self._store = output.store
         # the name that the output has for the model: whether it is the same one, the weights' hashes say
         info = dataclasses.replace(info, id=output.job["model"]["id"], revision=output.job["model"]["revision"])
         self._slots = SlotLoop(lambda: load_model(info, _workers(output.job, profile)))
@@ -35,7 +40,7 @@ class Renderer:
 
     def render(self, records: Iterable[dict[str, Any]]) -> list[Future[Rendered]]:
         """Submit table rows; the slots that they leave free hold filler."""
-        return self._slots.submit([sample_of(record) for record in records])
+        return self._slots.submit([sample_of(record, self._store) for record in records])
 
     def promises(self, record: dict[str, Any]) -> bool:
         """Whether the row was rendered with this very profile, so that the same bits must come out."""
@@ -45,10 +50,15 @@ class Renderer:
         self._slots.close()
 
 
-def sample_of(record: dict[str, Any]) -> Sample:
-    """The sample that a row of the image table is about."""
-    names = {field.name for field in dataclasses.fields(Sample)} - {"key"}
-    return Sample(key=SampleKey(record["row"], record["image_index"]), **{n: record[n] for n in names if n in record})
+def sample_of(record: dict[str, Any], store: Store | None = None) -> Sample:
+    """The sample that a row of the image table is about; its images are those that the output's `store` keeps."""
+    names = {field.name for field in dataclasses.fields(Sample)} - {"key", "image", "mask_image"}
+    images: dict[str, Any] = {
+        name: InputImage(record[f"input_{name}"], store.read(f"{KEPT}/{record[f'input_{name}_sha256']}"))
+        for name in ("image", "mask_image")
+        if store is not None and record.get(f"input_{name}_sha256") is not None
+    }
+    return Sample(key=SampleKey(record["row"], record["image_index"]), **{n: record[n] for n in names if n in record}, **images)
 
 
 def _model_spec(job: dict[str, Any], model: str | None) -> ModelSpec:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +17,8 @@ from renderfarm.config import Job, Render
 from renderfarm.errors import InvalidInput, RenderfarmError
 from renderfarm.manifest import EXTRA, ROW
 from renderfarm.models.catalog import ModelInfo
-from renderfarm.records import RowError, Sample, SampleKey
+from renderfarm.pictures import blank
+from renderfarm.records import InputImage, RowError, Sample, SampleKey
 from renderfarm.samplers import find_sampler
 from renderfarm.seeds import MAX_SEED, sample_seed
 
@@ -104,9 +105,19 @@ def usual(rows: pa.Table, job: Job, model: ModelInfo) -> Usual:
     good = [row.samples for row in expand_rows(rows, job, model) if row.samples]
     if not good:  # then whatever the model does by itself
         plain = job.model_copy(update={"render": Render(), "seed": 0})
-        good = [expand_row({ROW: 0, "prompt": "a picture"}, plain, model).samples]
+        any_row = {ROW: 0, "prompt": "a picture", "image": "any", "mask_image": "any", "strength": 1.0}
+        good = [expand_row(any_row, plain, model).samples]
     samples = sorted((samples[0] for samples in good), key=lambda s: s.height * s.width * s.num_inference_steps)
-    return Usual(samples[len(samples) // 2], sum(map(len, good)) / len(good))
+    return Usual(_with_any_image(samples[len(samples) // 2], model), sum(map(len, good)) / len(good))
+
+
+def _with_any_image(sample: Sample, model: ModelInfo) -> Sample:
+    """What an image shows does not matter for how long it takes; nothing is fetched for it."""
+    if model.task == "text-to-image":
+        return sample
+    height, width = sample.height or model.height, sample.width or model.width
+    image = blank(height, width)
+    return replace(sample, height=height, width=width, image=image, mask_image=image if model.task == "inpainting" else None)
 
 
 def row_error(key: SampleKey, row_id: str, prompt: Any, error: RenderfarmError) -> RowError:
@@ -127,8 +138,7 @@ def _samples(values: dict[str, Any], ordinal: int, row_id: str, count: int, job:
         _cell(values, name)  # also those that no sample needs: an id that cannot be read would move the seed
     prompt = _prompt(values)
     negative = _text(values, "negative_prompt")
-    height = check_side(_choose(_integer, values, "height", job, model.height), "height", model)
-    width = check_side(_choose(_integer, values, "width", job, model.width), "width", model)
+    height, width = _size(values, job, model)
     steps = _choose(_integer, values, "num_inference_steps", job, model.num_inference_steps)
     if steps < 1:
         raise InvalidInput(f"num_inference_steps is {steps}; it must be at least 1")
@@ -140,11 +150,13 @@ def _samples(values: dict[str, Any], ordinal: int, row_id: str, count: int, job:
         raise InvalidInput(f"num_inference_steps is {steps}; sampler {sampler.name} needs at least {sampler.min_steps}")
     if steps > sampler.max_steps:
         raise InvalidInput(f"num_inference_steps is {steps}; sampler {sampler.name} takes at most {sampler.max_steps}")
+    images = _images_given(values, model)
+    strength = _strength(values, steps, job, model)
     row_seed, blend = _seed(values, count, job), _blend(values, count)
     true_cfg = _number(values, "true_cfg_scale")
     if true_cfg is not None and not 0 <= true_cfg <= 1000:
         raise InvalidInput(f"true_cfg_scale is {true_cfg}; it must be between 0 and 1000")
-    texts = {name: _text(values, name) for name in ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3")}
+    texts: dict[str, Any] = {name: _text(values, name) for name in ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3")}
     for k in range(count):
         yield Sample(
             key=SampleKey(ordinal, k),
@@ -160,8 +172,45 @@ def _samples(values: dict[str, Any], ordinal: int, row_id: str, count: int, job:
             true_cfg_scale=true_cfg if true_cfg is not None else job.render.true_cfg_scale,
             seed_b=blend[0] + k if blend else None,
             blend=blend[1] if blend else None,
+            strength=strength,
+            resize=job.inputs.resize if images else None,
             **texts,
+            **images,
         )
+
+
+def _size(values: dict[str, Any], job: Job, model: ModelInfo) -> tuple[int, int]:
+    """Height and width; 0 where the row's image is to say them."""
+    sides = []
+    for name in ("height", "width"):
+        side = _choose(_integer, values, name, job, None if model.task != "text-to-image" else getattr(model, name))
+        sides.append(0 if side is None else check_side(side, name, model))
+    return sides[0], sides[1]
+
+
+def _images_given(values: dict[str, Any], model: ModelInfo) -> dict[str, Any]:
+    found = {}
+    for name in {"text-to-image": (), "image-to-image": ("image",), "inpainting": ("image", "mask_image")}[model.task]:
+        value = _cell(values, name)
+        if isinstance(value, dict):
+            value = value["path"] if value["bytes"] is None else value["bytes"]
+        if not value:
+            raise InvalidInput(f"{name} is null; a job for {model.task} needs one in every row (other rows: another job)")
+        found[name] = InputImage(None, value) if isinstance(value, bytes) else InputImage(value)
+    return found
+
+
+def _strength(values: dict[str, Any], steps: int, job: Job, model: ModelInfo) -> float | None:
+    if model.task == "text-to-image":
+        return None
+    strength = _number(values, "strength")
+    strength = strength if strength is not None else job.render.strength if job.render.strength is not None else model.strength
+    assert strength is not None
+    if not 0 < strength <= 1:
+        raise InvalidInput(f"strength is {strength}; it must be above 0 and at most 1")
+    if int(steps * strength) < 1:
+        raise InvalidInput(f"strength {strength} of {steps} steps runs none of them; give at least {math.ceil(1000 / steps) / 1000}")
+    return strength
 
 
 def _choose(read: Any, values: dict[str, Any], name: str, job: Job, default: Any) -> Any:

@@ -44,8 +44,24 @@ ARGUMENT_COLUMNS = pa.schema(
         pa.field("true_cfg_scale", pa.float64()),
         pa.field("seed_b", pa.int64()),
         pa.field("blend", pa.float64()),
+        pa.field("strength", pa.float64()),
+        pa.field("resize", pa.string()),
+        pa.field("input_image", pa.string()),
+        pa.field("input_image_sha256", pa.string()),
+        pa.field("input_mask_image", pa.string()),
+        pa.field("input_mask_image_sha256", pa.string()),
     ]
 )
+# Which argument makes a column of ARGUMENT_COLUMNS appear, where it is not the one of its name. `image` is what readers
+# of datasets call the picture that was painted.
+GIVEN_BY = {
+    "strength": "image",
+    "resize": "image",
+    "input_image": "image",
+    "input_image_sha256": "image",
+    "input_mask_image": "mask_image",
+    "input_mask_image_sha256": "mask_image",
+}
 ERROR_COLUMNS = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),

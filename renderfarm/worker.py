@@ -20,6 +20,7 @@ from renderfarm import commit
 from renderfarm.config import Job
 from renderfarm.encode import encode
 from renderfarm.errors import RenderfarmError, WorkerCrashed
+from renderfarm.inputs import Fetcher
 from renderfarm.layouts import files
 from renderfarm.manifest import EXTRA, ROW
 from renderfarm.models.base import SlotModel
@@ -28,7 +29,7 @@ from renderfarm.models.load import load_model
 from renderfarm.models.measure import best_batch_size, check_places, seconds_per_image
 from renderfarm.records import Lease, Part, PartReceipt, Receipt, RowError, Sample, SampleKey, WorkerReady
 from renderfarm.samples import Usual, expand_rows, row_error
-from renderfarm.schema import ARGUMENT_COLUMNS, ERROR_COLUMNS, IMAGE_COLUMNS, output_name
+from renderfarm.schema import ARGUMENT_COLUMNS, ERROR_COLUMNS, GIVEN_BY, IMAGE_COLUMNS, output_name
 from renderfarm.slots import Rendered, SlotLoop
 from renderfarm.storage import open_store
 
@@ -115,6 +116,9 @@ class Worker:
             else:
                 samples += row.samples
         planned = sorted([*(s.key for s in samples), *(e.key for e in errors)])
+        if self.spec.model.task != "text-to-image":
+            samples, unusable = self._with_images(samples)
+            errors += unusable
 
         records: list[dict[str, Any]] = []
         for outcome in self._render_samples(part, samples, lease.announce_as):
@@ -126,6 +130,12 @@ class Worker:
         ended = sorted([*(SampleKey(r["row"], r["image_index"]) for r in records), *(e.key for e in errors)])
         assert ended == planned, f"{part.name}: samples planned and ended differ; nothing was committed"
         return commit.publish(self.store, part, self._image_table(records, rows), _error_table(errors))
+
+    def _with_images(self, samples: list[Sample]) -> tuple[list[Sample], list[RowError]]:
+        """Samples with their images' bytes; errors for those whose images are of no use."""
+        found = list(zip(samples, Fetcher(self.job, self.spec.model, self.store).fetch(samples), strict=True))
+        unusable = [row_error(s.key, s.row_id, s.prompt, error) for s, error in found if isinstance(error, RenderfarmError)]
+        return [sample for _, sample in found if isinstance(sample, Sample)], unusable
 
     def _render_samples(self, part: Part, samples: list[Sample], announce_as: str | None) -> Iterator[Future[dict[str, Any] | RowError]]:
         """An outcome per sample: all at once, or row by row with an announcement that survives the worker's death."""
@@ -164,7 +174,8 @@ class Worker:
         name = files.image_name(sample.key, image, format_)
         self.store.put(files.image_key(part, name), image.data)
         return {
-            **{field.name: getattr(sample, field.name) for field in dataclasses.fields(sample) if field.name != "key"},
+            **{f.name: getattr(sample, f.name) for f in dataclasses.fields(sample) if f.name not in ("key", "image", "mask_image")},
+            **_inputs(sample),
             "row": sample.key.row,
             "image_index": sample.key.image_index,
             "file_name": name,
@@ -184,7 +195,8 @@ class Worker:
     def _image_table(self, records: list[dict[str, Any]], rows: pa.Table) -> pa.Table:
         """Our columns, sorted by sample, then the manifest's own for each row."""
         records = sorted(records, key=lambda record: (record["row"], record["image_index"]))
-        given = [f for f in ARGUMENT_COLUMNS if f.name in rows.column_names or getattr(self.job.render, f.name, None) is not None]
+        named = {*rows.column_names, *(name for name, value in self.job.render if value is not None)}
+        given = [field for field in ARGUMENT_COLUMNS if GIVEN_BY.get(field.name, field.name) in named]
         table = pa.Table.from_pylist(records, schema=pa.schema([*IMAGE_COLUMNS, *given]))
         place = {ordinal: index for index, ordinal in enumerate(rows.column(ROW).to_pylist())}
         source = rows.take(pa.array([place[record["row"]] for record in records], pa.int64()))
@@ -192,6 +204,12 @@ class Worker:
             if name.startswith(EXTRA):
                 table = table.append_column(output_name(name.removeprefix(EXTRA)), source.column(name))
         return table.combine_chunks()
+
+
+def _inputs(sample: Sample) -> dict[str, str | None]:
+    given = {name: image for name in ("image", "mask_image") if (image := getattr(sample, name)) is not None}
+    sources = {f"input_{name}": image.source and image.source.partition("?")[0] for name, image in given.items()}
+    return sources | {f"input_{name}_sha256": image.sha256 for name, image in given.items()}
 
 
 def _error_table(errors: list[RowError]) -> pa.Table:

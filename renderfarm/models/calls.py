@@ -24,6 +24,7 @@ from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.common import NOT_FINITE, count_in_template, count_tokens, generator_of, slerp, to_uint8
 from renderfarm.models.loaded import LoadedPipeline
 from renderfarm.models.torch_setup import translated
+from renderfarm.pictures import decode, sized
 from renderfarm.records import Sample
 from renderfarm.samplers import SAMPLERS, make_scheduler
 
@@ -45,9 +46,9 @@ class WholeCall(LoadedPipeline):
     """The pipeline's method that draws the first noise."""
 
     def __init__(self, info: ModelInfo, workers: Workers) -> None:
-        if not hasattr(self, "pipeline"):
-            self.pipeline = getattr(diffusers, info.pipeline_class)
+        self.pipeline = getattr(diffusers, info.pipeline_class)
         super().__init__(info, workers)
+        self.taken = inspect.signature(self.pipe.__call__).parameters
         self.pipe.set_progress_bar_config(disable=True)
         self.own_scheduler = self.pipe.scheduler
         vae: Any = getattr(self.pipe, "vae", None)
@@ -77,7 +78,11 @@ class WholeCall(LoadedPipeline):
         }
         if self._guided(samples[0]) and "negative_prompt" in self.info.arguments:
             arguments["negative_prompt"] = [sample.negative_prompt or "" for sample in samples]
-        return arguments
+        if samples[0].image is not None:
+            arguments |= {name: pictures for name in ("image", "mask_image") if (pictures := _pictures(samples, name))}
+            arguments["strength"] = samples[0].strength
+        # some that take an image take its size from it
+        return {name: value for name, value in arguments.items() if name in self.taken or name not in ("height", "width")}
 
     def _group_of_texts(self, sample: Sample) -> Hashable:
         """What of its texts decides the shape of a denoiser call."""
@@ -93,7 +98,7 @@ class WholeCall(LoadedPipeline):
     # The protocol.
 
     def slot_group(self, sample: Sample) -> Hashable:
-        names = ("height", "width", "num_inference_steps", "guidance_scale", "true_cfg_scale", "sampler")
+        names = ("height", "width", "num_inference_steps", "guidance_scale", "true_cfg_scale", "sampler", "strength")
         return *(getattr(sample, name) for name in names), self._guided(sample), self._group_of_texts(sample)
 
     def texts(self, sample: Sample) -> tuple[Hashable, ...]:
@@ -124,7 +129,9 @@ class WholeCall(LoadedPipeline):
         return [True] * len(states)
 
     def places_that_differ(self, sample: Sample) -> list[int]:
-        short = replace(sample, num_inference_steps=max(2, SAMPLERS[sample.sampler].min_steps))  # some schedules have no single step
+        # some schedules have no single step; and of an image's, only a part is run
+        short = replace(sample, num_inference_steps=min(sample.num_inference_steps, max(4, SAMPLERS[sample.sampler].min_steps)))
+        short = short if sample.strength is None else replace(short, strength=1.0)
         state = self.start(short, [self.encode_texts([text])[0] for text in self.texts(short)])
         differ: set[int] = set()
 
@@ -184,3 +191,8 @@ class WholeCall(LoadedPipeline):
             yield [a if (s.blend or 0.0) < 0.5 else b for a, b, s in zip(*ends, samples, strict=True)]
         finally:
             delattr(self.pipe, self.draws_with)
+
+
+def _pictures(samples: Sequence[Sample], name: str) -> list[Any]:
+    given = [(sample, getattr(sample, name)) for sample in samples]
+    return [sized(decode(image, name), sample) for sample, image in given if image is not None]

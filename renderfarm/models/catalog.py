@@ -6,15 +6,17 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from renderfarm.config import ModelSpec, expand_env
 from renderfarm.errors import Fatal, InvalidJob
 from renderfarm.models.families import ALWAYS, FAMILIES, GENERIC, LCM, NEGATIVE, SD, SHIFTED, Config, Family, Sizes
 from renderfarm.samplers import GLOBAL_STATE, SAMPLERS, Kind
+
+Task = Literal["text-to-image", "image-to-image", "inpainting"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,9 @@ class ModelInfo:
     safety_checker: bool = False
     refused_samplers: Mapping[str, str] = field(default_factory=dict)
     pipeline_class: str = ""
+    task: Task = "text-to-image"
+    strength: float | None = None
+    """The task's default, where it begins with an image."""
     warnings: tuple[str, ...] = ()
     """What a user of the dataset should know of the model's rendering."""
 
@@ -77,13 +82,42 @@ def describe(spec: ModelSpec) -> ModelInfo:
         num_inference_steps=20 if builtin else family.num_inference_steps,
         guidance_scale=5.0 if builtin else family.guidance_scale,
         sampler=_default_sampler(index, family.kind),
-        arguments=family.arguments - _unread(denoiser, index),
+        arguments=(family.arguments | _of_tasks(family)) - _unread(denoiser, index),
         safety_checker=spec.safety_checker,
         refused_samplers={**family.refused_samplers, **refused_by_configuration(class_name, scheduler)},
         pipeline_class=class_name,
         warnings=()
         if class_name in FAMILIES
         else (f"{class_name} was not compared with diffusers' own pixels here: exactness is not promised",),
+    )
+
+
+def _of_tasks(family: Family) -> frozenset[str]:
+    taken = {"image", "strength"} if family.image_to_image else set()
+    return frozenset(taken | ({"mask_image"} if family.inpainting else set()))
+
+
+def for_task(info: ModelInfo, given: Collection[str]) -> ModelInfo:
+    """The model as it renders rows with these arguments: with an image it is image-to-image, with a mask inpainting."""
+    if "image" not in given and "mask_image" not in given:
+        return replace(info, arguments=info.arguments - {"image", "mask_image", "strength"})
+    if "image" not in given:
+        raise InvalidJob("manifest: mask_image needs an image beside it; give both columns")
+    name: Task = "inpainting" if "mask_image" in given else "image-to-image"
+    family = FAMILIES.get(info.pipeline_class)
+    task = None if family is None else family.inpainting if name == "inpainting" else family.image_to_image
+    if task is None:
+        raise InvalidJob(f"model {info.id}: {info.pipeline_class or 'it'} has no {name} here; drop the columns, or choose another model")
+    flows = ("flow-dpm++2m", "flow-unipc") if info.kind == "flow" else ()
+    reason = f"diffusers' {name} starts with a mixture of picture and noise that this scheduler does not make"
+    return replace(
+        info,
+        adapter=task.adapter,
+        pipeline_class=task.pipeline_class,
+        task=name,
+        strength=task.strength,
+        arguments=info.arguments - {"seed_b", "blend"},
+        refused_samplers={**info.refused_samplers, **dict.fromkeys(flows, reason)},
     )
 
 

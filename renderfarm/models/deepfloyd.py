@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from diffusers import IFPipeline
-
 from renderfarm.models.calls import State, WholeCall
 
 
 class DeepFloyd(WholeCall):
-    pipeline = IFPipeline
     text_length = 77
     draws_with = "prepare_intermediate_images"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from renderfarm.samplers import NOTHING, SAMPLERS, Kind
@@ -90,6 +90,15 @@ def _vae_scale(vae: Config) -> int:
 
 
 @dataclass(frozen=True)
+class ImageTask:
+    """diffusers' class for a task that begins with an image, who renders it, and that class's default strength."""
+
+    pipeline_class: str
+    strength: float
+    adapter: str = "tasks:WithImages"
+
+
+@dataclass(frozen=True)
 class Family:
     """A pipeline class: who renders it (`module:class` in this package), what rows may say, and the pipeline's own defaults.
 
@@ -108,6 +117,8 @@ class Family:
     safety_checker: bool = False
     batching: Literal["slots", "calls"] = "slots"
     vae: bool = True
+    image_to_image: ImageTask | None = None
+    inpainting: ImageTask | None = None
 
 
 NEGATIVE = frozenset({"negative_prompt", "negative_prompt_2", "negative_prompt_3"})
@@ -160,6 +171,28 @@ FAMILIES = {
     "IFPipeline": Family("deepfloyd:DeepFloyd", "diffusion", SD, 100, 7.0, "unet", _of_pixels, _NO_VARIANCE, False, "calls", False),
 }
 SHIFTED = ("FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "QwenImagePipeline")  # whether the configuration says so or not
+_TASKS = {
+    "StableDiffusionPipeline": (ImageTask("StableDiffusionImg2ImgPipeline", 0.8), ImageTask("StableDiffusionInpaintPipeline", 1.0)),
+    LCM: (ImageTask("LatentConsistencyModelImg2ImgPipeline", 0.8), None),
+    "StableDiffusionXLPipeline": (
+        ImageTask("StableDiffusionXLImg2ImgPipeline", 0.3),
+        ImageTask("StableDiffusionXLInpaintPipeline", 0.9999),
+    ),
+    "StableDiffusion3Pipeline": (ImageTask("StableDiffusion3Img2ImgPipeline", 0.6), ImageTask("StableDiffusion3InpaintPipeline", 0.6)),
+    "FluxPipeline": (ImageTask("FluxImg2ImgPipeline", 0.6), ImageTask("FluxInpaintPipeline", 0.6)),
+    "QwenImagePipeline": (
+        ImageTask("QwenImageImg2ImgPipeline", 0.6, "qwen_image:QwenImage"),
+        ImageTask("QwenImageInpaintPipeline", 0.6, "qwen_image:QwenImage"),
+    ),
+    "ZImagePipeline": (
+        ImageTask("ZImageImg2ImgPipeline", 0.6, "z_image:ZImage"),
+        ImageTask("ZImageInpaintPipeline", 1.0, "z_image:ZImage"),
+    ),
+}
+FAMILIES = {
+    name: replace(family, image_to_image=_TASKS[name][0], inpainting=_TASKS[name][1]) if name in _TASKS else family
+    for name, family in FAMILIES.items()
+}
 GENERIC = Family("generic:Generic", "own", SD, 50, 5.0, "", _of_any, {}, False, "calls", False)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from diffusers import Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 
 from renderfarm.models.calls import State, WholeCall
@@ -13,7 +12,6 @@ from renderfarm.records import Sample
 
 
 class Flux2(WholeCall):
-    pipeline = Flux2Pipeline
     text_length = 512  # the pipeline's default max_sequence_length, template included
 
     def _guided(self, sample: Sample) -> bool:
@@ -32,7 +30,6 @@ class Flux2(WholeCall):
 
 
 class Flux2Klein(WholeCall):
-    pipeline = Flux2KleinPipeline
     text_length = 512  # as above
 
     def _guided(self, sample: Sample) -> bool:

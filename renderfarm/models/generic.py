@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from renderfarm.config import Workers
 from renderfarm.models.base import Counted
 from renderfarm.models.calls import State, WholeCall
-from renderfarm.models.catalog import ModelInfo
 from renderfarm.records import Sample
 
 
 class Generic(WholeCall):
     text_length = 0  # not known
-
-    def __init__(self, info: ModelInfo, workers: Workers) -> None:
-        super().__init__(info, workers)
-        self.taken = inspect.signature(self.pipe.__call__).parameters
 
     def count_tokens(self, sample: Sample) -> Counted:
         tokenizer = getattr(self.pipe, "tokenizer", None)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import QwenImagePipeline
 
 from renderfarm.models.calls import State, WholeCall
 from renderfarm.models.torch_setup import translated
@@ -17,8 +16,6 @@ PADDED_TO = 64  # tokens; a multiple of it that leaves room for at least one tha
 
 
 class QwenImage(WholeCall):
-    pipeline = QwenImagePipeline
-
     @property
     def text_length(self) -> int:  # type: ignore[override]
         # diffusers reads 1024 tokens, and gives the transformer the first 512 of them

@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from diffusers import SanaPipeline
-
 from renderfarm.models.calls import State, WholeCall
 
 
 class Sana(WholeCall):
-    pipeline = SanaPipeline
     text_length = 300
 
     def _arguments(self, states: Sequence[State]) -> dict[str, Any]:

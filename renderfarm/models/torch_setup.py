@@ -83,7 +83,9 @@ def describe_profile(info: ModelInfo, workers: Workers, device: str) -> dict[str
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        **{name: version(name) for name in ("diffusers", "transformers", "tokenizers", "numpy", "scipy")},  # LMS integrates with scipy
+        **{
+            name: version(name) for name in ("diffusers", "transformers", "tokenizers", "numpy", "scipy", "pillow")
+        },  # LMS integrates with scipy
     }
 
 

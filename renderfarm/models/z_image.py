@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 
-from diffusers import ZImagePipeline
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 
 from renderfarm.models.calls import WholeCall
@@ -12,7 +11,6 @@ from renderfarm.records import Sample
 
 
 class ZImage(WholeCall):
-    pipeline = ZImagePipeline
     text_length = 512  # the pipeline's default max_sequence_length, template included
 
     def _guided(self, sample: Sample) -> bool:

@@ -1,0 +1,380 @@
+"""Image-to-image and inpainting: the pixels of diffusers' own pipelines, from files, bytes and URLs that are checked first."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import re
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import diffusers
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from checker import check_complete, error_rows, image_rows
+from oracle import DTYPES, LEGAL, REFERENCE, B, pixels, plain_pipeline, row
+from PIL import Image
+
+import renderfarm
+from renderfarm.config import Job, ModelSpec, Workers, load_job
+from renderfarm.errors import InvalidInput, InvalidJob, Transient
+from renderfarm.inputs import Fetcher
+from renderfarm.models.catalog import describe, for_task
+from renderfarm.models.load import load_model
+from renderfarm.records import InputImage, Sample
+from renderfarm.slots import SlotLoop
+from renderfarm.storage import open_store
+from renderfarm.verification import Choice, verify
+
+Write = Callable[..., Path]
+
+CLASSES: dict[tuple[str, str], Any] = {
+    ("sd", "image-to-image"): diffusers.StableDiffusionImg2ImgPipeline,
+    ("sd", "inpainting"): diffusers.StableDiffusionInpaintPipeline,
+    ("lcm", "image-to-image"): diffusers.LatentConsistencyModelImg2ImgPipeline,
+    ("sdxl", "image-to-image"): diffusers.StableDiffusionXLImg2ImgPipeline,
+    ("sdxl", "inpainting"): diffusers.StableDiffusionXLInpaintPipeline,
+    ("sd3", "image-to-image"): diffusers.StableDiffusion3Img2ImgPipeline,
+    ("sd3", "inpainting"): diffusers.StableDiffusion3InpaintPipeline,
+    ("flux-dev", "image-to-image"): diffusers.FluxImg2ImgPipeline,
+    ("flux-dev", "inpainting"): diffusers.FluxInpaintPipeline,
+    ("qwen-image", "image-to-image"): diffusers.QwenImageImg2ImgPipeline,
+    ("qwen-image", "inpainting"): diffusers.QwenImageInpaintPipeline,
+    ("z-image", "image-to-image"): diffusers.ZImageImg2ImgPipeline,
+    ("z-image", "inpainting"): diffusers.ZImageInpaintPipeline,
+}
+
+
+def picture(number: int = 0, size: tuple[int, int] = (32, 32), mode: str = "RGB") -> Image.Image:
+    noise = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.NEAREST).convert(mode)
+
+
+def mask(size: tuple[int, int] = (32, 32)) -> Image.Image:
+    found = Image.new("L", size)
+    found.paste(255, (8, 8, 24, 24))
+    return found
+
+
+def encoded(image: Image.Image, format_: str = "PNG", **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format_, **options)
+    return file.getvalue()
+
+
+def reference(pipe: Any, wanted: Sample, given: dict[str, Image.Image]) -> np.ndarray:
+    """Image 0 of diffusers' own pipeline called with B copies of the row, as one of its users would call it."""
+    if wanted.sampler in REFERENCE:
+        kind, changes = REFERENCE[wanted.sampler]
+        pipe.scheduler = kind.from_config(pipe.original_config, **changes)
+    arguments: dict[str, Any] = {"prompt": [wanted.prompt] * B, "guidance_scale": wanted.guidance_scale}
+    if isinstance(pipe, diffusers.QwenImageImg2ImgPipeline | diffusers.QwenImageInpaintPipeline):
+        embeds, _ = pipe.encode_prompt(arguments.pop("prompt"))
+        del arguments["guidance_scale"]
+        more = 64 - embeds.shape[1] % 64
+        arguments["prompt_embeds"] = torch.cat([embeds, embeds.new_zeros(B, more, embeds.shape[2])], dim=1)
+        arguments["prompt_embeds_mask"] = torch.cat([torch.ones(embeds.shape[:2]), torch.zeros(B, more)], dim=1).long()
+    elif wanted.negative_prompt is not None:
+        arguments["negative_prompt"] = [wanted.negative_prompt] * B
+    if wanted.true_cfg_scale is not None:
+        arguments["true_cfg_scale"] = wanted.true_cfg_scale
+    if not isinstance(
+        pipe,
+        diffusers.StableDiffusionImg2ImgPipeline
+        | diffusers.StableDiffusionXLImg2ImgPipeline
+        | diffusers.LatentConsistencyModelImg2ImgPipeline,
+    ):
+        arguments |= {"height": wanted.height, "width": wanted.width}
+    images = pipe(
+        **arguments,
+        **{name: [image] * B for name, image in given.items()},
+        strength=wanted.strength,
+        num_inference_steps=wanted.num_inference_steps,
+        generator=[torch.Generator("cpu").manual_seed(wanted.seed) for _ in range(B)],
+    ).images
+    return np.asarray(images[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "task"), CLASSES)
+def test_each_row_gets_the_pixels_that_diffusers_gives_it_alone(
+    name: str, task: str, dtype: str, tiny_model: Callable[[str], Path]
+) -> None:
+    folder, inpaint = tiny_model(name), task == "inpainting"
+    info = for_task(describe(ModelSpec(id=str(folder))), ("image", "mask_image") if inpaint else ("image",))
+    assert (info.task, info.pipeline_class) == (task, CLASSES[name, task].__name__)
+    rows = []
+    for number in range(8):
+        samplers = [sampler for sampler in LEGAL[name] if sampler not in info.refused_samplers]
+        values: dict[str, Any] = {"prompt": f"star {number}" + " and so on" * (number % 3 * 5), "strength": (0.5, 0.8, 1.0)[number % 3]}
+        values |= {"num_inference_steps": 4, "guidance_scale": (4.0, 1.0)[number % 2], "sampler": samplers[number * 3 % len(samplers)]}
+        if name != "lcm" and number % 4 == 0:
+            values["negative_prompt"] = "a square"
+        if name == "flux-dev":
+            values["true_cfg_scale"] = (1.0, 2.0)[number % 2]
+        if name == "qwen-image":
+            values |= {"negative_prompt": None, "true_cfg_scale": 1.0}
+        size = (32, 40) if number > 5 else (32, 32)
+        images = {"image": picture(number, size), **({"mask_image": mask(size)} if inpaint else {})}
+        given = {kind: InputImage(None, encoded(image)) for kind, image in images.items()}
+        rows.append((row(number, height=size[1], width=size[0], **values, **given), images))
+    loop = SlotLoop(lambda: load_model(info, Workers(batch_size=B, dtype=dtype)))  # type: ignore[arg-type]
+    try:
+        ours = pixels(loop.submit([wanted for wanted, _ in rows]))
+    finally:
+        loop.close()
+    absent = {"safety_checker": None} if name in ("sd", "lcm") else {}
+    pipe = plain_pipeline(CLASSES[name, task], folder, dtype, **absent)
+    for (wanted, images), made in zip(rows, ours, strict=True):
+        np.testing.assert_array_equal(made, reference(pipe, wanted, images), err_msg=str(wanted))
+    assert len({made.tobytes() for made in ours}) == len(rows)
+
+
+def struct(*values: tuple[bytes | None, str | None]) -> pa.Array:
+    return pa.array([{"bytes": data, "path": path} for data, path in values], pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+
+
+def columns(count: int, **more: Any) -> dict[str, Any]:
+    return {"prompt": [f"number {k}" for k in range(count)], "seed": list(range(count)), **more}
+
+
+@pytest.fixture
+def job(write_job: Write, tiny_model: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    def write(values: dict[str, Any], **changes: Any) -> Path:
+        (tmp_path / "in").mkdir(exist_ok=True)
+        pq.write_table(pa.table(values), tmp_path / "in/m.parquet")
+        return write_job(tmp_path / "in/m.parquet", model=str(tiny_model("sd")), workers={"batch_size": B}, **changes)
+
+    return write
+
+
+def test_paths_bytes_and_hugging_face_images_give_the_same_pixels_and_verify_needs_the_output_only(
+    job: Callable[..., Path], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    data = encoded(picture(1, (40, 32)))
+    (tmp_path / "in/a").mkdir(parents=True)
+    (tmp_path / "in/a/one.png").write_bytes(data)
+    found = []
+    for number, images in enumerate(
+        (pa.array(["a/one.png", "a/../a/one.png"]), pa.array([data, data]), struct((data, "any name"), (None, "a/one.png")))
+    ):
+        out = tmp_path / f"out{number}"
+        path = job(columns(2, image=images, strength=[0.5, None]), output={"path": str(out)}, render={"sampler": "euler"})
+        assert renderfarm.run(path, engine="inline").exit_code == 0
+        check_complete(out, {(0, 0), (1, 0)})
+        found.append([(record["pixel_sha256"], record["input_image_sha256"], record["strength"]) for record in image_rows(out)])
+        assert [(record["height"], record["width"]) for record in image_rows(out)] == [(32, 40)] * 2
+    assert found[0] == found[1] == found[2]
+    assert [strength for _, _, strength in found[0]] == [0.5, 0.8]
+    assert {digest for _, digest, _ in found[0]} == {hashlib.sha256(data).hexdigest()}
+    assert [record["input_image"] for record in image_rows(tmp_path / "out2")] == [None, "a/one.png"]
+
+    (tmp_path / "in/a/one.png").unlink()
+    verified = verify(str(tmp_path / "out0"), Choice(rows="0-1"), model=str(tiny_model("sd")))
+    assert [again.result for again in verified.again] == ["identical", "identical"]
+
+
+BAD = {
+    "gone.png": r"image 'gone.png' does not exist; paths start at in/",
+    "../job.yaml": r"image '../job.yaml' leads out of in/; put the file inside, or give inputs.folder",
+    "/etc/hostname": r"leads out of in/",
+    "link.png": r"leads out of in/",
+    "text.png": r"image 'text.png' is no PNG, JPEG, WEBP file; convert it",
+    "cut.png": r"image 'cut.png' cannot be decoded \(.*\); it may be cut off",
+    "gif.png": r"is no PNG, JPEG, WEBP file",
+    "deep.png": r"has pixels of mode I;16; save it with 8 bits a channel",
+    "odd.png": r"height \(the image's\) is 36; it must be a multiple of 8 for this model: 32 or 40",
+    "": r"image is null; a job for image-to-image needs one in every row",
+    "large.png": r"large.png is larger than 0.01 MiB; make it smaller, or raise inputs.max_mebibytes",
+    "https://example.org/a.png": r"https://example.org/a.png is not a URL that the job allows; add its beginning to inputs.urls",
+    "file:///etc/hostname": r"file:///etc/hostname is not a URL that the job allows",
+    "a\x00b": r"cannot be read",
+}
+
+
+def test_an_image_that_cannot_be_used_costs_its_row_and_says_what_to_do(job: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    good = encoded(picture(1))
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8))
+    files = {
+        "good.png": good, "text.png": b"no image", "cut.png": good[: len(good) // 2], "gif.png": encoded(picture(1), "GIF"),
+        "deep.png": encoded(Image.fromarray(np.zeros((32, 32), np.uint16))), "odd.png": encoded(picture(1, (32, 36))),
+        "large.png": encoded(noise),
+    }  # fmt: skip
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    (tmp_path / "outside.png").write_bytes(good)
+    (folder / "link.png").symlink_to(tmp_path / "outside.png")
+    path = job(columns(len(BAD) + 1, image=["good.png", *BAD]), inputs={"max_mebibytes": 0.01})
+    summary = renderfarm.run(path, engine="inline")
+    assert (summary.images, summary.errors, summary.exit_code) == (1, len(BAD), 3)
+    for error, reason in zip(sorted(error_rows(tmp_path / "out"), key=lambda error: error["row"]), BAD.values(), strict=True):
+        assert error["error_class"] == "InvalidInput"
+        assert re.search(reason, error["error_message"]), error
+
+
+@pytest.mark.parametrize(
+    ("more", "render", "reason"),
+    [
+        ({"strength": [0.2]}, {"num_inference_steps": 4}, "strength 0.2 of 4 steps runs none of them; give at least 0.25"),
+        ({"strength": [1.5]}, {}, "strength is 1.5; it must be above 0 and at most 1"),
+        ({"strength": [0.0]}, {}, "strength is 0.0"),
+        ({"height": [64], "width": [64]}, {}, "image has 32×32 pixels and the row asks for 64×64; leave height and width out, resize it"),
+        ({"mask_image": [encoded(mask((40, 32)))]}, {}, "mask_image has 40×32 pixels and image 32×32; make them one size"),
+        ({"mask_image": [None]}, {}, "mask_image is null; a job for inpainting needs one"),
+    ],
+)
+def test_arguments_that_do_not_fit_an_image_are_error_rows(
+    more: dict[str, Any], render: dict[str, Any], reason: str, job: Callable[..., Path], tmp_path: Path
+) -> None:
+    if "mask_image" in more:
+        more = {"mask_image": pa.array(more["mask_image"], pa.binary())}
+    summary = renderfarm.run(job(columns(1, image=[encoded(picture())], **more), render=render), engine="inline")
+    assert (summary.images, summary.errors) == (0, 1)
+    assert reason in error_rows(tmp_path / "out")[0]["error_message"]
+
+
+def test_images_are_turned_as_their_files_say_and_resized_as_the_job_says(job: Callable[..., Path], tmp_path: Path) -> None:
+    upright = picture(3, (48, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it a quarter clockwise
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    images = [encoded(upright), encoded(turned, exif=exif)]
+    assert renderfarm.run(job(columns(2, image=images) | {"seed": [1, 1], "prompt": ["a", "a"]}), engine="inline").images == 2
+    first, second = image_rows(tmp_path / "out")
+    assert (first["width"], first["height"], first["pixel_sha256"]) == (48, 32, second["pixel_sha256"])
+    for resize, expected in (("crop", upright.crop((8, 0, 40, 32))), ("stretch", upright.resize((32, 32), Image.Resampling.LANCZOS))):
+        found = []
+        for number, data in enumerate((images[0], encoded(expected))):
+            out = tmp_path / f"{resize}{number}"
+            size, output = {"height": 32, "width": 32}, {"path": str(out)}
+            path = job(columns(1, image=[data]), render=size, inputs={"resize": resize}, output=output)
+            assert renderfarm.run(path, engine="inline").images == 1
+            found.append(image_rows(out)[0]["pixel_sha256"])
+        assert found[0] == found[1]
+
+
+def test_columns_that_make_no_task_are_refused_before_work_starts(job: Callable[..., Path], tiny_model: Callable[[str], Path]) -> None:
+    data = encoded(picture())
+    for values, model, reason in (
+        (columns(1, mask_image=[data]), "sd", "mask_image needs an image beside it"),
+        (columns(1, image=[data], seed_b=[1], blend=[0.5]), "sd", "blend, seed_b: not an argument of image-to-image"),
+        (columns(1, image=[data]), "pixart-sigma", "`image`, which this model does not take"),
+        (columns(1, strength=[0.5]), "sd", "strength: not an argument of text-to-image"),
+        (columns(1, image=[7]), "sd", "a path or URL, a file's bytes"),
+    ):
+        with pytest.raises(InvalidJob, match=reason):
+            renderfarm.run(job(values, **({} if model == "sd" else {"model": str(tiny_model(model))})), engine="inline")
+
+
+class Site(BaseHTTPRequestHandler):
+    image = encoded(picture(5))
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        status = {"/pub/gone": 404, "/pub/busy": 503, "/pub/away": 302, "/pub/loop": 302, "/pub/inside": 302}.get(path, 200)
+        self.send_response(status)
+        if status == 302:
+            self.send_header("Location", {"/pub/away": "/secret/x", "/pub/loop": "/pub/loop", "/pub/inside": "/pub/ok.png"}[path])
+        self.end_headers()
+        if status == 200:
+            with contextlib.suppress(ConnectionError):  # who has read enough hangs up
+                self.wfile.write(self.image * (100_000 if path == "/pub/huge" else 1))
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def site() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def fetch(tmp_path: Path, url: str, **inputs: Any) -> Any:
+    values: dict[str, Any] = {
+        "name": "t",
+        "manifest": str(tmp_path / "m.parquet"),
+        "model": "builtin:fake",
+        "output": {"path": str(tmp_path / "o")},
+    }
+    job = Job.model_validate(values | {"inputs": {"max_mebibytes": 1, **inputs}})
+    model = for_task(describe(ModelSpec(id="builtin:shapes")), ("image",))
+    wanted = row(sampler="euler", strength=0.5, height=0, width=0, image=InputImage(url))
+    (found,) = Fetcher(job, model, open_store(job.output.path)).fetch([wanted])
+    return found
+
+
+@pytest.mark.parametrize("page", ["/pub/ok.png", "/pub/inside", "/pub/ok.png?signature=abc"])
+def test_a_url_that_the_job_allows_is_fetched(page: str, site: str, tmp_path: Path) -> None:
+    found = fetch(tmp_path, site + page, urls=[f"{site}/pub/"], private_addresses=True)
+    assert isinstance(found, Sample)
+    assert found.image is not None
+    assert found.image.data == Site.image
+    assert (found.height, found.width) == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("page", "reason"),
+    [
+        ("/secret/x", "is not a URL that the job allows"),
+        ("/pub/../secret/x", "is not a URL that the job allows"),
+        ("/pub/away", "/secret/x is not a URL that the job allows"),
+        ("/pub/loop", "redirects more than 5 times"),
+        ("/pub/gone", "answered 404 Not Found; correct the URL"),
+        ("/pub/huge", "larger than 1 MiB"),
+    ],
+)
+def test_a_url_that_leads_elsewhere_is_its_rows_error(page: str, reason: str, site: str, tmp_path: Path) -> None:
+    found = fetch(tmp_path, site + page, urls=[f"{site}/pub/"], private_addresses=True)
+    assert isinstance(found, InvalidInput)
+    assert reason in str(found)
+
+
+def test_a_private_address_is_refused_unless_the_job_says_so(site: str, tmp_path: Path) -> None:
+    found = fetch(tmp_path, f"{site}/pub/ok.png", urls=[f"{site}/pub/"])
+    assert "leads to a private address; give public URLs, or inputs.private_addresses: true" in str(found)
+
+
+def test_a_server_that_is_busy_or_away_is_tried_again_later(site: str, tmp_path: Path) -> None:
+    for url in (f"{site}/pub/busy", "http://127.0.0.1:9/pub/x"):
+        with pytest.raises(Transient):
+            fetch(tmp_path, url, urls=[url.rpartition("/")[0] + "/"], private_addresses=True)
+
+
+@pytest.mark.parametrize("url", ["https://u:p@example.org/", "ftp://example.org/", "https://example.org", "example.org/"])
+def test_a_beginning_that_allows_too_much_is_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="write it as https://HOST/"):
+        Job.model_validate({"name": "t", "manifest": "m", "model": "m", "output": {"path": "o"}, "inputs": {"urls": [url]}})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "task"), CLASSES)
+def test_twelve_rows_through_ray_have_the_same_pixels_with_one_worker_and_with_two(
+    name: str, task: str, local_ray: None, tiny_model: Callable[[str], Path], job: Callable[..., Path], tmp_path: Path
+) -> None:
+    masks = {"mask_image": [encoded(mask())] * 12} if task == "inpainting" else {}
+    values = columns(12, image=[encoded(picture(k)) for k in range(12)], strength=[0.5, 0.8, 1.0] * 4, **masks)
+    found = []
+    for workers, part_rows in ((1, 5), (2, 2)):
+        out = tmp_path / f"out-{workers}"
+        output = {"path": str(out), "part_rows": part_rows}
+        path = job(values, model=str(tiny_model(name)), render={"num_inference_steps": 4}, output=output)
+        assert renderfarm.run(load_job(path, [f"workers.max={workers}"]), engine="ray").images == 12
+        check_complete(out, {(number, 0) for number in range(12)})
+        found.append({record["row"]: record["pixel_sha256"] for record in image_rows(out)})
+    assert found[0] == found[1]
+    assert len(set(found[0].values())) == 12
