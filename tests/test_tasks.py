@@ -27,6 +27,7 @@ from renderfarm.config import Job, ModelSpec, Workers, load_job
 from renderfarm.errors import InvalidInput, InvalidJob, Transient
 from renderfarm.inputs import Fetcher
 from renderfarm.models.catalog import describe, for_task
+from renderfarm.models.families import FAMILIES
 from renderfarm.models.load import load_model
 from renderfarm.records import InputImage, Sample
 from renderfarm.slots import SlotLoop
@@ -150,7 +151,7 @@ def job(write_job: Write, tiny_model: Callable[[str], Path], tmp_path: Path) -> 
     def write(values: dict[str, Any], **changes: Any) -> Path:
         (tmp_path / "in").mkdir(exist_ok=True)
         pq.write_table(pa.table(values), tmp_path / "in/m.parquet")
-        return write_job(tmp_path / "in/m.parquet", model=str(tiny_model("sd")), workers={"batch_size": B}, **changes)
+        return write_job(tmp_path / "in/m.parquet", **{"model": str(tiny_model("sd")), "workers": {"batch_size": B}, **changes})
 
     return write
 
@@ -260,6 +261,13 @@ def test_images_are_turned_as_their_files_say_and_resized_as_the_job_says(job: C
             assert renderfarm.run(path, engine="inline").images == 1
             found.append(image_rows(out)[0]["pixel_sha256"])
         assert found[0] == found[1]
+
+
+def test_the_classes_compared_here_are_those_of_the_table() -> None:
+    offered = {
+        task.pipeline_class for family in FAMILIES.values() for task in (family.image_to_image, family.inpainting) if task is not None
+    }
+    assert offered == {kind.__name__ for kind in CLASSES.values()}
 
 
 def test_columns_that_make_no_task_are_refused_before_work_starts(job: Callable[..., Path], tiny_model: Callable[[str], Path]) -> None:

@@ -199,12 +199,17 @@ GENERIC = Family("generic:Generic", "own", SD, 50, 5.0, "", _of_any, {}, False, 
 def families_markdown() -> str:
     """FAMILIES as a table for people. Tests compare it with the file, and the families with those that they measured."""
     lines = [
-        "| pipeline class | batching | task | arguments besides the common ones | legal samplers | exact |",
+        "| pipeline class | batching | tasks | arguments besides the common ones | legal samplers | exact |",
         "|---|---|---|---|---|---|",
     ]
     for name, family in FAMILIES.items():
         more = ", ".join(f"`{argument}`" for argument in sorted(family.arguments - ALWAYS)) or "none"
         legal = [s.name for s in SAMPLERS.values() if s.kind == family.kind and s.name not in family.refused_samplers]
         samplers = ", ".join(f"`{sampler}`" for sampler in legal) if len(legal) < 5 else f"all {len(legal)} of kind {family.kind}"
-        lines.append(f"| `{name}` | {family.batching} | text-to-image | {more} | {samplers} | yes |")
+        tasks = [
+            "text-to-image",
+            *(["image-to-image"] if family.image_to_image else []),
+            *(["inpainting"] if family.inpainting else []),
+        ]
+        lines.append(f"| `{name}` | {family.batching} | {', '.join(tasks)} | {more} | {samplers} | yes |")
     return "\n".join(lines) + "\n"
