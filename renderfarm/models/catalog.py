@@ -213,7 +213,7 @@ def _from_hub(model_id: str, spec: ModelSpec) -> Path:
     wanted: dict[str, Any] = {
         "revision": spec.revision,
         # the components' folders only: single-file checkpoints beside them hold the same weights once more
-        "allow_patterns": ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.safetensors"],
+        "allow_patterns": ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja", "*/*.safetensors"],
         "ignore_patterns": unwanted if spec.safety_checker else ["safety_checker/*", *unwanted],
     }
     try:

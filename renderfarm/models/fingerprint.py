@@ -39,7 +39,7 @@ def weight_hashes(folder: Path, *, safety_checker: bool) -> dict[str, str]:
 
 def _is_read(name: str) -> bool:
     variant = ".fp16" in name or ".non_ema" in name
-    return name.endswith((".safetensors", ".json", ".txt", ".model")) and not variant
+    return name.endswith((".safetensors", ".json", ".txt", ".model", ".jinja")) and not variant  # .jinja: chat templates
 
 
 def file_sha256(path: Path) -> str:
