@@ -24,6 +24,7 @@ ARGUMENTS: dict[str, str] = {
     "negative_prompt_2": TEXT,
     "negative_prompt_3": TEXT,
     "true_cfg_scale": NUMBER,
+    "adapters": TEXT,
     "seed_b": INTEGER,
     "blend": NUMBER,
     "image": IMAGE,

@@ -6,6 +6,7 @@
     _renderfarm/profiles/…     others, by their SHA-256, if the job allows them
     _renderfarm/parts/…        one key a part, its counts in its name, so that one listing tells what is done;
                                derived: a missing entry costs one request, never an image
+    _renderfarm/inputs/…       files that rows and job gave (images, LoRA adapters), by their SHA-256
     data/…, errors/…           the commit objects (see layouts)
 
 Order of a part: images, commit object, error view, index entry. Whoever loses the create of the commit object reads
@@ -14,6 +15,7 @@ back what is stored and reports that, whether it is somebody else's or its own w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -33,6 +35,16 @@ FORMAT_VERSION = 1
 JOB, GRID, PROFILE, PROFILES, PROGRESS, PARTS, RUNS, ANNOUNCED = (
     f"_renderfarm/{name}" for name in ("job.json", "grid.json", "profile.json", "profiles", "progress.json", "parts", "runs", "announced")
 )
+
+
+KEPT = "_renderfarm/inputs"
+
+
+def keep(store: Store, data: bytes) -> None:
+    """Keep a file that decides pixels, so that the output alone can be rendered again."""
+    if not store.exists(key := f"{KEPT}/{hashlib.sha256(data).hexdigest()}"):
+        with contextlib.suppress(AlreadyExists):
+            store.put_if_absent(key, data)
 
 
 def to_json(value: Any) -> bytes:

@@ -46,6 +46,9 @@ class ModelSpec(Strict):
     """`builtin:shapes`, a folder in diffusers' format, or a hub id `org/name`."""
     revision: str | None = None
     """A full commit hash; required for a hub id, so that the weights cannot change under the job."""
+    adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")], str] = {}
+    """LoRA adapters by a name of your own: each a `.safetensors` file, relative to the job file. Rows and `render.adapters`
+    say which are on, and how strongly. Needs renderfarm[lora]."""
     safety_checker: bool = False
     """Run the model's own safety checker, if it has one; an image that it refuses ends as an error row."""
 
@@ -66,6 +69,8 @@ class Render(Strict):
     """One of `renderfarm samplers`."""
     true_cfg_scale: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = None
     """FLUX: guidance with a second pass over a negative prompt; on above 1, for rows that have a negative prompt."""
+    adapters: str | None = None
+    """Which of `model.adapters` are on for a row that says nothing, e.g. `detail:0.8, style`; a row's `none` turns them off."""
     strength: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     """How much of an input image is painted anew: 1 all of it. Of the steps, `int(num_inference_steps · strength)` run."""
     on_truncation: Literal["record", "error"] = "record"
@@ -381,12 +386,13 @@ def _resolve(job: Job, base: Path) -> Job:
     paths = job.manifest.path if isinstance(job.manifest.path, list) else [job.manifest.path]
     absolute = [_absolute(path, base) for path in paths]
     model_id, folder = job.model.id, job.inputs.folder
+    adapters = {name: _absolute(path, base) for name, path in job.model.adapters.items()}
     if model_id.startswith((".", "/", "~")):
         model_id = _absolute(model_id, base)
     return job.model_copy(
         update={
             "manifest": job.manifest.model_copy(update={"path": absolute if len(absolute) > 1 else absolute[0]}),
-            "model": job.model.model_copy(update={"id": model_id}),
+            "model": job.model.model_copy(update={"id": model_id, "adapters": adapters}),
             "output": job.output.model_copy(update={"path": _absolute(job.output.path, base)}),
             "inputs": job.inputs.model_copy(update={"folder": folder and _absolute(folder, base)}),
         }

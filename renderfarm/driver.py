@@ -112,6 +112,8 @@ class Driver:
             raise InvalidJob("manifest.where selects no row: its `row` lies outside the manifest; correct it")
         probe(self.store)
         commit.freeze_job(self.store, self.prepared.frozen())
+        for data in self.prepared.adapter_files.values():
+            commit.keep(self.store, data)
 
     def run(self, make_engine: Callable[[], Engine]) -> RunSummary:
         """Render what is not done. Starts no worker when all is."""

@@ -6,7 +6,6 @@ and lead to no private address (redirects included), bytes, pixels, seconds and 
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import ipaddress
 import os
@@ -20,15 +19,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
+from renderfarm import commit
 from renderfarm.config import Inputs, Job, is_url
-from renderfarm.errors import AlreadyExists, InvalidInput, RenderfarmError, Transient
+from renderfarm.errors import InvalidInput, RenderfarmError, Transient
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.pictures import decode
 from renderfarm.records import InputImage, Sample
 from renderfarm.samples import check_side
 from renderfarm.storage import Store
 
-KEPT = "_renderfarm/inputs"  # by the SHA-256 of the file, so that the output alone can be rendered again
 FETCHED_AT_A_TIME = 8
 REDIRECTS = 5
 
@@ -55,9 +54,7 @@ class Fetcher:
         except InvalidInput as error:
             return error
         fetched = replace(image, data=data)
-        if not self.store.exists(key := f"{KEPT}/{fetched.sha256}"):
-            with contextlib.suppress(AlreadyExists):
-                self.store.put_if_absent(key, data)
+        commit.keep(self.store, data)
         return fetched
 
     def _too_large(self, source: str) -> str:

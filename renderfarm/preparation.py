@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from renderfarm import commit
+from renderfarm.adapters import parse, read_files, sha256, written
 from renderfarm.config import Job, expand_env
 from renderfarm.errors import InvalidInput, InvalidJob
 from renderfarm.manifest import Manifest, open_manifest
@@ -28,6 +29,10 @@ class Prepared:
     model: ModelInfo
     manifest: Manifest
     store: Store
+
+    @cached_property
+    def adapter_files(self) -> dict[str, bytes]:
+        return read_files(self.model.adapters)
 
     def grid(self) -> Grid | None:
         """None: `part_rows: auto`, and no worker has measured yet."""
@@ -54,7 +59,12 @@ class Prepared:
                 "columns": self.manifest.columns,
                 "where": job.manifest.model_dump(mode="json")["where"],  # YAML knows dates, JSON does not
             },
-            "model": {"id": self.model.name, "revision": self.model.revision, "safety_checker": job.model.safety_checker},
+            "model": {
+                "id": self.model.name,
+                "revision": self.model.revision,
+                "safety_checker": job.model.safety_checker,
+                "adapters": {name: sha256(data) for name, data in self.adapter_files.items()},
+            },
             "task": self.model.task,
             "render": self._render_defaults(),
             "inputs": {"resize": job.inputs.resize},
@@ -76,6 +86,7 @@ class Prepared:
             "negative_prompt": given.negative_prompt,
             "true_cfg_scale": given.true_cfg_scale,
             "strength": given.strength,
+            "adapters": written(parse(given.adapters, self.model.adapters)),
             "on_truncation": given.on_truncation,
             "num_images_per_prompt": given.num_images_per_prompt or 1,
             "override": sorted(given.override),
@@ -106,6 +117,7 @@ def _check_render(job: Job, model: ModelInfo) -> None:
         for name in ("negative_prompt", "true_cfg_scale"):
             if getattr(job.render, name) is not None and name not in model.arguments:
                 raise InvalidInput(f"{name} is not an argument of this model; leave it out")
+        parse(job.render.adapters, model.adapters)
         if job.render.strength is not None and model.task == "text-to-image":
             raise InvalidInput("strength is for rows with an image; leave it out, or give the manifest a column image")
         for name in ("height", "width"):

@@ -56,6 +56,8 @@ class Sample:
     true_cfg_scale: float | None = None
     seed_b: int | None = None
     blend: float | None = None
+    adapters: str | None = None
+    """LoRA adapters that are on: `name:weight` by name, with commas; see `adapters`."""
     strength: float | None = None
     resize: str | None = None
     image: InputImage | None = None

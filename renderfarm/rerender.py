@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Iterable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 from renderfarm import commit
 from renderfarm.config import ModelSpec, Workers, model_spec
 from renderfarm.errors import InvalidJob
-from renderfarm.inputs import KEPT
 from renderfarm.models.catalog import describe, for_task
 from renderfarm.models.load import load_model
 from renderfarm.reading import Output
@@ -31,6 +32,8 @@ class Renderer:
         profile = commit.read_profile(output.store)
         info = for_task(describe(_model_spec(output.job, model)), ARGUMENTS_OF[output.job["task"]])
         self._store = output.store
+        self._adapters = tempfile.TemporaryDirectory(prefix="renderfarm-")
+        info = dataclasses.replace(info, adapters=_written(output, Path(self._adapters.name)))
         # the name that the output has for the model: whether it is the same one, the weights' hashes say
         info = dataclasses.replace(info, id=output.job["model"]["id"], revision=output.job["model"]["revision"])
         self._slots = SlotLoop(lambda: load_model(info, _workers(output.job, profile)))
@@ -48,17 +51,26 @@ class Renderer:
 
     def close(self) -> None:
         self._slots.close()
+        self._adapters.cleanup()
 
 
 def sample_of(record: dict[str, Any], store: Store | None = None) -> Sample:
     """The sample that a row of the image table is about; its images are those that the output's `store` keeps."""
     names = {field.name for field in dataclasses.fields(Sample)} - {"key", "image", "mask_image"}
     images: dict[str, Any] = {
-        name: InputImage(record[f"input_{name}"], store.read(f"{KEPT}/{record[f'input_{name}_sha256']}"))
+        name: InputImage(record[f"input_{name}"], store.read(f"{commit.KEPT}/{record[f'input_{name}_sha256']}"))
         for name in ("image", "mask_image")
         if store is not None and record.get(f"input_{name}_sha256") is not None
     }
     return Sample(key=SampleKey(record["row"], record["image_index"]), **{n: record[n] for n in names if n in record}, **images)
+
+
+def _written(output: Output, folder: Path) -> dict[str, str]:
+    """The adapters that the output keeps, as files."""
+    files = {name: folder / f"{name}.safetensors" for name in output.job["model"]["adapters"]}
+    for name, file in files.items():
+        file.write_bytes(output.store.read(f"{commit.KEPT}/{output.job['model']['adapters'][name]}"))
+    return {name: str(file) for name, file in files.items()}
 
 
 def _model_spec(job: dict[str, Any], model: str | None) -> ModelSpec:

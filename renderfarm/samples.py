@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from renderfarm import adapters
 from renderfarm.config import Job, Render
 from renderfarm.errors import InvalidInput, RenderfarmError
 from renderfarm.manifest import EXTRA, ROW
@@ -151,6 +152,8 @@ def _samples(values: dict[str, Any], ordinal: int, row_id: str, count: int, job:
     if steps > sampler.max_steps:
         raise InvalidInput(f"num_inference_steps is {steps}; sampler {sampler.name} takes at most {sampler.max_steps}")
     images = _images_given(values, model)
+    given_lora = _text(values, "adapters")
+    lora = adapters.written(adapters.parse(given_lora if given_lora is not None else job.render.adapters, model.adapters))
     strength = _strength(values, steps, job, model)
     row_seed, blend = _seed(values, count, job), _blend(values, count)
     true_cfg = _number(values, "true_cfg_scale")
@@ -172,6 +175,7 @@ def _samples(values: dict[str, Any], ordinal: int, row_id: str, count: int, job:
             true_cfg_scale=true_cfg if true_cfg is not None else job.render.true_cfg_scale,
             seed_b=blend[0] + k if blend else None,
             blend=blend[1] if blend else None,
+            adapters=lora,
             strength=strength,
             resize=job.inputs.resize if images else None,
             **texts,

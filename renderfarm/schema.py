@@ -44,6 +44,7 @@ ARGUMENT_COLUMNS = pa.schema(
         pa.field("true_cfg_scale", pa.float64()),
         pa.field("seed_b", pa.int64()),
         pa.field("blend", pa.float64()),
+        pa.field("adapters", pa.string()),
         pa.field("strength", pa.float64()),
         pa.field("resize", pa.string()),
         pa.field("input_image", pa.string()),

@@ -98,7 +98,7 @@ class WholeCall(LoadedPipeline):
     # The protocol.
 
     def slot_group(self, sample: Sample) -> Hashable:
-        names = ("height", "width", "num_inference_steps", "guidance_scale", "true_cfg_scale", "sampler", "strength")
+        names = ("height", "width", "num_inference_steps", "guidance_scale", "true_cfg_scale", "sampler", "strength", "adapters")
         return *(getattr(sample, name) for name in names), self._guided(sample), self._group_of_texts(sample)
 
     def texts(self, sample: Sample) -> tuple[Hashable, ...]:
@@ -157,6 +157,7 @@ class WholeCall(LoadedPipeline):
     def _call(self, states: Sequence[State]) -> np.ndarray:
         """B×H×W×3 floats 0..1 of 1 to B states; empty slots repeat the first."""
         slots = [*states, *[states[0]] * (self.batch_size - len(states))]
+        self.use(slots[0].sample.adapters)
         name = slots[0].sample.sampler
         self.pipe.scheduler = (
             type(self.own_scheduler).from_config(self.own_scheduler.config)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from renderfarm.config import ModelSpec, expand_env
 from renderfarm.errors import Fatal, InvalidJob
-from renderfarm.models.families import ALWAYS, FAMILIES, GENERIC, LCM, NEGATIVE, SD, SHIFTED, Config, Family, Sizes
+from renderfarm.models.families import ALWAYS, FAMILIES, GENERIC, LCM, NEGATIVE, PLAIN, SHIFTED, Config, Family, Sizes
 from renderfarm.samplers import GLOBAL_STATE, SAMPLERS, Kind
 
 Task = Literal["text-to-image", "image-to-image", "inpainting"]
@@ -38,6 +38,8 @@ class ModelInfo:
     arguments: frozenset[str]
     safety_checker: bool = False
     refused_samplers: Mapping[str, str] = field(default_factory=dict)
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """LoRA adapters: their files, by name."""
     pipeline_class: str = ""
     task: Task = "text-to-image"
     strength: float | None = None
@@ -57,7 +59,7 @@ def describe(spec: ModelSpec) -> ModelInfo:
     if model_id == "builtin:fake":
         if spec.safety_checker:
             raise InvalidJob(f"model {model_id}: it has no safety checker; leave model.safety_checker out")
-        return ModelInfo(model_id, "fake:Fake", "diffusion", None, None, 8, 64, 64, 4096, 20, 5.0, "euler", SD)
+        return ModelInfo(model_id, "fake:Fake", "diffusion", None, None, 8, 64, 64, 4096, 20, 5.0, "euler", PLAIN)
     folder = _find_folder(model_id, spec)
     index = _read_json(folder / "model_index.json", f"model {model_id}: {folder} is not a model in diffusers' format")
     class_name = index.get("_class_name", "")
@@ -85,11 +87,18 @@ def describe(spec: ModelSpec) -> ModelInfo:
         arguments=(family.arguments | _of_tasks(family)) - _unread(denoiser, index),
         safety_checker=spec.safety_checker,
         refused_samplers={**family.refused_samplers, **refused_by_configuration(class_name, scheduler)},
+        adapters=_adapters(spec, family),
         pipeline_class=class_name,
         warnings=()
         if class_name in FAMILIES
         else (f"{class_name} was not compared with diffusers' own pixels here: exactness is not promised",),
     )
+
+
+def _adapters(spec: ModelSpec, family: Family) -> dict[str, str]:
+    if spec.adapters and "adapters" not in family.arguments:
+        raise InvalidJob(f"model {spec.id}: this class takes no LoRA adapters; leave model.adapters out")
+    return {name: expand_env(path) for name, path in spec.adapters.items()}
 
 
 def _of_tasks(family: Family) -> frozenset[str]:
@@ -133,7 +142,7 @@ def _generic(class_name: Any, folder: Path, model_id: str) -> Family:
             f"prompt alone can call; supported and compared: {', '.join(FAMILIES)}"
         )
     denoiser = next((name for name in ("transformer", "unet", "prior") if (folder / name / "config.json").is_file()), "transformer")
-    arguments = (ALWAYS - {"seed_b", "blend"}) | (SD - ALWAYS) & taken.keys()
+    arguments = (ALWAYS - {"seed_b", "blend"}) | (PLAIN - ALWAYS) & taken.keys()
     steps, guidance = (taken[name].default if name in taken else None for name in ("num_inference_steps", "guidance_scale"))
     return replace(
         GENERIC,

@@ -122,7 +122,8 @@ class Family:
 
 
 NEGATIVE = frozenset({"negative_prompt", "negative_prompt_2", "negative_prompt_3"})
-SD = ALWAYS | {"negative_prompt"}
+PLAIN = ALWAYS | {"negative_prompt"}
+SD = PLAIN | {"adapters"}
 _SDXL = SD | {"prompt_2", "negative_prompt_2"}
 _SD3 = _SDXL | {"prompt_3", "negative_prompt_3"}
 _FLUX = _SDXL | {"true_cfg_scale"}
@@ -158,17 +159,17 @@ def _called(
 # by `_class_name` in model_index.json
 FAMILIES = {
     "StableDiffusionPipeline": Family("stable_diffusion:StableDiffusion", "diffusion", SD, 50, 7.5, "unet", _of_unet, {}, True),
-    LCM: Family("stable_diffusion:LatentConsistency", "diffusion", ALWAYS, 4, 8.5, "unet", _of_unet, _LCM_ONLY, True),
+    LCM: Family("stable_diffusion:LatentConsistency", "diffusion", ALWAYS | {"adapters"}, 4, 8.5, "unet", _of_unet, _LCM_ONLY, True),
     "StableDiffusionXLPipeline": Family("stable_diffusion_xl:StableDiffusionXL", "diffusion", _SDXL, 50, 5.0, "unet", _of_unet),
     "StableDiffusion3Pipeline": Family("stable_diffusion_3:StableDiffusion3", "flow", _SD3, 28, 7.0, "transformer", _of_sd3),
     "FluxPipeline": Family("flux:Flux", "flow", _FLUX, 28, 3.5, "transformer", _of_flux),
-    "Flux2Pipeline": _called("flux2:Flux2", "flow", ALWAYS, 50, 4.0, _of_patches),
+    "Flux2Pipeline": _called("flux2:Flux2", "flow", ALWAYS | {"adapters"}, 50, 4.0, _of_patches),
     "Flux2KleinPipeline": _called("flux2:Flux2Klein", "flow", SD, 50, 4.0, _of_patches),
     "QwenImagePipeline": _called("qwen_image:QwenImage", "flow", SD | {"true_cfg_scale"}, 50, 1.0, _of_qwen_image, _NO_DPM),
     "ZImagePipeline": _called("z_image:ZImage", "flow", SD, 50, 5.0, _of_patches, _EULER_ONLY),
-    "PixArtSigmaPipeline": _called("pixart:PixArtSigma", "diffusion", SD, 20, 4.5, _of_pixart),
+    "PixArtSigmaPipeline": _called("pixart:PixArtSigma", "diffusion", PLAIN, 20, 4.5, _of_pixart),
     "SanaPipeline": _called("sana:Sana", "flow", SD, 20, 4.5, _of_sana),
-    "IFPipeline": Family("deepfloyd:DeepFloyd", "diffusion", SD, 100, 7.0, "unet", _of_pixels, _NO_VARIANCE, False, "calls", False),
+    "IFPipeline": Family("deepfloyd:DeepFloyd", "diffusion", PLAIN, 100, 7.0, "unet", _of_pixels, _NO_VARIANCE, False, "calls", False),
 }
 SHIFTED = ("FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "QwenImagePipeline")  # whether the configuration says so or not
 _TASKS = {
@@ -193,7 +194,7 @@ FAMILIES = {
     name: replace(family, image_to_image=_TASKS[name][0], inpainting=_TASKS[name][1]) if name in _TASKS else family
     for name, family in FAMILIES.items()
 }
-GENERIC = Family("generic:Generic", "own", SD, 50, 5.0, "", _of_any, {}, False, "calls", False)
+GENERIC = Family("generic:Generic", "own", PLAIN, 50, 5.0, "", _of_any, {}, False, "calls", False)
 
 
 def families_markdown() -> str:

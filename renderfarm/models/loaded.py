@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import warnings
 from abc import ABC
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from renderfarm.adapters import parse
 from renderfarm.config import Workers, fixed_batch_size
 from renderfarm.errors import Fatal
 from renderfarm.models.catalog import ModelInfo
+from renderfarm.models.fingerprint import file_sha256
 from renderfarm.models.torch_setup import describe_profile, prepare_torch
 
 
@@ -30,9 +37,39 @@ class LoadedPipeline(ABC):
             ).to(self.device)
         except Exception as error:  # damaged weights raise many kinds; none of them is the row's fault
             raise Fatal(f"model {info.id}: cannot be loaded from {info.folder}: {error}") from error
+        self._on: str | None = None
+        if info.adapters:
+            self._load_adapters()
 
     def _load_arguments(self) -> dict[str, Any]:
         return {}
+
+    def _load_adapters(self) -> None:
+        if importlib.util.find_spec("peft") is None:
+            raise Fatal("model.adapters need the package peft: pip install 'renderfarm[lora]'")
+        for name, path in self.info.adapters.items():
+            folder, file = os.path.split(path)
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that there are several is meant
+                    self.pipe.load_lora_weights(folder, weight_name=file, adapter_name=name, use_safetensors=True, local_files_only=True)
+            except Exception as error:  # as above
+                raise Fatal(f"model.adapters.{name}: {path} is no LoRA for {type(self.pipe).__name__}: {error}") from error
+            if not any(name in of_part for of_part in self.pipe.get_list_adapters().values()):
+                raise Fatal(f"model.adapters.{name}: {path} changes no layer of {type(self.pipe).__name__}; is it for another model?")
+        self.pipe.disable_lora()
+
+    def use(self, adapters: str | None) -> None:
+        """Turn these adapters on (`Sample.adapters`), and all others off."""
+        if adapters == self._on:
+            return
+        if adapters is None:
+            self.pipe.disable_lora()
+        else:
+            weights = parse(adapters, self.info.adapters)
+            self.pipe.enable_lora()
+            self.pipe.set_adapters(list(weights), adapter_weights=list(weights.values()))
+        self._on = adapters
 
     def synchronize(self) -> None:
         if self.device == "cuda":
@@ -42,4 +79,6 @@ class LoadedPipeline(ABC):
         # names with `_` are diffusers' own notes, one of them a list in hash order
         scheduler = {key: value for key, value in self.pipe.scheduler.config.items() if not key.startswith("_")}
         own = {"text_length": self.text_length, "vae_slicing": True, "scheduler": scheduler, "safety_checker": self.info.safety_checker}
+        if self.info.adapters:
+            own |= {"adapters": {name: file_sha256(Path(path)) for name, path in self.info.adapters.items()}, "peft": version("peft")}
         return describe_profile(self.info, self.workers, self.device) | own | {"batch_size": self.batch_size}

@@ -60,15 +60,25 @@ class SlotPipeline(LoadedPipeline):
         self.mixes_texts = all(fills_vectors(encoder) for encoder in encoders if encoder is not None)
 
     def slot_group(self, sample: Sample) -> Hashable:
-        return sample.height, sample.width, self._guided(sample)
+        return sample.height, sample.width, self._guided(sample), sample.adapters
 
     def texts(self, sample: Sample) -> tuple[Hashable, ...]:
+        """(adapters, text) each: a LoRA may change text encoders, too."""
         negative = self._negative(sample) if self._guided(sample) else None
-        return (self._positive(sample),) if negative is None else (self._positive(sample), negative)
+        texts = (self._positive(sample),) if negative is None else (self._positive(sample), negative)
+        return tuple((sample.adapters, text) for text in texts)
 
     @translated
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[Any]) -> list[Embedding]:
+        found: dict[Hashable, Embedding] = {}
+        for adapters in dict.fromkeys(adapters for adapters, _ in texts):
+            self.use(adapters)
+            these = [text for on, text in texts if on == adapters]
+            found |= zip(((adapters, text) for text in these), self._encode_alike(these), strict=True)
+        return [found[text] for text in texts]
+
+    def _encode_alike(self, texts: Sequence[Any]) -> list[Embedding]:
         if not self.mixes_texts:
             return [tuple(part[0] for part in self._encode([text] * self.batch_size)) for text in texts]
         padded = [*texts, *[texts[0]] * (self.batch_size - len(texts))]
@@ -122,6 +132,7 @@ class SlotPipeline(LoadedPipeline):
             # most schedulers give back the dtype that they were given; after one that does not, diffusers' pipelines
             # either do this, or fail
             state.latents = state.latents.to(self.dtype)
+        self.use(states[0].sample.adapters)
         conditional, unconditional = self._denoise(slots)
         for k, state in enumerate(states):
             predicted = conditional[k : k + 1]
@@ -137,6 +148,7 @@ class SlotPipeline(LoadedPipeline):
     @torch.inference_mode()
     def places_that_differ(self, sample: Sample) -> list[int]:
         state = self.start(sample, [self.encode_texts([text])[0] for text in self.texts(sample)])
+        self.use(sample.adapters)
         parts = [part for part in self._denoise([state] * self.batch_size) if part is not None]
         return [k for k in range(1, self.batch_size) if not all(torch.equal(part[k], part[0]) for part in parts)]
 

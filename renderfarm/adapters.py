@@ -1,0 +1,65 @@
+"""LoRA adapters: how a row says which are on, and the files that they are."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Collection, Mapping
+
+from renderfarm.config import expand_env
+from renderfarm.errors import InvalidInput, InvalidJob
+
+OFF = "none"
+MAX_WEIGHT = 10.0
+
+
+def parse(text: str | None, known: Collection[str]) -> dict[str, float]:
+    """`detail:0.8, style` → {"detail": 0.8, "style": 1.0}, by name; nothing and `none`: empty. Raises InvalidInput.
+
+    >>> parse("style, detail:0.8", ["detail", "style"])
+    {'detail': 0.8, 'style': 1.0}
+    """
+    if text is None or text.strip() in ("", OFF):
+        return {}
+    found: dict[str, float] = {}
+    for piece in text.split(","):
+        name, colon, weight = (step.strip() for step in piece.partition(":"))
+        if name not in known:
+            raise InvalidInput(f"adapters: {name!r} is not one of the job's model.adapters ({', '.join(sorted(known)) or 'it has none'})")
+        if name in found:
+            raise InvalidInput(f"adapters: {name!r} is named twice; name it once")
+        try:
+            found[name] = float(weight) if colon else 1.0
+        except ValueError:
+            raise InvalidInput(f"adapters: {weight!r} is not a weight; write them as name:0.8") from None
+        if not math.isfinite(found[name]) or abs(found[name]) > MAX_WEIGHT:
+            raise InvalidInput(f"adapters: the weight of {name} is {weight}; it must be between -{MAX_WEIGHT:g} and {MAX_WEIGHT:g}")
+    return dict(sorted(found.items()))
+
+
+def written(weights: Mapping[str, float]) -> str | None:
+    """The one spelling of a set, for tables and slot groups; None: no adapter is on."""
+    return ",".join(f"{name}:{weight!r}" for name, weight in weights.items() if weight) or None
+
+
+def read_files(files: Mapping[str, str]) -> dict[str, bytes]:
+    """The adapters' bytes. Raises InvalidJob where one cannot be an adapter."""
+    found = {}
+    for name, given in files.items():
+        path = expand_env(given)
+        if not path.endswith(".safetensors"):
+            raise InvalidJob(f"model.adapters.{name}: {path} is no .safetensors file; other formats may hold code, so convert it")
+        try:
+            with open(path, "rb") as file:
+                found[name] = file.read()
+        except OSError as error:
+            raise InvalidJob(f"model.adapters.{name}: {path} cannot be read: {error.strerror}; paths start at the job file") from None
+        size = int.from_bytes(found[name][:8], "little")
+        if found[name][8:9] != b"{" or 8 + size > os.path.getsize(path):
+            raise InvalidJob(f"model.adapters.{name}: {path} is damaged, or no safetensors file; fetch it again")
+    return found
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
