@@ -281,20 +281,33 @@ def inspect(
 
 @app.command()
 def models(
-    markdown: Annotated[bool, typer.Option(help="Print the table of renderfarm/models/FAMILIES.md.")] = False, as_json: AsJson = False
+    model: Annotated[
+        str | None, typer.Option(help="What is known of this one: builtin:shapes, a folder, or org/name@COMMIT; hashes its files.")
+    ] = None,
+    markdown: Annotated[bool, typer.Option(help="Print the table of renderfarm/models/FAMILIES.md.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """List the model families that can be rendered, and the builtin models."""
-    from renderfarm.config import BUILTIN_MODELS
+    """List the model families that can be rendered, and the builtin models; with --model, what one of them takes and needs."""
+    from renderfarm.config import BUILTIN_MODELS, model_spec
     from renderfarm.models.families import FAMILIES, families_markdown
 
+    if model is not None:
+        from renderfarm.models.about import about
+
+        found = about(model_spec(model))
+        if as_json:
+            _print_json(found)
+        else:
+            _print_pairs(found)
+        return
     if markdown:
         sys.stdout.write(families_markdown())
         return
     if as_json:
         _print_json({"builtin": list(BUILTIN_MODELS), "families": list(FAMILIES)})
         return
-    for name, about in BUILTIN_MODELS.items():
-        out_console.print(f"{name:16} {about}")
+    for name, text in BUILTIN_MODELS.items():
+        out_console.print(f"{name:16} {text}")
     for name in FAMILIES:
         out_console.print(f"{name}: any folder or pinned hub id with this class in model_index.json")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -16,10 +17,13 @@ import families
 import numpy as np
 import pytest
 from oracle import CLASSES, row
+from safetensors.numpy import load_file
 
+import renderfarm
 from renderfarm.config import ModelSpec, Workers, load_job
-from renderfarm.errors import Filtered, InvalidInput, InvalidJob
+from renderfarm.errors import Fatal, Filtered, InvalidInput, InvalidJob
 from renderfarm.models import catalog
+from renderfarm.models.about import about
 from renderfarm.models.catalog import describe
 from renderfarm.models.families import FAMILIES, families_markdown
 from renderfarm.models.load import load_model
@@ -285,3 +289,30 @@ def test_the_table_of_families_is_the_codes_and_each_family_in_it_was_compared_w
     text = (Path(catalog.__file__).parent / "FAMILIES.md").read_text()
     assert families_markdown() in text, "write it again with `renderfarm models --markdown`"
     assert {kind.__name__ for kind in CLASSES.values()} == set(FAMILIES)
+
+
+def test_what_is_known_of_a_model_is_told_without_loading_it(copy: Path) -> None:
+    found = about(ModelSpec(id=str(copy)))
+    assert (found["class"], found["default size"]) == ("StableDiffusionPipeline", "64 high, 64 wide; multiples of 8, at most 256")
+    assert "image-to-image" in found["tasks"]
+    hashes = {
+        path.relative_to(copy).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in copy.rglob("*") if path.is_file()
+    }
+    assert found["sha256"] == hashlib.sha256("".join(f"{path} {hashes[path]}\n" for path in sorted(hashes)).encode()).hexdigest()
+    numbers = sum(tensor.size for path in copy.rglob("*.safetensors") for tensor in load_file(path).values())
+    assert f"float32 {numbers * 4 / 2**20:,.0f} MiB" in found["weights in memory"]
+
+
+def test_a_flipped_byte_in_a_weight_file_stops_the_job_before_it_renders(
+    copy: Path, write_manifest: Callable[..., Path], write_job: Callable[..., Path], tmp_path: Path
+) -> None:
+    wanted = about(ModelSpec(id=str(copy)))["sha256"]
+    path = write_job(write_manifest(), model={"id": str(copy), "sha256": wanted}, render={"num_inference_steps": 1})
+    assert renderfarm.run(path, engine="inline").images == 8
+    weights = copy / "unet/diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(Fatal, match=rf"the job asks for {wanted} \(model\.sha256\): a file was changed, damaged"):
+        renderfarm.run(load_job(path, out=str(tmp_path / "again")), engine="inline")
+    assert not list((tmp_path / "again").glob("data/**/*.png"))

@@ -38,6 +38,8 @@ class ModelInfo:
     arguments: frozenset[str]
     safety_checker: bool = False
     refused_samplers: Mapping[str, str] = field(default_factory=dict)
+    sha256: str | None = None
+    """What the model's files must be, if the job says so (`fingerprint.model_sha256`)."""
     adapters: Mapping[str, str] = field(default_factory=dict)
     """LoRA adapters: their files, by name."""
     pipeline_class: str = ""
@@ -87,6 +89,7 @@ def describe(spec: ModelSpec) -> ModelInfo:
         arguments=(family.arguments | _of_tasks(family)) - _unread(denoiser, index),
         safety_checker=spec.safety_checker,
         refused_samplers={**family.refused_samplers, **refused_by_configuration(class_name, scheduler)},
+        sha256=spec.sha256,
         adapters=_adapters(spec, family),
         pipeline_class=class_name,
         warnings=()

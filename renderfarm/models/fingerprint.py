@@ -37,6 +37,23 @@ def weight_hashes(folder: Path, *, safety_checker: bool) -> dict[str, str]:
     return found
 
 
+def model_sha256(hashes: dict[str, str]) -> str:
+    """One hash for a whole model: of its files' hashes, sorted by path, one `path hash` a line."""
+    return hashlib.sha256("".join(f"{path} {hashes[path]}\n" for path in sorted(hashes)).encode()).hexdigest()
+
+
+def weight_bytes(folder: Path) -> dict[str, int]:
+    """Bytes of the weight files of each component that the pipeline loads."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    found = {}
+    for name, value in index.items():
+        if isinstance(value, list) and value and value[0] is not None:
+            files = [path for path in (folder / name).rglob("*.safetensors") if _is_read(path.name)]
+            if files:
+                found[name] = sum(path.stat().st_size for path in files)
+    return found
+
+
 def _is_read(name: str) -> bool:
     variant = ".fp16" in name or ".non_ema" in name
     return name.endswith((".safetensors", ".json", ".txt", ".model", ".jinja")) and not variant  # .jinja: chat templates

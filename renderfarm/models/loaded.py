@@ -16,7 +16,7 @@ from renderfarm.adapters import parse
 from renderfarm.config import Workers, fixed_batch_size
 from renderfarm.errors import Fatal
 from renderfarm.models.catalog import ModelInfo
-from renderfarm.models.fingerprint import file_sha256
+from renderfarm.models.fingerprint import file_sha256, model_sha256, weight_hashes
 from renderfarm.models.torch_setup import describe_profile, prepare_torch
 
 
@@ -31,6 +31,7 @@ class LoadedPipeline(ABC):
         self.device = prepare_torch(workers)
         self.dtype: torch.dtype = getattr(torch, workers.dtype)
         assert info.folder is not None
+        self._check_files(Path(info.folder))
         try:
             self.pipe = self.pipeline.from_pretrained(
                 info.folder, dtype=self.dtype, use_safetensors=True, local_files_only=True, **self._load_arguments()
@@ -43,6 +44,16 @@ class LoadedPipeline(ABC):
 
     def _load_arguments(self) -> dict[str, Any]:
         return {}
+
+    def _check_files(self, folder: Path) -> None:
+        if self.info.sha256 is None:
+            return
+        found = model_sha256(weight_hashes(folder, safety_checker=self.info.safety_checker))
+        if found != self.info.sha256:
+            raise Fatal(
+                f"model {self.info.id}: its files have the hash {found}, and the job asks for {self.info.sha256} (model.sha256): a file "
+                "was changed, damaged, or not fetched to its end; fetch the model again, or give the job the hash of the one you want"
+            )
 
     def _load_adapters(self) -> None:
         if importlib.util.find_spec("peft") is None:

@@ -1,0 +1,58 @@
+"""What `renderfarm models --model` says of one model, without loading it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from renderfarm.config import ModelSpec
+from renderfarm.models.catalog import describe
+from renderfarm.models.families import FAMILIES, GENERIC
+from renderfarm.models.fingerprint import model_sha256, weight_bytes, weight_hashes
+
+BYTES = {"float32": 4, "bfloat16 or float16": 2}
+
+
+def about(spec: ModelSpec) -> dict[str, Any]:
+    """Class, tasks, defaults, sizes, the memory of its weights, and its hash. Raises InvalidJob as `describe` does."""
+    info = describe(spec)
+    family = FAMILIES.get(info.pipeline_class, GENERIC)
+    tasks = {"text-to-image": True, "image-to-image": family.image_to_image, "inpainting": family.inpainting}
+    found: dict[str, Any] = {
+        "model": info.name,
+        "class": info.pipeline_class or None,
+        "rendered by": family.batching,
+        "tasks": ", ".join(task for task, there in tasks.items() if there),
+        "columns": ", ".join(sorted(info.arguments)),
+        "default size": f"{info.height} high, {info.width} wide; multiples of {info.factor}, at most {info.max_side}",
+        "default steps": info.num_inference_steps,
+        "default guidance_scale": info.guidance_scale,
+        "default sampler": info.sampler,
+        **{f"warning {number}": text for number, text in enumerate(info.warnings, 1)},
+    }
+    if info.folder is None:
+        return found
+    folder = Path(info.folder)
+    parts = weight_bytes(folder)
+    stored = sum(parts.values())
+    return found | {
+        "weights on disk": ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in sorted(parts.items(), key=lambda p: -p[1])),
+        "weights in memory": _in_memory(folder, stored),
+        "sha256": model_sha256(weight_hashes(folder, safety_checker=False)),
+    }
+
+
+def _in_memory(folder: Path, stored: int) -> str:
+    """By dtype; what a batch needs beside them depends on its size, and only rendering tells."""
+    width = _stored_width(folder)
+    return ", ".join(f"{dtype} {stored / width * size / 2**20:,.0f} MiB" for dtype, size in BYTES.items())
+
+
+def _stored_width(folder: Path) -> int:
+    """Bytes of a number, as the largest weight file has it."""
+    from safetensors import safe_open
+
+    largest = max(folder.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
+    with safe_open(largest, framework="np") as file:
+        first = next(iter(file.keys()))
+        return {"F32": 4, "F64": 8, "F8_E4M3": 1, "I8": 1}.get(file.get_slice(first).get_dtype(), 2)
