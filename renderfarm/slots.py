@@ -119,14 +119,27 @@ class SlotLoop:
                 self._model = load()
         except BaseException as error:  # whatever loading raises belongs to whoever waits for the model
             self.ready.set_exception(error)
+            self._give_up(error)
             return
         self.ready.set_result(self._model)
-        open_ = True
-        while open_ or self._groups:
-            open_ = self._take_in(open_)
-            if self._groups:
-                with _TURNS:
-                    self._advance()
+        try:
+            open_ = True
+            while open_ or self._groups:
+                open_ = self._take_in(open_)
+                if self._groups:
+                    with _TURNS:
+                        self._advance()
+        except BaseException as error:
+            self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
+        """Nothing will be rendered any more, and nobody may wait for it: leases end with the error until the loop is closed."""
+        jobs: list[_Job] | None = [job for group in self._groups.values() for job in (*group.active, *group.waiting)]
+        while jobs is not None:
+            for job in jobs:
+                if not job.future.done():  # not a sample's own end, so it is not wrapped as one
+                    job.future.set_exception(RuntimeError(f"the render thread ended: {type(error).__name__}: {error}"))
+            jobs = self._inbox.get()
 
     def _take_in(self, open_: bool) -> bool:
         """Move new jobs into their groups; wait for some only if there is nothing else to do."""
@@ -138,7 +151,10 @@ class SlotLoop:
             if jobs is None:
                 return False
             for job in jobs:
-                self._groups.setdefault(self._model.slot_group(job.sample), _Group()).waiting.append(job)
+                try:
+                    self._groups.setdefault(self._model.slot_group(job.sample), _Group()).waiting.append(job)
+                except Exception as error:  # as below, for one sample
+                    _fail([job], error)
         return False
 
     def _advance(self) -> None:

@@ -6,8 +6,7 @@
 The second form goes on from a finished model with the last cycle and the decoder.
 
 Each stage leaves a file in the work folder and is skipped when that file is there, so an interrupted training goes
-on. About two and a half hours on two CPU cores with AVX-512 bf16 that do nothing else; needs a C++ compiler
-(torch.compile).
+on. Two to three hours on two CPU cores with AVX-512 bf16 that do nothing else.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import contextlib
 import copy
 import json
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,7 +29,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from renderfarm.shapes.scenes import SIZE_PX, caption, draw, random_scene
+from renderfarm.shapes.scenes import RELATIONS, SIZE_PX, caption, draw, random_scene
 
 TEXT_LENGTH = 77
 # Stable Diffusion's own schedule never hides a plain background: at its last timestep sqrt(alpha_bar) is 0.068, and the
@@ -37,10 +37,25 @@ TEXT_LENGTH = 77
 # ends in noise (0.006), and the model predicts v, which at that end is the picture itself.
 EPSILON = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
 VELOCITY = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "v_prediction"}
-# (noise schedule, steps, highest learning rate), one after the other: how the shipped weights came to be. Shapes learnt
-# with the first schedule served for the second, so a training anew could leave the first cycle out. The last cycle draws
-# faint and small objects oftener (`scene_weights`).
-CYCLES = ((EPSILON, 7000, 1.2e-3), (VELOCITY, 1800, 8e-4), (VELOCITY, 6000, 3e-4))
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """Steps under one noise schedule, with a learning rate that rises to `max_lr` and falls to nothing.
+
+    `careful`: scenes that add little to a mean squared error come oftener (`scene_weights`), and so do the timesteps at
+    which noise hides the picture in part (`draw_timesteps`).
+    """
+
+    noise: dict[str, Any]
+    steps: int
+    max_lr: float
+    careful: bool = False
+
+
+# One after the other. Shapes learnt with the first schedule serve for the second, so a training anew could leave the first
+# cycle out. The shipped weights went through one more cycle before the last (see the model card).
+CYCLES = (Cycle(EPSILON, 7000, 1.2e-3), Cycle(VELOCITY, 1800, 8e-4), Cycle(VELOCITY, 6000, 5e-4, careful=True))
 
 
 def make_tokenizer() -> CLIPTokenizer:
@@ -157,7 +172,7 @@ def train_vae(vae: AutoencoderKL, pixels: torch.Tensor, steps: int, batch: int =
             print(f"vae {step} loss {loss.item():.4f} l1 {F.l1_loss(y, x).item():.4f} {time.time() - start:.0f}s", flush=True)
 
 
-def tune_decoder(vae: AutoencoderKL, pixels: torch.Tensor, latents: torch.Tensor, steps: int, batch: int = 16) -> None:
+def tune_decoder(vae: AutoencoderKL, pixels: torch.Tensor, latents: torch.Tensor, captions: list[str], steps: int, batch: int = 16) -> None:
     """Go on with the decoder alone, on the latents that the UNet was trained on: small shapes come out sharper.
 
     A little noise stands for what the UNet gets wrong, and differences between neighbours count, since edges make shapes.
@@ -166,7 +181,7 @@ def tune_decoder(vae: AutoencoderKL, pixels: torch.Tensor, latents: torch.Tensor
     decoder = torch.nn.ModuleList([vae.post_quant_conv, vae.decoder]).requires_grad_(True)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3, weight_decay=1e-4, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=steps, pct_start=0.1)
-    generator, start, weights = torch.Generator().manual_seed(3), time.time(), scene_weights(latents)
+    generator, start, weights = torch.Generator().manual_seed(3), time.time(), scene_weights(latents, captions)
     for step in range(steps):
         pick = torch.multinomial(weights, batch, generator=generator)
         x, z = to_model(pixels[pick]), latents[pick]
@@ -194,15 +209,28 @@ def encode_pool(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     return torch.cat(means)
 
 
-def scene_weights(latents: torch.Tensor) -> torch.Tensor:
-    """How often each of N scenes is drawn, relative to the median one: the fainter or smaller its objects, the oftener.
+def scene_weights(latents: torch.Tensor, captions: list[str]) -> torch.Tensor:
+    """How often each of N scenes is drawn, relative to others: the fainter or smaller its objects, the oftener, and scenes
+    of one object oftener than those of two.
 
     A small yellow star on orange adds next to nothing to a mean squared error, and a model that leaves it out is hardly
     ever corrected. What a caption's pictures look like does not change by this, only how often the caption comes.
     """
     background = latents.flatten(2).median(dim=-1).values[..., None, None]
     energy = ((latents - background) ** 2).mean(dim=(1, 2, 3)) - 0.05  # a plain background has 0.05
-    return (energy.median() / energy.clamp(min=1e-3)).clamp(0.3, 8.0)
+    faint = (energy.median() / energy.clamp(min=1e-3)).sqrt().clamp(0.5, 4.0)
+    single = torch.tensor([not any(f" {relation} " in caption for relation in RELATIONS) for caption in captions])
+    return faint * torch.where(single, 1.3, 1.0)
+
+
+def draw_timesteps(count: int, careful: bool, generator: torch.Generator) -> torch.Tensor:
+    """Timesteps 0..999, uniform; `careful`: half of them logit-normal, as in Stable Diffusion 3
+    (https://arxiv.org/abs/2403.03206, section 3.1), with the middle moved towards noise, where colour and place are decided.
+    """
+    uniform = torch.rand(count, generator=generator)
+    middle = torch.sigmoid(0.5 + torch.randn(count, generator=generator))
+    chosen = torch.where(torch.rand(count, generator=generator) < 0.5, middle, uniform) if careful else uniform
+    return (chosen * 1000).long().clamp(max=999)
 
 
 def train_unet(
@@ -213,21 +241,19 @@ def train_unet(
     tokens: torch.Tensor,
     empty: torch.Tensor,
     checkpoint: Path,
-    noise_options: dict[str, Any],
-    steps: int,
-    max_lr: float,
+    cycle: Cycle,
     batch: int = 32,
 ) -> None:
     """A tenth of the captions is dropped for guidance; the averaged weights are left in the models."""
-    noise_schedule = DDPMScheduler(num_train_timesteps=1000, **noise_options)
-    # The backward pass of fused attention is slow on CPUs; with plain products and compiled, a step takes half as long.
+    noise_schedule = DDPMScheduler(num_train_timesteps=1000, **cycle.noise)
+    # The backward pass of fused attention is slow on CPUs. (torch.compile would be faster still, and wrong: of a UNet
+    # compiled under bfloat16 autocast, torch 2.13 gives gradients on a CPU that have little to do with the true ones.)
     unet.set_attn_processor(AttnProcessor())
     text_encoder.set_attn_implementation("eager")
-    denoise: Any = torch.compile(unet)
     live = torch.nn.ModuleList([unet, text_encoder])
     average = copy.deepcopy(live)
-    optimizer = torch.optim.AdamW(live.parameters(), lr=max_lr, weight_decay=1e-2, betas=(0.9, 0.98), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=max_lr, total_steps=steps, pct_start=0.08)
+    optimizer = torch.optim.AdamW(live.parameters(), lr=cycle.max_lr, weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=cycle.max_lr, total_steps=cycle.steps, pct_start=0.03)
     generator, start, first, losses = torch.Generator().manual_seed(2), time.time(), 0, []
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
@@ -235,16 +261,16 @@ def train_unet(
         for part, key in ((live, "live"), (average, "average"), (optimizer, "optimizer"), (schedule, "schedule")):
             part.load_state_dict(saved[key])
         generator.manual_seed(2 + first)
-    for step in range(first, steps):
+    for step in range(first, cycle.steps):
         pick = torch.multinomial(weights, batch, generator=generator)
         x, ids = latents[pick].float(), tokens[pick].clone()
         ids[torch.rand(batch, generator=generator) < 0.1] = empty
         noise = torch.randn(x.shape, generator=generator)
-        t = torch.randint(1000, (batch,), generator=generator)
+        t = draw_timesteps(batch, cycle.careful, generator)
         with bf16():
             text = text_encoder(ids)[0]
-            predicted = denoise(noise_schedule.add_noise(x, noise, t), t, text, return_dict=False)[0]
-        wanted = noise if noise_options["prediction_type"] == "epsilon" else noise_schedule.get_velocity(x, noise, t)
+            predicted = unet(noise_schedule.add_noise(x, noise, t), t, text, return_dict=False)[0]
+        wanted = noise if cycle.noise["prediction_type"] == "epsilon" else noise_schedule.get_velocity(x, noise, t)
         loss = F.mse_loss(predicted.float(), wanted)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -305,13 +331,13 @@ def main() -> None:
     tokens = tokenize(tokenizer, pool["captions"])
     empty = tokenize(tokenizer, [""])[0]
     latents = pool["latents"].float() * scale
-    for number, (noise_options, steps, max_lr) in enumerate(cycles, start=len(CYCLES) - len(cycles) + 1):
-        checkpoint = args.work / f"cycle{number}.pt"
-        weights = scene_weights(latents) if number == len(CYCLES) else torch.ones(len(latents))
-        train_unet(unet, text_encoder, latents, weights, tokens, empty, checkpoint, noise_options, args.unet_steps or steps, max_lr)
+    for number, cycle in enumerate(cycles, start=len(CYCLES) - len(cycles) + 1):
+        weights = scene_weights(latents, pool["captions"]) if cycle.careful else torch.ones(len(latents))
+        cycle = replace(cycle, steps=args.unet_steps or cycle.steps)
+        train_unet(unet, text_encoder, latents, weights, tokens, empty, args.work / f"cycle{number}.pt", cycle)
     decoder_file = args.work / "decoder.pt"
     if not decoder_file.exists():
-        tune_decoder(vae, pixels, pool["latents"].float(), args.decoder_steps)
+        tune_decoder(vae, pixels, pool["latents"].float(), pool["captions"], args.decoder_steps)
         torch.save(vae.state_dict(), decoder_file)
     vae.load_state_dict(torch.load(decoder_file, weights_only=True))
     # Euler does not clip, but DDPM and DDIM do unless they are told not to, and latents are not between -1 and 1
