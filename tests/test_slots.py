@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -98,5 +99,5 @@ def test_loops_of_one_process_take_turns_and_none_starves() -> None:
     for loop in loops:
         loop.close()
     assert most == 1
-    changes = sum(first != second for first, second in zip(order, order[1:], strict=False))
+    changes = sum(first != second for first, second in itertools.pairwise(order))
     assert changes > len(order) / 2, "whoever waits is next"
