@@ -19,11 +19,12 @@ from renderfarm.config import ManifestSpec, ModelSpec
 from renderfarm.manifest import EXTRA, ROW, Manifest, open_manifest
 from renderfarm.models.catalog import describe
 from renderfarm.plan import MAX_PART_IMAGES, Grid, choose_part_rows, leases
-from renderfarm.records import Lease, Part, PartReceipt, Receipt, RowError, Sample, SampleKey, WorkerReady
+from renderfarm.records import InputImage, Lease, Part, PartReceipt, Receipt, RowError, Sample, SampleKey, WorkerReady
 
 Write = Callable[..., Path]
 VALUES = [
     SampleKey(3, 1),
+    InputImage("a/b.png", b"bytes"),
     Sample(SampleKey(3, 1), "p3", "a cat", None, 7, 64, 64, 20, 5.0, "euler"),
     RowError(SampleKey(3, 1), "p3", "InvalidInput", "prompt is empty", False, None),
     Part(3, 9, 12),
