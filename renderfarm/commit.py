@@ -47,6 +47,17 @@ def keep(store: Store, data: bytes) -> None:
             store.put_if_absent(key, data)
 
 
+def kept(store: Store, sha256: str) -> bytes:
+    """Raises InvalidJob where the file is gone or has become another one."""
+    try:
+        data = store.read(f"{KEPT}/{sha256}")
+    except KeyError:
+        data = b""
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise InvalidJob(f"{store.url}/{KEPT}/{sha256} is missing or damaged, and rows need it to be rendered again; put the file back")
+    return data
+
+
 def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 

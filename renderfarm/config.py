@@ -74,7 +74,7 @@ class Render(Strict):
     adapters: str | None = None
     """Which of `model.adapters` are on for a row that says nothing, e.g. `detail:0.8, style`; a row's `none` turns them off."""
     strength: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    """How much of an input image is painted anew: 1 all of it. Of the steps, `int(num_inference_steps · strength)` run."""
+    """How much of an input image is painted anew: 1 all of it. About that share of the steps runs."""
     on_truncation: Literal["record", "error"] = "record"
     """What to do with a prompt that the model reads only a beginning of. record: render it, and say in the table what
     was cut off. error: the row ends as an error."""

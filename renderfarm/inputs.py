@@ -1,7 +1,8 @@
-"""The images that rows give: fetched and checked.
+"""The images that rows give: fetched, checked, decoded.
 
 A row's image is somebody's file, so nothing of it is trusted: paths stay inside one folder, URLs begin as the job says
-and lead to no private address (redirects included), bytes, pixels, seconds and formats are limited.
+and lead to no private address (redirects included), bytes, pixels, seconds and formats are limited. Files are kept in
+the output once they turned out to be pictures that a row can use.
 """
 
 from __future__ import annotations
@@ -9,72 +10,87 @@ from __future__ import annotations
 import http.client
 import ipaddress
 import os
+import re
 import socket
 import ssl
+import stat
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
 from renderfarm import commit
-from renderfarm.config import Inputs, Job, is_url
+from renderfarm.config import Inputs, is_url
 from renderfarm.errors import InvalidInput, RenderfarmError, Transient
 from renderfarm.models.catalog import ModelInfo
-from renderfarm.pictures import decode
+from renderfarm.pictures import decode, shown, sized
 from renderfarm.records import InputImage, Sample
 from renderfarm.samples import check_side
 from renderfarm.storage import Store
 
 FETCHED_AT_A_TIME = 8
 REDIRECTS = 5
+ATTEMPTS, PAUSE_S = 3, 1.0
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class Fetcher:
     """Samples' images, fetched side by side and checked; files are kept in the output."""
 
-    def __init__(self, job: Job, model: ModelInfo, store: Store) -> None:
-        self.inputs, self.model, self.store = job.inputs, model, store
-        self.folder = Path(job.inputs.folder or _folder_of(job.manifest.path)).resolve()
+    def __init__(self, inputs: Inputs, model: ModelInfo, store: Store) -> None:
+        """`inputs.folder` is an absolute path."""
+        self.inputs, self.model, self.store = inputs, model, store
+        self.folder = Path(str(inputs.folder)).resolve()
 
     def fetch(self, samples: Sequence[Sample]) -> list[Sample | RenderfarmError]:
-        """Each sample with its images' bytes and its size, or why it cannot be rendered. Raises Transient."""
+        """Each sample with its images and its size, or why it cannot be rendered."""
         wanted = {image for sample in samples for image in (sample.image, sample.mask_image) if image is not None}
         with ThreadPoolExecutor(FETCHED_AT_A_TIME, thread_name_prefix="fetch") as pool:
             found = dict(zip(wanted, pool.map(self._try_bytes, wanted), strict=True))
-        return [self._with_images(sample, found) for sample in samples]
+            return list(pool.map(lambda sample: self._with_images(sample, found), samples))
 
-    def _try_bytes(self, image: InputImage) -> InputImage | InvalidInput:
-        try:
-            data = image.data if image.data is not None else self._read(str(image.source))
-            if len(data) > self.inputs.max_mebibytes * 2**20:
-                raise InvalidInput(self._too_large(image.source or "the embedded image"))
-        except InvalidInput as error:
-            return error
-        fetched = replace(image, data=data)
-        commit.keep(self.store, data)
-        return fetched
+    def _try_bytes(self, image: InputImage) -> InputImage | RenderfarmError:
+        """What may pass is tried again; what does not is the row's end, and a later run may retry the row."""
+        for attempt in range(ATTEMPTS):
+            try:
+                data = image.data if image.data is not None else self._read(str(image.source))
+                if len(data) > self.inputs.max_mebibytes * 2**20:
+                    raise InvalidInput(self._too_large(image.source or "the embedded image"))
+                return replace(image, data=data)
+            except InvalidInput as error:
+                return error
+            except Transient as error:
+                last = error
+                if attempt + 1 < ATTEMPTS:
+                    time.sleep(PAUSE_S * 2**attempt)
+        return last
 
     def _too_large(self, source: str) -> str:
-        return f"{source} is larger than {self.inputs.max_mebibytes:g} MiB; make it smaller, or raise inputs.max_mebibytes"
+        return f"{shown(source)} is larger than {self.inputs.max_mebibytes:g} MiB; make it smaller, or raise inputs.max_mebibytes"
 
-    def _with_images(self, sample: Sample, found: dict[InputImage, InputImage | InvalidInput]) -> Sample | RenderfarmError:
+    def _with_images(self, sample: Sample, found: dict[InputImage, InputImage | RenderfarmError]) -> Sample | RenderfarmError:
+        ready: dict[str, Any] = {}
         try:
-            given = {name: image for name in ("image", "mask_image") if (image := getattr(sample, name)) is not None}
-            ready: dict[str, Any] = {}
-            for name, image in given.items():
-                if isinstance(fetched := found[image], InvalidInput):
-                    return InvalidInput(f"{name} {fetched}")
-                ready[name] = fetched
-            return self._with_size(replace(sample, **ready), {name: decode(image, name).size for name, image in ready.items()})
+            for name in ("image", "mask_image"):
+                if (image := getattr(sample, name)) is None:
+                    continue
+                if isinstance(fetched := found[image], RenderfarmError):
+                    return type(fetched)(f"{name} {fetched}")
+                ready[name] = replace(fetched, picture=decode(fetched, name))
+            if not ready:
+                return sample
+            sample = self._with_size(replace(sample, **ready), {name: image.picture.size for name, image in ready.items()})
         except InvalidInput as error:
             return error
+        for image in ready.values():
+            commit.keep(self.store, image.data)
+        return replace(sample, **{name: replace(image, picture=sized(image.picture, sample)) for name, image in ready.items()})
 
     def _with_size(self, sample: Sample, sizes: dict[str, tuple[int, int]]) -> Sample:
-        if not sizes:
-            return sample
         width, height = sizes["image"]
         if sizes.get("mask_image", (width, height)) != (width, height):
             raise InvalidInput(
@@ -93,12 +109,17 @@ class Fetcher:
     def _read(self, source: str) -> bytes:
         if is_url(source):
             return _download(source, self.inputs, self._too_large(source))
+        limit = int(self.inputs.max_mebibytes * 2**20) + 1
         try:
             path = (self.folder / source).resolve()
             if not path.is_relative_to(self.folder):
                 raise InvalidInput(f"{source!r} leads out of {self.folder.name}/; put the file inside, or give inputs.folder")
-            with open(path, "rb") as file:
-                return file.read(int(self.inputs.max_mebibytes * 2**20) + 1)
+            # resolved, so a link at its end is new; and a pipe would keep us waiting
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+            with open(handle, "rb") as file:
+                if not stat.S_ISREG(os.fstat(handle).st_mode):
+                    raise InvalidInput(f"{source!r} is no file; give the path of a picture")
+                return file.read(limit)
         except (FileNotFoundError, NotADirectoryError):
             raise InvalidInput(f"{source!r} does not exist; paths start at {self.folder.name}/ (inputs.folder)") from None
         except (OSError, ValueError) as error:
@@ -109,67 +130,99 @@ def _shown(size: tuple[int, int]) -> str:
     return f"{size[0]}×{size[1]}"
 
 
-def _folder_of(manifest: str | list[str]) -> str:
-    first = manifest if isinstance(manifest, str) else manifest[0]
-    return first if os.path.isdir(first) else os.path.dirname(first)
-
-
 def _download(url: str, inputs: Inputs, too_large: str) -> bytes:
     """One GET, redirects followed by hand so that each is checked. Raises InvalidInput, or Transient for what may pass."""
     deadline, asked = time.monotonic() + inputs.timeout_s, url
     for _ in range(REDIRECTS + 1):
-        parts = urlsplit(url)
-        if not any(url.startswith(beginning) for beginning in inputs.urls) or ".." in parts.path:
-            raise InvalidInput(f"{_bare(url)} is not a URL that the job allows; add its beginning to inputs.urls")
         try:
+            parts = _allowed(url, inputs)
             connection = _connect(parts, inputs, deadline)
-            try:
-                connection.request("GET", f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/")
-                answer = connection.getresponse()
-                if answer.status in (301, 302, 303, 307, 308) and answer.headers["Location"]:
-                    url = urljoin(url, answer.headers["Location"])
-                    continue
-                if answer.status >= 500 or answer.status in (408, 429):
-                    raise Transient(f"{_bare(url)} answered {answer.status} {answer.reason}")
-                if answer.status != 200:
-                    raise InvalidInput(f"{_bare(asked)} answered {answer.status} {answer.reason}; correct the URL")
-                return _body(answer, inputs, deadline, _bare(url), too_large)
-            finally:
-                connection.close()
+        except ValueError:
+            raise InvalidInput(f"{shown(url)} is no URL; correct it") from None
+        except OSError as error:
+            raise Transient(f"{shown(url)}: {error.strerror or error}") from None
+        assert connection.sock is not None
+        # a server may send a byte a second for days, each in time
+        clock = threading.Timer(max(0.1, deadline - time.monotonic()), connection.sock.shutdown, [socket.SHUT_RDWR])
+        clock.start()
+        try:
+            target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~-._")
+            connection.request("GET", f"{target}?{quote(parts.query, safe='/%:@!$&()*+,;=~-._?')}" if parts.query else target)
+            answer = connection.getresponse()
+            if answer.status in (301, 302, 303, 307, 308) and answer.headers["Location"]:
+                url = _joined(url, answer.headers["Location"])
+                continue
+            if answer.status >= 500 or answer.status in (408, 429):
+                raise Transient(f"{shown(url)} answered {answer.status} {answer.reason}")
+            if answer.status != 200:
+                raise InvalidInput(f"{shown(asked)} answered {answer.status} {answer.reason}; correct the URL")
+            return _body(answer, inputs, deadline, too_large)
         except (OSError, http.client.HTTPException) as error:
-            raise Transient(f"{_bare(url)}: {error or type(error).__name__}") from None
-    raise InvalidInput(f"{_bare(asked)} redirects more than {REDIRECTS} times; correct the URL")
+            late = " (longer than inputs.timeout_s)" if time.monotonic() > deadline else ""
+            raise Transient(f"{shown(url)}: {error or type(error).__name__}{late}") from None
+        finally:
+            clock.cancel()
+            connection.close()
+    raise InvalidInput(f"{shown(asked)} redirects more than {REDIRECTS} times; correct the URL")
 
 
-def _body(answer: http.client.HTTPResponse, inputs: Inputs, deadline: float, shown: str, too_large: str) -> bytes:
-    data = b""
-    while piece := answer.read(1 << 16):
+def _joined(url: str, location: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError:
+        raise InvalidInput(f"{shown(url)} redirects to what is no URL; correct it") from None
+
+
+def _body(answer: http.client.HTTPResponse, inputs: Inputs, deadline: float, too_large: str) -> bytes:
+    data = bytearray()
+    while piece := answer.read1(1 << 16):
         data += piece
         if len(data) > inputs.max_mebibytes * 2**20:
             raise InvalidInput(too_large)
-        if time.monotonic() > deadline:
-            raise Transient(f"{shown} took longer than inputs.timeout_s")
-    return data
+    if time.monotonic() >= deadline:  # the end may be that of our patience
+        raise TimeoutError
+    if answer.length:  # bytes that were announced and did not come
+        raise http.client.IncompleteRead(b"", answer.length)
+    return bytes(data)
 
 
-def _bare(url: str) -> str:
-    """Without its query, which may hold a signature."""
-    return url.partition("?")[0]
+def _allowed(url: str, inputs: Inputs) -> SplitResult:
+    """The URL's parts, if it begins as the job says and no step of its path, however encoded, leads up again."""
+    parts, path = urlsplit(url), url
+    while (plainer := unquote(path)) != path:
+        path = plainer
+    steps = re.split(r"[/\\]", path.partition("?")[0].partition("#")[0])
+    climbs = any(step in (".", "..") for step in steps) or "\\" in path
+    if climbs or parts.username or parts.password or not any(url.startswith(beginning) for beginning in inputs.urls):
+        raise InvalidInput(f"{shown(url)} is not a URL that the job allows; add its beginning to inputs.urls")
+    return parts
 
 
 def _connect(parts: SplitResult, inputs: Inputs, deadline: float) -> http.client.HTTPConnection:
     """To an address that was checked, so that a name cannot lead elsewhere a moment later."""
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-    try:
-        addresses = [str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    except socket.gaierror as error:
-        raise Transient(f"{host}: {error.strerror}") from None
-    for address in addresses:
-        if not inputs.private_addresses and not ipaddress.ip_address(address).is_global:
-            raise InvalidInput(f"{_bare(parts.geturl())} leads to a private address; give public URLs, or inputs.private_addresses: true")
-    left = max(0.1, deadline - time.monotonic())
-    connection = http.client.HTTPConnection(host, port, timeout=left)
-    connection.sock = socket.create_connection((addresses[0], port), timeout=left)
-    if parts.scheme == "https":
-        connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=host)
+    addresses = list(dict.fromkeys(str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
+    if not inputs.private_addresses and not all(is_public(address) for address in addresses):
+        raise InvalidInput(f"{shown(parts.geturl())} leads to a private address; give public URLs, or inputs.private_addresses: true")
+    connection = http.client.HTTPConnection(host, port)
+    for number, address in enumerate(addresses):
+        try:
+            plain = socket.create_connection((address, port), timeout=max(0.1, deadline - time.monotonic()))
+            break
+        except OSError:
+            if number + 1 == len(addresses):
+                raise
+    connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host) if parts.scheme == "https" else plain
     return connection
+
+
+def is_public(address: str) -> bool:
+    """Whether an address, and the IPv4 one that an IPv6 one may stand for, is anybody's to reach."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(found, ipaddress.IPv6Address):
+        inner = found.ipv4_mapped or found.sixtofour or (ipaddress.IPv4Address(int(found) & 0xFFFFFFFF) if found in NAT64 else None)
+        if inner is not None:
+            return is_public(str(inner))
+        if found.is_site_local:
+            return False
+    return found.is_global and not found.is_multicast

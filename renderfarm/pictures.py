@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from renderfarm.config import is_url
 from renderfarm.errors import InvalidInput
 from renderfarm.records import InputImage, Sample
 
@@ -14,21 +16,37 @@ MAX_PIXELS = 64 << 20
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # what converts to RGB without clipping
 
 
+MAX_SCANS = 100  # of a progressive JPEG: each costs its whole area, and a file may hold millions
+
+
+def shown(source: str) -> str:
+    """A path as it is; of a URL only host and path, since the rest may hold a password or a signature."""
+    if not is_url(source):
+        return source
+    scheme, _, rest = source.partition("://")
+    host, slash, path = re.split(r"[?#]", rest)[0].partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
 def decode(image: InputImage, name: str = "image") -> Image.Image:
     """RGB as a viewer shows it: turned by its EXIF orientation, alpha dropped. Raises InvalidInput."""
     assert image.data is not None
-    shown = f"{name} {image.source!r}" if image.source else f"the embedded {name}"
+    which = f"{name} {shown(image.source)!r}" if image.source else f"the embedded {name}"
+    if image.data.count(b"\xff\xda") > MAX_SCANS and image.data.startswith(b"\xff\xd8"):
+        raise InvalidInput(f"{which} is a JPEG of more than {MAX_SCANS} scans; save it again")
     try:
         opened = Image.open(io.BytesIO(image.data), formats=FORMATS)
         if opened.width * opened.height > MAX_PIXELS:
-            raise InvalidInput(f"{shown} has {opened.width}×{opened.height} pixels; the limit is {MAX_PIXELS:,} in all: make it smaller")
+            raise InvalidInput(f"{which} has {opened.width}×{opened.height} pixels; the limit is {MAX_PIXELS:,} in all: make it smaller")
         if opened.mode not in MODES:
-            raise InvalidInput(f"{shown} has pixels of mode {opened.mode}; save it with 8 bits a channel")
+            raise InvalidInput(f"{which} has pixels of mode {opened.mode}; save it with 8 bits a channel")
         return ImageOps.exif_transpose(opened).convert("L" if name == "mask_image" else "RGB")
     except UnidentifiedImageError:
-        raise InvalidInput(f"{shown} is no {', '.join(FORMATS)} file; convert it") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InvalidInput(f"{shown} cannot be decoded ({error}); it may be cut off: write it again") from None
+        raise InvalidInput(f"{which} is no {', '.join(FORMATS)} file; convert it") from None
+    except InvalidInput:
+        raise
+    except Exception as error:  # damaged files, and damaged EXIF in them, raise many kinds
+        raise InvalidInput(f"{which} cannot be decoded ({error}); it may be cut off: write it again") from None
 
 
 def sized(picture: Image.Image, sample: Sample) -> Image.Image:

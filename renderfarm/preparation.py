@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -107,7 +108,19 @@ def prepare(job: Job) -> Prepared:
     # expanded once and here: a worker's environment and folder may be others
     store = open_store(expand_env(job.output.path))
     job = job.model_copy(update={"output": job.output.model_copy(update={"path": store.url})})
+    if model.task != "text-to-image":
+        job = job.model_copy(update={"inputs": job.inputs.model_copy(update={"folder": _inputs_folder(job, manifest)})})
     return Prepared(job, model, manifest, store)
+
+
+def _inputs_folder(job: Job, manifest: Manifest) -> str:
+    """Where rows' paths start: as the job says, else the manifest's folder."""
+    given = job.inputs.folder or job.manifest.path
+    if not isinstance(given, str) or not os.path.isdir(folder := expand_env(given)):
+        folder = expand_env(job.inputs.folder) if job.inputs.folder else os.path.dirname(manifest.files[0].path.removeprefix("file://"))
+    if not os.path.isdir(folder):
+        raise InvalidJob(f"inputs.folder: {folder} is no folder here; give the one in which the rows' paths start")
+    return os.path.abspath(folder)
 
 
 def _check_render(job: Job, model: ModelInfo) -> None:

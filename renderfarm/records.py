@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,6 +25,8 @@ class InputImage:
 
     source: str | None
     data: bytes | None = field(default=None, repr=False)
+    picture: Any = field(default=None, repr=False, compare=False)
+    """Decoded, at the sample's size; None: whoever needs it decodes it."""
 
     @property
     def sha256(self) -> str:

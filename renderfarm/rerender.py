@@ -30,7 +30,7 @@ class Renderer:
     def __init__(self, output: Output, model: str | None = None) -> None:
         """`model`: where a model lies that the job knew by a folder. Raises InvalidJob if it cannot be found."""
         profile = commit.read_profile(output.store)
-        info = for_task(describe(_model_spec(output.job, model)), ARGUMENTS_OF[output.job["task"]])
+        info = for_task(describe(_model_spec(output.job, model)), ARGUMENTS_OF[output.job.get("task", "text-to-image")])
         self._store = output.store
         self._adapters = tempfile.TemporaryDirectory(prefix="renderfarm-")
         info = dataclasses.replace(info, adapters=_written(output, Path(self._adapters.name)))
@@ -58,7 +58,7 @@ def sample_of(record: dict[str, Any], store: Store | None = None) -> Sample:
     """The sample that a row of the image table is about; its images are those that the output's `store` keeps."""
     names = {field.name for field in dataclasses.fields(Sample)} - {"key", "image", "mask_image"}
     images: dict[str, Any] = {
-        name: InputImage(record[f"input_{name}"], store.read(f"{commit.KEPT}/{record[f'input_{name}_sha256']}"))
+        name: InputImage(record[f"input_{name}"], commit.kept(store, record[f"input_{name}_sha256"]))
         for name in ("image", "mask_image")
         if store is not None and record.get(f"input_{name}_sha256") is not None
     }
@@ -67,9 +67,9 @@ def sample_of(record: dict[str, Any], store: Store | None = None) -> Sample:
 
 def _written(output: Output, folder: Path) -> dict[str, str]:
     """The adapters that the output keeps, as files."""
-    files = {name: folder / f"{name}.safetensors" for name in output.job["model"]["adapters"]}
+    files = {name: folder / f"{name}.safetensors" for name in output.job["model"].get("adapters", {})}
     for name, file in files.items():
-        file.write_bytes(output.store.read(f"{commit.KEPT}/{output.job['model']['adapters'][name]}"))
+        file.write_bytes(commit.kept(output.store, output.job["model"]["adapters"][name]))
     return {name: str(file) for name, file in files.items()}
 
 

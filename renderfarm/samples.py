@@ -25,6 +25,7 @@ from renderfarm.seeds import MAX_SEED, sample_seed
 
 MAX_PROMPT_CHARACTERS = 20_000
 MAX_IMAGES_PER_ROW = 10_000
+LCM_STEPS = 50  # original_inference_steps of diffusers' LCMScheduler
 
 
 @dataclass(frozen=True)
@@ -212,8 +213,13 @@ def _strength(values: dict[str, Any], steps: int, job: Job, model: ModelInfo) ->
     assert strength is not None
     if not 0 < strength <= 1:
         raise InvalidInput(f"strength is {strength}; it must be above 0 and at most 1")
-    if int(steps * strength) < 1:
+    if model.least_strength == "floor" and int(steps * strength) < 1:
         raise InvalidInput(f"strength {strength} of {steps} steps runs none of them; give at least {math.ceil(1000 / steps) / 1000}")
+    if model.least_strength == "lcm" and int(LCM_STEPS * strength) < steps:
+        raise InvalidInput(
+            f"strength {strength} leaves {int(LCM_STEPS * strength)} of the {LCM_STEPS} steps that this model was distilled on, fewer than "
+            f"num_inference_steps, {steps}; give fewer steps or a higher strength"
+        )
     return strength
 
 

@@ -79,7 +79,9 @@ ERRORS_KEY = b"renderfarm.errors"  # Parquet footer metadata of a commit object:
 
 def output_name(column: str) -> str:
     """The name under which a manifest's own column reaches the table. `image` is what readers call the picture."""
-    return f"input_{column}" if column in (*IMAGE_COLUMNS.names, *ARGUMENT_COLUMNS.names, "image") else column
+    while column in (*IMAGE_COLUMNS.names, *ARGUMENT_COLUMNS.names, "image"):
+        column = f"input_{column}"
+    return column
 
 
 def errors_to_json(table: pa.Table) -> bytes:

@@ -96,6 +96,7 @@ class SlotLoop:
         self.counters = Counters()
         self.ready: Future[SlotModel] = Future()
         self._inbox: queue.SimpleQueue[list[_Job] | None] = queue.SimpleQueue()
+        self._unfinished: set[_Job] = set()
         self._groups: dict[Hashable, _Group] = {}
         self._embeddings: OrderedDict[Hashable, Any] = OrderedDict()
         self._thread = threading.Thread(target=self._run, args=(load,), name="render", daemon=True)
@@ -104,6 +105,9 @@ class SlotLoop:
     def submit(self, samples: Sequence[Sample]) -> list[Future[Rendered]]:
         """Queue samples; each future ends with a `Rendered` or a RenderfarmError."""
         jobs = [_Job(sample, Future()) for sample in samples]
+        for job in jobs:
+            self._unfinished.add(job)
+            job.future.add_done_callback(lambda _, job=job: self._unfinished.discard(job))  # type: ignore[misc]
         if jobs:
             self._inbox.put(jobs)
         return [job.future for job in jobs]
@@ -134,10 +138,10 @@ class SlotLoop:
 
     def _give_up(self, error: BaseException) -> None:
         """Nothing will be rendered any more, and nobody may wait for it: leases end with the error until the loop is closed."""
-        jobs: list[_Job] | None = [job for group in self._groups.values() for job in (*group.active, *group.waiting)]
+        jobs: list[_Job] | None = list(self._unfinished)
         while jobs is not None:
             for job in jobs:
-                if not job.future.done():  # not a sample's own end, so it is not wrapped as one
+                if not job.future.done():  # twice where it was in the inbox as well; not a sample's own end, so it is not wrapped as one
                     job.future.set_exception(RuntimeError(f"the render thread ended: {type(error).__name__}: {error}"))
             jobs = self._inbox.get()
 

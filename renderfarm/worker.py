@@ -27,6 +27,7 @@ from renderfarm.models.base import SlotModel
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.load import load_model
 from renderfarm.models.measure import best_batch_size, check_places, seconds_per_image
+from renderfarm.pictures import shown
 from renderfarm.records import Lease, Part, PartReceipt, Receipt, RowError, Sample, SampleKey, WorkerReady
 from renderfarm.samples import Usual, expand_rows, row_error
 from renderfarm.schema import ARGUMENT_COLUMNS, ERROR_COLUMNS, GIVEN_BY, IMAGE_COLUMNS, output_name
@@ -116,7 +117,7 @@ class Worker:
             else:
                 samples += row.samples
         planned = sorted([*(s.key for s in samples), *(e.key for e in errors)])
-        if self.spec.model.task != "text-to-image":
+        if lease.announce_as is None:
             samples, unusable = self._with_images(samples)
             errors += unusable
 
@@ -132,8 +133,10 @@ class Worker:
         return commit.publish(self.store, part, self._image_table(records, rows), _error_table(errors))
 
     def _with_images(self, samples: list[Sample]) -> tuple[list[Sample], list[RowError]]:
-        """Samples with their images' bytes; errors for those whose images are of no use."""
-        found = list(zip(samples, Fetcher(self.job, self.spec.model, self.store).fetch(samples), strict=True))
+        """Samples with their images; errors for those whose images are of no use."""
+        if self.spec.model.task == "text-to-image":
+            return samples, []
+        found = list(zip(samples, Fetcher(self.job.inputs, self.spec.model, self.store).fetch(samples), strict=True))
         unusable = [row_error(s.key, s.row_id, s.prompt, error) for s, error in found if isinstance(error, RenderfarmError)]
         return [sample for _, sample in found if isinstance(sample, Sample)], unusable
 
@@ -145,10 +148,14 @@ class Worker:
             return
         for sample in samples:
             commit.announce(self.store, part, sample.key.row, announce_as)
-            (rendered,) = self.slots.submit([sample])
-            outcome = self._put_when_rendered(part, sample, rendered)
-            wait([outcome])
-            yield outcome
+            ready, unusable = self._with_images([sample])  # a picture may be the killer, too
+            for error in unusable:
+                ended: Future[dict[str, Any] | RowError] = Future()
+                ended.set_result(error)
+                yield ended
+            for outcome in [self._put_when_rendered(part, s, f) for s, f in zip(ready, self.slots.submit(ready), strict=True)]:
+                wait([outcome])
+                yield outcome
 
     def _put_when_rendered(self, part: Part, sample: Sample, rendered: Future[Rendered]) -> Future[dict[str, Any] | RowError]:
         """Encode and put the image in the pool as soon as its pixels are there."""
@@ -208,7 +215,7 @@ class Worker:
 
 def _inputs(sample: Sample) -> dict[str, str | None]:
     given = {name: image for name in ("image", "mask_image") if (image := getattr(sample, name)) is not None}
-    sources = {f"input_{name}": image.source and image.source.partition("?")[0] for name, image in given.items()}
+    sources = {f"input_{name}": image.source and shown(image.source) for name, image in given.items()}
     return sources | {f"input_{name}_sha256": image.sha256 for name, image in given.items()}
 
 

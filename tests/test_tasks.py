@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +15,7 @@ from threading import Thread
 from typing import Any
 
 import diffusers
+import families
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,12 +26,13 @@ from oracle import DTYPES, LEGAL, REFERENCE, B, pixels, plain_pipeline, row
 from PIL import Image
 
 import renderfarm
-from renderfarm.config import Job, ModelSpec, Workers, load_job
+from renderfarm.config import Inputs, Job, ModelSpec, Workers, load_job
 from renderfarm.errors import InvalidInput, InvalidJob, Transient
-from renderfarm.inputs import Fetcher
+from renderfarm.inputs import Fetcher, is_public
 from renderfarm.models.catalog import describe, for_task
 from renderfarm.models.families import FAMILIES
 from renderfarm.models.load import load_model
+from renderfarm.pictures import decode
 from renderfarm.records import InputImage, Sample
 from renderfarm.slots import SlotLoop
 from renderfarm.storage import open_store
@@ -151,7 +155,8 @@ def job(write_job: Write, tiny_model: Callable[[str], Path], tmp_path: Path) -> 
     def write(values: dict[str, Any], **changes: Any) -> Path:
         (tmp_path / "in").mkdir(exist_ok=True)
         pq.write_table(pa.table(values), tmp_path / "in/m.parquet")
-        return write_job(tmp_path / "in/m.parquet", **{"model": str(tiny_model("sd")), "workers": {"batch_size": B}, **changes})
+        manifest = changes.pop("manifest", tmp_path / "in/m.parquet")
+        return write_job(manifest, **{"model": str(tiny_model("sd")), "workers": {"batch_size": B}, **changes})
 
     return write
 
@@ -288,14 +293,24 @@ class Site(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        status = {"/pub/gone": 404, "/pub/busy": 503, "/pub/away": 302, "/pub/loop": 302, "/pub/inside": 302}.get(path, 200)
+        status = {"/pub/gone": 404, "/pub/busy": 503, "/pub/nowhere": 302, "/pub/away": 302, "/pub/loop": 302, "/pub/inside": 302}.get(
+            path, 200
+        )
         self.send_response(status)
         if status == 302:
-            self.send_header("Location", {"/pub/away": "/secret/x", "/pub/loop": "/pub/loop", "/pub/inside": "/pub/ok.png"}[path])
+            self.send_header(
+                "Location",
+                {"/pub/away": "/secret/x", "/pub/loop": "/pub/loop", "/pub/inside": "/pub/ok.png", "/pub/nowhere": "http://["}[path],
+            )
         self.end_headers()
-        if status == 200:
+        if path == "/pub/slow":
+            for _ in range(200):
+                with contextlib.suppress(ConnectionError):
+                    self.wfile.write(b"x")
+                time.sleep(0.05)
+        elif status == 200:
             with contextlib.suppress(ConnectionError):  # who has read enough hangs up
-                self.wfile.write(self.image * (100_000 if path == "/pub/huge" else 1))
+                self.wfile.write(b"text" if path == "/pub/text" else self.image * (100_000 if path == "/pub/huge" else 1))
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
@@ -313,16 +328,10 @@ def site() -> Iterator[str]:
 
 
 def fetch(tmp_path: Path, url: str, **inputs: Any) -> Any:
-    values: dict[str, Any] = {
-        "name": "t",
-        "manifest": str(tmp_path / "m.parquet"),
-        "model": "builtin:fake",
-        "output": {"path": str(tmp_path / "o")},
-    }
-    job = Job.model_validate(values | {"inputs": {"max_mebibytes": 1, **inputs}})
+    allowed = Inputs.model_construct(**{**Inputs().model_dump(), "folder": str(tmp_path), "max_mebibytes": 1, **inputs})
     model = for_task(describe(ModelSpec(id="builtin:shapes")), ("image",))
     wanted = row(sampler="euler", strength=0.5, height=0, width=0, image=InputImage(url))
-    (found,) = Fetcher(job, model, open_store(job.output.path)).fetch([wanted])
+    (found,) = Fetcher(allowed, model, open_store(str(tmp_path / "o"))).fetch([wanted])
     return found
 
 
@@ -357,10 +366,118 @@ def test_a_private_address_is_refused_unless_the_job_says_so(site: str, tmp_path
     assert "leads to a private address; give public URLs, or inputs.private_addresses: true" in str(found)
 
 
-def test_a_server_that_is_busy_or_away_is_tried_again_later(site: str, tmp_path: Path) -> None:
-    for url in (f"{site}/pub/busy", "http://127.0.0.1:9/pub/x"):
-        with pytest.raises(Transient):
-            fetch(tmp_path, url, urls=[url.rpartition("/")[0] + "/"], private_addresses=True)
+def test_a_server_that_is_busy_slow_or_away_is_tried_again_and_then_costs_its_row(
+    site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("renderfarm.inputs.PAUSE_S", 0.01)
+    for url, reason in (
+        (f"{site}/pub/busy", "answered 503"),
+        ("http://127.0.0.1:9/pub/x", "refused"),
+        (f"{site}/pub/slow", "inputs.timeout_s"),
+    ):
+        started = time.monotonic()
+        found = fetch(tmp_path, url, urls=[url.rpartition("/")[0] + "/"], private_addresses=True, timeout_s=0.5)
+        assert time.monotonic() - started < 5
+        assert isinstance(found, Transient)
+        assert found.retryable
+        assert reason in str(found)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[", "http://[::1", "http://127.0.0.1:x/pub/a", "SITE/pub/%2e%2e/secret/x", "SITE/pub/%252e%252e/secret/x",
+        "SITE/pub/..\\secret", "http://u:hunter2@HOST/pub/a", "SITE/pub/gone?signature=hunter2", "SITE/pub/text?signature=hunter2#hunter2",
+        "SITE/pub/huge?signature=hunter2", "SITE/pub/nowhere",
+    ],
+)  # fmt: skip
+def test_a_url_of_a_row_never_stops_the_job_and_its_secrets_are_in_no_message(url: str, site: str, tmp_path: Path) -> None:
+    url = url.replace("SITE", site).replace("HOST", site.removeprefix("http://"))
+    found = fetch(tmp_path, url, urls=[f"{site}/pub/", "http://[", "http://u:hunter2@"], private_addresses=True)
+    assert isinstance(found, InvalidInput)
+    assert "hunter2" not in str(found)
+    assert not list((tmp_path / "o").rglob("inputs/*")), "what is no picture is not kept"
+
+
+def test_odd_letters_in_a_path_are_sent_as_the_web_writes_them(site: str, tmp_path: Path) -> None:
+    found = fetch(tmp_path, f"{site}/pub/an é and a space.png", urls=[f"{site}/pub/"], private_addresses=True)
+    assert isinstance(found, Sample)
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True), ("10.0.0.1", False), ("127.0.0.1", False), ("169.254.169.254", False), ("224.0.0.1", False), ("::1", False),
+        ("::ffff:10.0.0.1", False), ("64:ff9b::a9fe:a9fe", False), ("2002:7f00:1::", False), ("fec0::1", False), ("fe80::1%eth0", False),
+        ("2001:4860:4860::8888", True),
+    ],
+)  # fmt: skip
+def test_which_addresses_are_public(address: str, public: bool) -> None:
+    assert is_public(address) is public
+
+
+def test_what_is_in_the_folder_and_no_picture_is_not_copied_into_the_dataset(job: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/.env").write_text("SECRET=hunter2")
+    os.mkfifo(tmp_path / "in/pipe")
+    damaged = Image.Exif()
+    damaged[0x0112] = 6
+    file = bytearray(encoded(picture(), "JPEG", exif=damaged))
+    scans = encoded(picture(), "JPEG") + b"\xff\xda" * 200
+    images = pa.array([{"bytes": None, "path": ".env"}, {"bytes": None, "path": "pipe"}, {"bytes": bytes(scans), "path": None}])
+    summary = renderfarm.run(job(columns(3, image=images)), engine="inline")
+    assert (summary.images, summary.errors) == (0, 3)
+    messages = [error["error_message"] for error in sorted(error_rows(tmp_path / "out"), key=lambda error: error["row"])]
+    assert "'.env' is no PNG, JPEG, WEBP file" in messages[0]
+    assert "'pipe' is no file" in messages[1]
+    assert "more than 100 scans" in messages[2]
+    assert not list((tmp_path / "out").rglob("inputs/*"))
+    for k in range(20, 60):  # damage in the EXIF part raises many kinds of errors, or none
+        broken = bytes(file[:k]) + bytes([file[k] ^ 0xFF]) + bytes(file[k + 1 :])
+        with contextlib.suppress(InvalidInput):
+            decode(InputImage(None, broken))
+
+
+def test_the_first_worker_measures_with_images_too(job: Callable[..., Path], tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    for name in ("sd", "z-image"):
+        out = tmp_path / name
+        size, output = {"height": 32, "width": 32}, {"path": str(out), "part_rows": "auto"}
+        path = job(columns(4, image=[encoded(picture())] * 4), model=str(tiny_model(name)), render=size, output=output)
+        assert renderfarm.run(path, engine="inline").images == 4
+        assert (out / "_renderfarm/grid.json").exists()
+
+
+def test_a_folder_in_the_environment_a_glob_and_a_folder_that_is_not_there(
+    job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(encoded(picture()))
+    monkeypatch.setenv("DATA", str(tmp_path / "in"))
+    places: list[dict[str, Any]] = [{"manifest": "${DATA}/m.parquet"}, {"manifest": f"{tmp_path}/i*/m.parquet"}]
+    for k, changes in enumerate([*places, {"inputs": {"folder": "${DATA}"}}]):
+        path = job(columns(1, image=["a.png"]), output={"path": str(tmp_path / f"o{k}")}, **changes)
+        assert renderfarm.run(path, engine="inline").images == 1
+    with pytest.raises(InvalidJob, match=r"inputs\.folder: .*gone is no folder here"):
+        renderfarm.run(job(columns(1, image=["a.png"]), inputs={"folder": "gone"}), engine="inline")
+
+
+def test_verify_says_which_kept_file_is_missing(job: Callable[..., Path], tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    values = columns(1, image=[encoded(picture())]) | {"photo": ["mine"], "input_image": ["also mine"]}
+    assert renderfarm.run(job(values, render={"sampler": "dpm++2m"}), engine="inline").images == 1
+    (record,) = image_rows(tmp_path / "out")
+    assert (record["photo"], record["input_input_image"], record["input_image"]) == ("mine", "also mine", None)
+    verified = verify(str(tmp_path / "out"), Choice(rows="0"), model=str(tiny_model("sd")))
+    assert not verified.profile_differences, "the profile is that of the run, whatever sampler rendered last"
+    (kept,) = (tmp_path / "out/_renderfarm/inputs").iterdir()
+    kept.write_bytes(b"other")
+    with pytest.raises(InvalidJob, match="is missing or damaged, and rows need it"):
+        verify(str(tmp_path / "out"), Choice(rows="0"), model=str(tiny_model("sd")))
+
+
+def test_a_safety_checker_is_not_silently_left_out(job: Callable[..., Path], tmp_path: Path) -> None:
+    folder = families.save(families.checked(True), tmp_path / "checked")
+    with pytest.raises(InvalidJob, match="its safety checker is not run for image-to-image here"):
+        renderfarm.run(job(columns(1, image=[encoded(picture())]), model={"id": str(folder), "safety_checker": True}), engine="inline")
 
 
 @pytest.mark.parametrize("url", ["https://u:p@example.org/", "ftp://example.org/", "https://example.org", "example.org/"])

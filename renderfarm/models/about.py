@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from renderfarm.config import ModelSpec
+from renderfarm.errors import InvalidJob
 from renderfarm.models.catalog import describe
 from renderfarm.models.families import FAMILIES, GENERIC
 from renderfarm.models.fingerprint import model_sha256, weight_bytes, weight_hashes
@@ -33,18 +34,19 @@ def about(spec: ModelSpec) -> dict[str, Any]:
     if info.folder is None:
         return found
     folder = Path(info.folder)
-    parts = weight_bytes(folder)
+    digest = model_sha256(weight_hashes(folder, safety_checker=False))
+    parts = {name: size for name, size in weight_bytes(folder).items() if name != "safety_checker"}
     stored = sum(parts.values())
     return found | {
         "weights on disk": ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in sorted(parts.items(), key=lambda p: -p[1])),
-        "weights in memory": _in_memory(folder, stored),
-        "sha256": model_sha256(weight_hashes(folder, safety_checker=False)),
+        "weights in memory": _in_memory(folder / max(parts, key=lambda name: parts[name]), stored),
+        "sha256": digest,
     }
 
 
-def _in_memory(folder: Path, stored: int) -> str:
+def _in_memory(denoiser: Path, stored: int) -> str:
     """By dtype; what a batch needs beside them depends on its size, and only rendering tells."""
-    width = _stored_width(folder)
+    width = _stored_width(denoiser)
     return ", ".join(f"{dtype} {stored / width * size / 2**20:,.0f} MiB" for dtype, size in BYTES.items())
 
 
@@ -52,7 +54,9 @@ def _stored_width(folder: Path) -> int:
     """Bytes of a number, as the largest weight file has it."""
     from safetensors import safe_open
 
-    largest = max(folder.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
-    with safe_open(largest, framework="np") as file:
-        first = next(iter(file.keys()))
-        return {"F32": 4, "F64": 8, "F8_E4M3": 1, "I8": 1}.get(file.get_slice(first).get_dtype(), 2)
+    file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    try:
+        with safe_open(file, framework="np") as opened:
+            return {"F32": 4, "F64": 8, "F8_E4M3": 1, "I8": 1}.get(opened.get_slice(next(iter(opened.keys()))).get_dtype(), 2)
+    except Exception as error:  # safetensors has an error of its own, and lets others through
+        raise InvalidJob(f"{file}: is damaged ({error}); fetch the model again") from None

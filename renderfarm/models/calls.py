@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from renderfarm.config import Workers
-from renderfarm.errors import NonFiniteOutput
+from renderfarm.errors import NonFiniteOutput, RenderFailed
 from renderfarm.models.base import Counted
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.common import NOT_FINITE, count_in_template, count_tokens, generator_of, slerp, to_uint8
@@ -147,7 +147,8 @@ class WholeCall(LoadedPipeline):
         return sorted(differ)
 
     def decode(self, state: State) -> np.ndarray:
-        assert state.picture is not None
+        if state.picture is None:
+            raise RenderFailed("decoded before it was rendered")
         if not np.isfinite(state.picture).all():
             raise NonFiniteOutput(NOT_FINITE)
         return to_uint8(state.picture)
@@ -196,4 +197,4 @@ class WholeCall(LoadedPipeline):
 
 def _pictures(samples: Sequence[Sample], name: str) -> list[Any]:
     given = [(sample, getattr(sample, name)) for sample in samples]
-    return [sized(decode(image, name), sample) for sample, image in given if image is not None]
+    return [image.picture or sized(decode(image, name), sample) for sample, image in given if image is not None]

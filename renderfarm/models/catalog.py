@@ -46,6 +46,8 @@ class ModelInfo:
     task: Task = "text-to-image"
     strength: float | None = None
     """The task's default, where it begins with an image."""
+    least_strength: Literal["floor", "ceil", "lcm"] = "floor"
+    """How strength and steps must fit (`ImageTask`)."""
     warnings: tuple[str, ...] = ()
     """What a user of the dataset should know of the model's rendering."""
 
@@ -120,6 +122,8 @@ def for_task(info: ModelInfo, given: Collection[str]) -> ModelInfo:
     task = None if family is None else family.inpainting if name == "inpainting" else family.image_to_image
     if task is None:
         raise InvalidJob(f"model {info.id}: {info.pipeline_class or 'it'} has no {name} here; drop the columns, or choose another model")
+    if info.safety_checker:
+        raise InvalidJob(f"model {info.id}: its safety checker is not run for {name} here; leave model.safety_checker out")
     flows = ("flow-dpm++2m", "flow-unipc") if info.kind == "flow" else ()
     reason = f"diffusers' {name} starts with a mixture of picture and noise that this scheduler does not make"
     return replace(
@@ -128,6 +132,7 @@ def for_task(info: ModelInfo, given: Collection[str]) -> ModelInfo:
         pipeline_class=task.pipeline_class,
         task=name,
         strength=task.strength,
+        least_strength=task.least_strength,
         arguments=info.arguments - {"seed_b", "blend"},
         refused_samplers={**info.refused_samplers, **dict.fromkeys(flows, reason)},
     )
@@ -139,12 +144,14 @@ def _generic(class_name: Any, folder: Path, model_id: str) -> Family:
 
     known = getattr(diffusers, class_name, None) if isinstance(class_name, str) and class_name.endswith("Pipeline") else None
     taken = inspect.signature(known.__call__).parameters if known is not None else {}
-    if known is None or not {"prompt", "generator", "height", "width"} <= taken.keys() or {"image", "num_frames"} & taken.keys():
+    needed = {name for name, p in taken.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)} - {"self"}
+    others = {"image", "images", "control_image", "video", "num_frames", "video_length", "audio_length_in_s"} & taken.keys()
+    if known is None or not {"prompt", "generator", "height", "width"} <= taken.keys() or others or needed - {"prompt"}:
         raise InvalidJob(
             f"model {model_id}: {class_name or 'its pipeline'} is no text-to-image class of diffusers {diffusers.__version__} that a "
             f"prompt alone can call; supported and compared: {', '.join(FAMILIES)}"
         )
-    denoiser = next((name for name in ("transformer", "unet", "prior") if (folder / name / "config.json").is_file()), "transformer")
+    denoiser = next((name for name in ("transformer", "unet") if (folder / name / "config.json").is_file()), "transformer")
     arguments = (ALWAYS - {"seed_b", "blend"}) | (PLAIN - ALWAYS) & taken.keys()
     steps, guidance = (taken[name].default if name in taken else None for name in ("num_inference_steps", "guidance_scale"))
     return replace(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,19 @@ def count_tokens(tokenizer: Any, prompt: str, length: int) -> tuple[int, str | N
     if not tokenizer.is_fast:
         return count, str(tokenizer.decode(encoded.input_ids[kept:-1]))
     return count, prompt[encoded.offset_mapping[kept][0] :]
+
+
+def count_texts(texts: Sequence[str], readers: Sequence[tuple[Any, int]]) -> tuple[int, str | None]:
+    """Tokens of the first text, and the end that no encoder sees of that or of another one.
+
+    `readers`: tokenizer and length of each encoder, in the order of the texts. An encoder with room for the whole of a text
+    makes good for one that cuts it off.
+    """
+    longest: dict[str, tuple[Any, int]] = {}
+    for text, reader in zip(texts, readers, strict=False):
+        longest[text] = max(longest.get(text, reader), reader, key=lambda reader: reader[1])
+    counted = [count_tokens(tokenizer, text, length) for text, (tokenizer, length) in longest.items()]
+    return counted[0][0], next((cut_off for _, cut_off in counted if cut_off is not None), None)
 
 
 def count_in_template(tokenizer: Any, template: Callable[[str], str], prompt: str, length: int) -> tuple[int, str | None]:

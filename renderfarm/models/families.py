@@ -91,11 +91,17 @@ def _vae_scale(vae: Config) -> int:
 
 @dataclass(frozen=True)
 class ImageTask:
-    """diffusers' class for a task that begins with an image, who renders it, and that class's default strength."""
+    """diffusers' class for a task that begins with an image, who renders it, and that class's default strength.
+
+    `least_strength`: how many of n steps run at strength s, by that class's `get_timesteps`: `int(n·s)`, of which one at
+    least must be left (floor); `n·s` rounded up (ceil); or all, of the `int(50·s)` that a consistency model was distilled
+    on, which must be enough (lcm).
+    """
 
     pipeline_class: str
     strength: float
     adapter: str = "tasks:WithImages"
+    least_strength: Literal["floor", "ceil", "lcm"] = "floor"
 
 
 @dataclass(frozen=True)
@@ -174,20 +180,26 @@ FAMILIES = {
 SHIFTED = ("FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "QwenImagePipeline")  # whether the configuration says so or not
 _TASKS = {
     "StableDiffusionPipeline": (ImageTask("StableDiffusionImg2ImgPipeline", 0.8), ImageTask("StableDiffusionInpaintPipeline", 1.0)),
-    LCM: (ImageTask("LatentConsistencyModelImg2ImgPipeline", 0.8), None),
+    LCM: (ImageTask("LatentConsistencyModelImg2ImgPipeline", 0.8, least_strength="lcm"), None),
     "StableDiffusionXLPipeline": (
         ImageTask("StableDiffusionXLImg2ImgPipeline", 0.3),
         ImageTask("StableDiffusionXLInpaintPipeline", 0.9999),
     ),
-    "StableDiffusion3Pipeline": (ImageTask("StableDiffusion3Img2ImgPipeline", 0.6), ImageTask("StableDiffusion3InpaintPipeline", 0.6)),
-    "FluxPipeline": (ImageTask("FluxImg2ImgPipeline", 0.6), ImageTask("FluxInpaintPipeline", 0.6)),
+    "StableDiffusion3Pipeline": (
+        ImageTask("StableDiffusion3Img2ImgPipeline", 0.6, least_strength="ceil"),
+        ImageTask("StableDiffusion3InpaintPipeline", 0.6, least_strength="ceil"),
+    ),
+    "FluxPipeline": (
+        ImageTask("FluxImg2ImgPipeline", 0.6, least_strength="ceil"),
+        ImageTask("FluxInpaintPipeline", 0.6, least_strength="ceil"),
+    ),
     "QwenImagePipeline": (
-        ImageTask("QwenImageImg2ImgPipeline", 0.6, "qwen_image:QwenImage"),
-        ImageTask("QwenImageInpaintPipeline", 0.6, "qwen_image:QwenImage"),
+        ImageTask("QwenImageImg2ImgPipeline", 0.6, "qwen_image:QwenImage", "ceil"),
+        ImageTask("QwenImageInpaintPipeline", 0.6, "qwen_image:QwenImage", "ceil"),
     ),
     "ZImagePipeline": (
-        ImageTask("ZImageImg2ImgPipeline", 0.6, "z_image:ZImage"),
-        ImageTask("ZImageInpaintPipeline", 1.0, "z_image:ZImage"),
+        ImageTask("ZImageImg2ImgPipeline", 0.6, "z_image:ZImage", "ceil"),
+        ImageTask("ZImageInpaintPipeline", 1.0, "z_image:ZImage", "ceil"),
     ),
 }
 FAMILIES = {

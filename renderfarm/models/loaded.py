@@ -38,6 +38,7 @@ class LoadedPipeline(ABC):
             ).to(self.device)
         except Exception as error:  # damaged weights raise many kinds; none of them is the row's fault
             raise Fatal(f"model {info.id}: cannot be loaded from {info.folder}: {error}") from error
+        self.scheduler_config = dict(self.pipe.scheduler.config)  # samplers take the scheduler's place later
         self._on: str | None = None
         if info.adapters:
             self._load_adapters()
@@ -48,7 +49,7 @@ class LoadedPipeline(ABC):
     def _check_files(self, folder: Path) -> None:
         if self.info.sha256 is None:
             return
-        found = model_sha256(weight_hashes(folder, safety_checker=self.info.safety_checker))
+        found = model_sha256(weight_hashes(folder, safety_checker=False))
         if found != self.info.sha256:
             raise Fatal(
                 f"model {self.info.id}: its files have the hash {found}, and the job asks for {self.info.sha256} (model.sha256): a file "
@@ -88,7 +89,7 @@ class LoadedPipeline(ABC):
 
     def profile(self) -> dict[str, Any]:
         # names with `_` are diffusers' own notes, one of them a list in hash order
-        scheduler = {key: value for key, value in self.pipe.scheduler.config.items() if not key.startswith("_")}
+        scheduler = {key: value for key, value in self.scheduler_config.items() if not key.startswith("_")}
         own = {"text_length": self.text_length, "vae_slicing": True, "scheduler": scheduler, "safety_checker": self.info.safety_checker}
         if self.info.adapters:
             own |= {"adapters": {name: file_sha256(Path(path)) for name, path in self.info.adapters.items()}, "peft": version("peft")}

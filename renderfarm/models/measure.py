@@ -43,7 +43,7 @@ def best_batch_size(model: SlotModel, sample: Sample) -> int:
     for size in CANDIDATES:
         model.batch_size = size
         try:
-            rate = size / _seconds_per_call(model, sample)
+            rate = size / _step_for_a_while(model, sample)[0]
         except TOO_MUCH:
             if size == CANDIDATES[0]:
                 raise
@@ -58,11 +58,10 @@ def best_batch_size(model: SlotModel, sample: Sample) -> int:
 def seconds_per_image(model: SlotModel, sample: Sample) -> float | None:
     """With every slot full: its share of all its denoiser calls, and its decoding. None where there is no room for it."""
     try:
-        seconds = _seconds_per_call(model, sample)
-        state = model.start(sample, _embeddings(model, sample))
+        seconds, state = _step_for_a_while(model, sample)
         for _ in range(2):  # the first decoding warms up
             started = time.perf_counter()
-            with contextlib.suppress(RenderfarmError):  # it is only noise: a filter or a check may well refuse it
+            with contextlib.suppress(RenderfarmError):  # it is not finished: a filter or a check may well refuse it
                 model.decode(state)
             decoding = time.perf_counter() - started
     except TOO_MUCH:
@@ -70,14 +69,10 @@ def seconds_per_image(model: SlotModel, sample: Sample) -> float | None:
     return model.calls(state) * seconds / model.batch_size + decoding
 
 
-def _embeddings(model: SlotModel, sample: Sample) -> list[Any]:
-    return [model.encode_texts([text])[0] for text in model.texts(sample)]
-
-
-def _seconds_per_call(model: SlotModel, sample: Sample) -> float:
-    """Of the denoiser, with every slot full."""
+def _step_for_a_while(model: SlotModel, sample: Sample) -> tuple[float, Any]:
+    """Seconds of a denoiser call with every slot full, and one of its states."""
     enough = replace(sample, num_inference_steps=max(WARM_UP + MEASURED + 1, sample.num_inference_steps))
-    embeddings = _embeddings(model, enough)
+    embeddings = [model.encode_texts([text])[0] for text in model.texts(enough)]
     states = [model.start(enough, embeddings) for _ in range(model.batch_size)]
     for _ in range(WARM_UP):
         model.step(states)
@@ -86,4 +81,4 @@ def _seconds_per_call(model: SlotModel, sample: Sample) -> float:
     for _ in range(MEASURED):
         model.step(states)
     model.synchronize()
-    return (time.perf_counter() - started) / MEASURED
+    return (time.perf_counter() - started) / MEASURED, states[0]

@@ -24,7 +24,7 @@ from renderfarm.config import Workers
 from renderfarm.errors import Filtered
 from renderfarm.models.base import Counted
 from renderfarm.models.catalog import ModelInfo
-from renderfarm.models.common import count_tokens, fills_vectors, finite_pixels, initial_noise
+from renderfarm.models.common import count_texts, fills_vectors, finite_pixels, initial_noise
 from renderfarm.models.loaded import LoadedPipeline
 from renderfarm.models.torch_setup import translated
 from renderfarm.records import Sample
@@ -90,15 +90,7 @@ class SlotPipeline(LoadedPipeline):
         return Counted(tokens, cut_off, None if negative is None else self._count(negative)[1])
 
     def _count(self, texts: Hashable) -> tuple[int, str | None]:
-        """Tokens of the first text, and the end that no encoder sees of that or of another one.
-
-        An encoder with room for the whole of a text makes good for one that cuts it off.
-        """
-        longest: dict[str, tuple[Any, int]] = {}
-        for text, reader in zip(texts if isinstance(texts, tuple) else (texts,), self._readers(), strict=False):
-            longest[text] = max(longest.get(text, reader), reader, key=lambda reader: reader[1])
-        counted = [count_tokens(tokenizer, text, length) for text, (tokenizer, length) in longest.items()]
-        return counted[0][0], next((cut_off for _, cut_off in counted if cut_off is not None), None)
+        return count_texts(texts if isinstance(texts, tuple) else (texts,), self._readers())
 
     @torch.inference_mode()
     def start(self, sample: Sample, embeddings: Sequence[Embedding]) -> State:

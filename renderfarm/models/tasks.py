@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 from renderfarm.config import Workers
+from renderfarm.models.base import Counted
 from renderfarm.models.calls import State, WholeCall
 from renderfarm.models.catalog import ModelInfo
+from renderfarm.models.common import count_texts
 from renderfarm.records import Sample
 
 TEXTS = ("negative_prompt", "prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3")
-LONGEST = (("tokenizer_3", 256), ("tokenizer_2", 512), ("tokenizer", 77))  # T5's, where there is one
 
 
 class WithImages(WholeCall):
     def __init__(self, info: ModelInfo, workers: Workers) -> None:
         super().__init__(info, workers)
-        self.reader, self.text_length = next(
-            (getattr(self.pipe, name), length)
-            for name, length in LONGEST
-            if getattr(self.pipe, name, None) is not None and (name != "tokenizer_2" or "T5" in type(self.pipe.text_encoder_2).__name__)
-        )
+        t5 = 256 if info.pipeline_class.startswith("StableDiffusion3") else 512
+        encoders = [(getattr(self.pipe, f"tokenizer{k}", None), getattr(self.pipe, f"text_encoder{k}", None)) for k in ("", "_2", "_3")]
+        self.readers = [
+            (tokenizer, t5 if "T5" in type(encoder).__name__ else 77) for tokenizer, encoder in encoders if tokenizer is not None
+        ]
+        self.text_length = max(length for _, length in self.readers)
 
     def _load_arguments(self) -> dict[str, Any]:
-        return {"safety_checker": None} if "safety_checker" in self.pipeline._optional_components else {}
+        arguments: dict[str, Any] = {"safety_checker": None} if "safety_checker" in self.pipeline._optional_components else {}
+        if "add_watermarker" in inspect.signature(self.pipeline.__init__).parameters:  # else it is, where a package for it happens to be
+            arguments["add_watermarker"] = False
+        return arguments
 
-    def _tokenizer(self) -> Any:
-        return self.reader
+    def count_tokens(self, sample: Sample) -> Counted:
+        tokens, cut_off = count_texts([sample.prompt, sample.prompt_2 or sample.prompt, sample.prompt_3 or sample.prompt], self.readers)
+        first = sample.negative_prompt
+        if not self._guided(sample) or first is None:
+            return Counted(tokens, cut_off)
+        negatives = [first, sample.negative_prompt_2 or first, sample.negative_prompt_3 or first]
+        return Counted(tokens, cut_off, count_texts(negatives, self.readers)[1])
 
     def _guided(self, sample: Sample) -> bool:
         if "true_cfg_scale" in self.taken:  # FLUX
