@@ -191,9 +191,9 @@ def test_the_shipped_model_obeys_prompts_that_training_never_showed() -> None:
     assert pipe.scheduler is scheduler
     assert result.one.prompts == 48
     # floors that catch a broken model; what it reaches, and that this is short of the aim, is in its card
-    assert result.one.colour >= 0.88
+    assert result.one.colour >= 0.95
     assert result.one.background >= 0.98
-    assert result.one.shape >= 0.84
+    assert result.one.shape >= 0.92
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
