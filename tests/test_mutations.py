@@ -83,7 +83,7 @@ def test_texts_encoded_with_others_differ_where_a_layer_is_no_whole_number_of_ve
     model: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = model("sd-odd-width").adapter
-    texts = [f"a {colour} star {number}" for number in range(4) for colour in ("red", "green", "blue")]
+    texts = [(None, f"a {colour} star {number}") for number in range(4) for colour in ("red", "green", "blue")]  # no adapters on
     chunks = [texts[start : start + B] for start in range(0, len(texts), B)]
     apart = [embedding for chunk in chunks for (embedding,) in adapter.encode_texts(chunk)]
     monkeypatch.setattr(adapter, "mixes_texts", True)
