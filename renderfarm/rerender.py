@@ -58,9 +58,9 @@ def sample_of(record: dict[str, Any], store: Store | None = None) -> Sample:
     """The sample that a row of the image table is about; its images are those that the output's `store` keeps."""
     names = {field.name for field in dataclasses.fields(Sample)} - {"key", "image", "mask_image"}
     images: dict[str, Any] = {
-        name: InputImage(record[f"input_{name}"], commit.kept(store, record[f"input_{name}_sha256"]))
+        name: InputImage(record[f"init_{name}"], commit.kept(store, record[f"init_{name}_sha256"]))
         for name in ("image", "mask_image")
-        if store is not None and record.get(f"input_{name}_sha256") is not None
+        if store is not None and record.get(f"init_{name}_sha256") is not None
     }
     return Sample(key=SampleKey(record["row"], record["image_index"]), **{n: record[n] for n in names if n in record}, **images)
 

@@ -47,10 +47,10 @@ ARGUMENT_COLUMNS = pa.schema(
         pa.field("adapters", pa.string()),
         pa.field("strength", pa.float64()),
         pa.field("resize", pa.string()),
-        pa.field("input_image", pa.string()),
-        pa.field("input_image_sha256", pa.string()),
-        pa.field("input_mask_image", pa.string()),
-        pa.field("input_mask_image_sha256", pa.string()),
+        pa.field("init_image", pa.string()),
+        pa.field("init_image_sha256", pa.string()),
+        pa.field("init_mask_image", pa.string()),
+        pa.field("init_mask_image_sha256", pa.string()),
     ]
 )
 # Which argument makes a column of ARGUMENT_COLUMNS appear, where it is not the one of its name. `image` is what readers
@@ -58,10 +58,10 @@ ARGUMENT_COLUMNS = pa.schema(
 GIVEN_BY = {
     "strength": "image",
     "resize": "image",
-    "input_image": "image",
-    "input_image_sha256": "image",
-    "input_mask_image": "mask_image",
-    "input_mask_image_sha256": "mask_image",
+    "init_image": "image",
+    "init_image_sha256": "image",
+    "init_mask_image": "mask_image",
+    "init_mask_image_sha256": "mask_image",
 }
 ERROR_COLUMNS = pa.schema(
     [

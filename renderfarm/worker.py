@@ -215,8 +215,8 @@ class Worker:
 
 def _inputs(sample: Sample) -> dict[str, str | None]:
     given = {name: image for name in ("image", "mask_image") if (image := getattr(sample, name)) is not None}
-    sources = {f"input_{name}": image.source and shown(image.source) for name, image in given.items()}
-    return sources | {f"input_{name}_sha256": image.sha256 for name, image in given.items()}
+    sources = {f"init_{name}": image.source and shown(image.source) for name, image in given.items()}
+    return sources | {f"init_{name}_sha256": image.sha256 for name, image in given.items()}
 
 
 def _error_table(errors: list[RowError]) -> pa.Table:

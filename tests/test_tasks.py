@@ -175,12 +175,12 @@ def test_paths_bytes_and_hugging_face_images_give_the_same_pixels_and_verify_nee
         path = job(columns(2, image=images, strength=[0.5, None]), output={"path": str(out)}, render={"sampler": "euler"})
         assert renderfarm.run(path, engine="inline").exit_code == 0
         check_complete(out, {(0, 0), (1, 0)})
-        found.append([(record["pixel_sha256"], record["input_image_sha256"], record["strength"]) for record in image_rows(out)])
+        found.append([(record["pixel_sha256"], record["init_image_sha256"], record["strength"]) for record in image_rows(out)])
         assert [(record["height"], record["width"]) for record in image_rows(out)] == [(32, 40)] * 2
     assert found[0] == found[1] == found[2]
     assert [strength for _, _, strength in found[0]] == [0.5, 0.8]
     assert {digest for _, digest, _ in found[0]} == {hashlib.sha256(data).hexdigest()}
-    assert [record["input_image"] for record in image_rows(tmp_path / "out2")] == [None, "a/one.png"]
+    assert [record["init_image"] for record in image_rows(tmp_path / "out2")] == [None, "a/one.png"]
 
     (tmp_path / "in/a/one.png").unlink()
     verified = verify(str(tmp_path / "out0"), Choice(rows="0-1"), model=str(tiny_model("sd")))
@@ -465,7 +465,7 @@ def test_verify_says_which_kept_file_is_missing(job: Callable[..., Path], tiny_m
     values = columns(1, image=[encoded(picture())]) | {"photo": ["mine"], "input_image": ["also mine"]}
     assert renderfarm.run(job(values, render={"sampler": "dpm++2m"}), engine="inline").images == 1
     (record,) = image_rows(tmp_path / "out")
-    assert (record["photo"], record["input_input_image"], record["input_image"]) == ("mine", "also mine", None)
+    assert (record["photo"], record["input_image"], record["init_image"]) == ("mine", "also mine", None)
     verified = verify(str(tmp_path / "out"), Choice(rows="0"), model=str(tiny_model("sd")))
     assert not verified.profile_differences, "the profile is that of the run, whatever sampler rendered last"
     (kept,) = (tmp_path / "out/_renderfarm/inputs").iterdir()

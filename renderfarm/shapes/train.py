@@ -218,7 +218,8 @@ def scene_weights(latents: torch.Tensor, captions: list[str]) -> torch.Tensor:
     """
     background = latents.flatten(2).median(dim=-1).values[..., None, None]
     energy = ((latents - background) ** 2).mean(dim=(1, 2, 3)) - 0.05  # a plain background has 0.05
-    faint = (energy.median() / energy.clamp(min=1e-3)).sqrt().clamp(0.5, 4.0)
+    energy = energy.clamp(min=1e-3)
+    faint = (energy.median() / energy).sqrt().clamp(0.5, 4.0)
     single = torch.tensor([not any(f" {relation} " in caption for relation in RELATIONS) for caption in captions])
     return faint * torch.where(single, 1.3, 1.0)
 
