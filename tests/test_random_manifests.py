@@ -101,10 +101,10 @@ def render(one: Model, rows: dict[str, Row], workers: int, part_rows: int, order
         }  # fmt: skip
         prepared = prepare(Job.model_validate(job))
         commit.freeze_job(prepared.store, prepared.frozen())
-        todo = list(leases(prepared.manifest, prepared.grid_of(part_rows), lambda index: False))
-        order.shuffle(todo)
+        handed_out = list(leases(prepared.manifest, prepared.grid_of(part_rows), lambda index: False))
+        order.shuffle(handed_out)
         shares: list[list[Lease]] = [[] for _ in range(workers)]
-        for lease in todo:
+        for lease in handed_out:
             order.choice(shares).append(lease)
         with ThreadPoolExecutor(workers) as pool:
             list(pool.map(lambda k: work(WorkerSpec(f"w{k}", prepared.job, prepared.model, prepared.usual), shares[k]), range(workers)))

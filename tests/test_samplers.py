@@ -51,7 +51,7 @@ def test_a_sampler_runs_under_a_models_own_scheduler_configuration_or_is_refused
         try:
             for t in scheduler.timesteps:
                 latents = scheduler.step(scheduler.scale_model_input(latents, t) / 2, t, latents, return_dict=False)[0]
-        except (NotImplementedError, ValueError):
+        except (NotImplementedError, ValueError):  # how diffusers' schedulers say that they do not take a configuration
             failed.add(name)
         assert torch.isfinite(latents).all()
     assert failed == set(refused)

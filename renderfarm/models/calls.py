@@ -105,7 +105,8 @@ class WholeCall(LoadedPipeline):
         return ()
 
     def encode_texts(self, texts: Sequence[Any]) -> list[Any]:
-        raise NotImplementedError("the call encodes its texts")
+        """Of none: the call encodes its rows' texts itself, unless a family's `texts` says otherwise."""
+        return []
 
     def count_tokens(self, sample: Sample) -> Counted:
         tokens, cut_off = self._count(sample.prompt)
