@@ -94,12 +94,12 @@ class Fetcher:
         width, height = sizes["image"]
         if sizes.get("mask_image", (width, height)) != (width, height):
             raise InvalidInput(
-                f"mask_image has {_shown(sizes['mask_image'])} pixels and image {_shown((width, height))}; make them one size"
+                f"mask_image has {_pixels(sizes['mask_image'])} pixels and image {_pixels((width, height))}; make them one size"
             )
         wanted = sample.width or width, sample.height or height
         if sample.resize is None and wanted != (width, height):
             raise InvalidInput(
-                f"image has {_shown((width, height))} pixels and the row asks for {_shown(wanted)}; leave height and width out, "
+                f"image has {_pixels((width, height))} pixels and the row asks for {_pixels(wanted)}; leave height and width out, "
                 "resize it, or say in the job how: inputs.resize: crop or stretch"
             )
         check_side(wanted[1], "height (the image's)" if not sample.height else "height", self.model)
@@ -126,7 +126,7 @@ class Fetcher:
             raise InvalidInput(f"{source!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _shown(size: tuple[int, int]) -> str:
+def _pixels(size: tuple[int, int]) -> str:
     return f"{size[0]}×{size[1]}"
 
 

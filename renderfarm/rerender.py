@@ -14,14 +14,12 @@ from typing import Any
 from renderfarm import commit
 from renderfarm.config import ModelSpec, Workers, model_spec
 from renderfarm.errors import InvalidJob
-from renderfarm.models.catalog import describe, for_task
+from renderfarm.models.catalog import IMAGES_OF, describe, for_task
 from renderfarm.models.load import load_model
 from renderfarm.reading import Output
 from renderfarm.records import InputImage, Sample, SampleKey
 from renderfarm.slots import Rendered, SlotLoop
 from renderfarm.storage import Store
-
-ARGUMENTS_OF = {"text-to-image": (), "image-to-image": ("image",), "inpainting": ("image", "mask_image")}
 
 
 class Renderer:
@@ -30,7 +28,7 @@ class Renderer:
     def __init__(self, output: Output, model: str | None = None) -> None:
         """`model`: where a model lies that the job knew by a folder. Raises InvalidJob if it cannot be found."""
         profile = commit.read_profile(output.store)
-        info = for_task(describe(_model_spec(output.job, model)), ARGUMENTS_OF[output.job.get("task", "text-to-image")])
+        info = for_task(describe(_model_spec(output.job, model)), IMAGES_OF[output.job.get("task", "text-to-image")])
         self._store = output.store
         self._adapters = tempfile.TemporaryDirectory(prefix="renderfarm-")
         info = dataclasses.replace(info, adapters=_written(output, Path(self._adapters.name)))

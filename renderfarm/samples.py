@@ -17,7 +17,7 @@ from renderfarm import adapters
 from renderfarm.config import Job, Render
 from renderfarm.errors import InvalidInput, RenderfarmError
 from renderfarm.manifest import EXTRA, ROW
-from renderfarm.models.catalog import ModelInfo
+from renderfarm.models.catalog import IMAGES_OF, ModelInfo
 from renderfarm.pictures import blank
 from renderfarm.records import InputImage, RowError, Sample, SampleKey
 from renderfarm.samplers import find_sampler
@@ -195,7 +195,7 @@ def _size(values: dict[str, Any], job: Job, model: ModelInfo) -> tuple[int, int]
 
 def _images_given(values: dict[str, Any], model: ModelInfo) -> dict[str, Any]:
     found = {}
-    for name in {"text-to-image": (), "image-to-image": ("image",), "inpainting": ("image", "mask_image")}[model.task]:
+    for name in IMAGES_OF[model.task]:
         value = _cell(values, name)
         if isinstance(value, dict):
             value = value["path"] if value["bytes"] is None else value["bytes"]

@@ -28,6 +28,10 @@ from renderfarm.pictures import decode, sized
 from renderfarm.records import Sample
 from renderfarm.samplers import SAMPLERS, make_scheduler
 
+# Of the calls that would otherwise do more than they are asked: a size is rendered as it is, not at the nearest trained one and
+# resized, and a prompt is read as it is, neither cleaned nor written anew.
+AS_ASKED: dict[str, Any] = {"use_resolution_binning": False, "clean_caption": False, "complex_human_instruction": None}
+
 
 @dataclass
 class State:
@@ -81,8 +85,10 @@ class WholeCall(LoadedPipeline):
         if samples[0].image is not None:
             arguments |= {name: pictures for name in ("image", "mask_image") if (pictures := _pictures(samples, name))}
             arguments["strength"] = samples[0].strength
-        # some that take an image take its size from it
-        return {name: value for name, value in arguments.items() if name in self.taken or name not in ("height", "width")}
+        arguments |= AS_ASKED
+        # not all calls take all of these; some that take an image take its size from it
+        optional = {"height", "width", *AS_ASKED}
+        return {name: value for name, value in arguments.items() if name in self.taken or name not in optional}
 
     def _group_of_texts(self, sample: Sample) -> Hashable:
         """What of its texts decides the shape of a denoiser call."""

@@ -17,6 +17,7 @@ from renderfarm.models.families import ALWAYS, FAMILIES, GENERIC, LCM, NEGATIVE,
 from renderfarm.samplers import GLOBAL_STATE, SAMPLERS, Kind
 
 Task = Literal["text-to-image", "image-to-image", "inpainting"]
+IMAGES_OF: dict[Task, tuple[str, ...]] = {"text-to-image": (), "image-to-image": ("image",), "inpainting": ("image", "mask_image")}
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from renderfarm.models.calls import State, WholeCall
+from renderfarm.models.calls import WholeCall
 
 
 class DeepFloyd(WholeCall):
@@ -14,6 +13,3 @@ class DeepFloyd(WholeCall):
 
     def _load_arguments(self) -> dict[str, Any]:
         return {"safety_checker": None, "watermarker": None}
-
-    def _arguments(self, states: Sequence[State]) -> dict[str, Any]:
-        return super()._arguments(states) | {"clean_caption": False}

@@ -18,5 +18,4 @@ class Generic(WholeCall):
         return Counted(0 if tokenizer is None else len(tokenizer(sample.prompt).input_ids))
 
     def _arguments(self, states: Sequence[State]) -> dict[str, Any]:
-        as_asked = {"use_resolution_binning": False, "clean_caption": False}
-        return {name: value for name, value in (super()._arguments(states) | as_asked).items() if name in self.taken}
+        return {name: value for name, value in super()._arguments(states).items() if name in self.taken}
