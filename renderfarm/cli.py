@@ -284,6 +284,7 @@ def models(
     model: Annotated[
         str | None, typer.Option(help="What is known of this one: builtin:shapes, a folder, or org/name@COMMIT; hashes its files.")
     ] = None,
+    variant: Annotated[str | None, typer.Option(help="Of its weights, as a job's model.variant: fp16.")] = None,
     markdown: Annotated[bool, typer.Option(help="Print the table of renderfarm/models/FAMILIES.md.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -294,7 +295,7 @@ def models(
     if model is not None:
         from renderfarm.models.about import about
 
-        found = about(model_spec(model))
+        found = about(model_spec(model).model_copy(update={"variant": variant}))
         if as_json:
             _print_json(found)
         else:

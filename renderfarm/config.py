@@ -46,6 +46,9 @@ class ModelSpec(Strict):
     """`builtin:shapes`, a folder in diffusers' format, or a hub id `org/name`."""
     revision: str | None = None
     """A full commit hash; required for a hub id, so that the weights cannot change under the job."""
+    variant: Annotated[str, Field(pattern=r"^\w[\w.-]{0,31}$")] | None = None
+    """Which weights to load where a model has several: `fp16` takes `*.fp16.safetensors` of the components that have them.
+    Independent of `workers.dtype`, to which they are converted."""
     adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")], str] = {}
     """LoRA adapters by a name of your own: each a `.safetensors` file, relative to the job file. Rows and `render.adapters`
     say which are on, and how strongly. Needs renderfarm[lora]."""

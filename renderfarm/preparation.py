@@ -63,6 +63,7 @@ class Prepared:
             "model": {
                 "id": self.model.name,
                 "revision": self.model.revision,
+                "variant": self.model.variant,
                 "safety_checker": job.model.safety_checker,
                 "adapters": {name: sha256(data) for name, data in self.adapter_files.items()},
             },

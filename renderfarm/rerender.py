@@ -76,7 +76,7 @@ def _model_spec(job: dict[str, Any], model: str | None) -> ModelSpec:
     if model is None and stored["revision"] is None and not stored["id"].startswith("builtin:"):
         raise InvalidJob(f"the output was rendered with a model in a folder named {stored['id']!r}; say where it is: --model FOLDER")
     spec = model_spec(model) if model else ModelSpec(id=stored["id"], revision=stored["revision"])
-    return spec.model_copy(update={"safety_checker": stored["safety_checker"]})
+    return spec.model_copy(update={"safety_checker": stored["safety_checker"], "variant": stored.get("variant")})
 
 
 def _workers(job: dict[str, Any], profile: dict[str, Any]) -> Workers:

@@ -172,10 +172,10 @@ class Model:
         return self.known[wanted]
 
 
-def plain_pipeline(class_: Any, folder: Any, dtype: str = "float32", threads: int = 1, **absent: None) -> Any:
+def plain_pipeline(class_: Any, folder: Any, dtype: str = "float32", threads: int = 1, **more: Any) -> Any:
     """diffusers' own pipeline, as a user would load it; slicing decodes image by image."""
     torch.set_num_threads(threads)
-    pipe = class_.from_pretrained(folder, dtype=getattr(torch, dtype), **absent)
+    pipe = class_.from_pretrained(folder, dtype=getattr(torch, dtype), **more)
     pipe.set_progress_bar_config(disable=True)
     if hasattr(pipe, "vae"):
         pipe.vae.enable_slicing()

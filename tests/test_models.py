@@ -69,9 +69,7 @@ def test_a_scheduler_that_the_model_comes_with_is_its_default_sampler(copy: Path
         assert describe(ModelSpec(id=str(copy))).sampler == sampler
 
 
-@pytest.mark.parametrize(
-    "class_name", ["NoSuchPipeline", "StableDiffusionImg2ImgPipeline", "AudioLDMPipeline", "UNet2DConditionModel", ["a", "B"], 7]
-)
+@pytest.mark.parametrize("class_name", ["NoSuchPipeline", "StableDiffusionImg2ImgPipeline", "AudioLDMPipeline", "UNet2DConditionModel", 7])
 def test_a_class_that_a_prompt_alone_cannot_call_is_refused_by_name(class_name: Any, copy: Path) -> None:
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": class_name}))

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from renderfarm.config import ModelSpec
-from renderfarm.errors import InvalidJob
+from renderfarm.errors import Fatal, InvalidJob, Transient
 from renderfarm.models.catalog import describe
 from renderfarm.models.families import FAMILIES, GENERIC
+from renderfarm.models.files import read_of_component
 from renderfarm.models.fingerprint import model_sha256, weight_bytes, weight_hashes
+from renderfarm.models.sources import find_model
 
 BYTES = {"float32": 4, "bfloat16 or float16": 2}
 
@@ -33,28 +35,32 @@ def about(spec: ModelSpec) -> dict[str, Any]:
     }
     if info.folder is None:
         return found
-    folder = Path(info.folder)
-    digest = model_sha256(weight_hashes(folder, safety_checker=False))
-    parts = {name: size for name, size in weight_bytes(folder).items() if name != "safety_checker"}
+    try:
+        folder = find_model(spec, weights=True)
+    except Transient as error:
+        raise Fatal(str(error)) from error
+    digest = model_sha256(weight_hashes(folder, spec.variant, safety_checker=False))
+    parts = weight_bytes(folder, spec.variant)
     stored = sum(parts.values())
     return found | {
         "weights on disk": ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in sorted(parts.items(), key=lambda p: -p[1])),
-        "weights in memory": _in_memory(folder / max(parts, key=lambda name: parts[name]), stored),
+        "weights in memory": _in_memory(folder / max(parts, key=lambda name: parts[name]), spec.variant, stored),
         "sha256": digest,
     }
 
 
-def _in_memory(denoiser: Path, stored: int) -> str:
+def _in_memory(denoiser: Path, variant: str | None, stored: int) -> str:
     """By dtype; what a batch needs beside them depends on its size, and only rendering tells."""
-    width = _stored_width(denoiser)
+    width = _stored_width(denoiser, variant)
     return ", ".join(f"{dtype} {stored / width * size / 2**20:,.0f} MiB" for dtype, size in BYTES.items())
 
 
-def _stored_width(folder: Path) -> int:
+def _stored_width(folder: Path, variant: str | None) -> int:
     """Bytes of a number, as the largest weight file has it."""
     from safetensors import safe_open
 
-    file = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    names = read_of_component([path.name for path in folder.glob("*.safetensors")], variant)
+    file = max((folder / name for name in names), key=lambda path: path.stat().st_size)
     try:
         with safe_open(file, framework="np") as opened:
             return {"F32": 4, "F64": 8, "F8_E4M3": 1, "I8": 1}.get(opened.get_slice(next(iter(opened.keys()))).get_dtype(), 2)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
-import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from renderfarm.config import ModelSpec, expand_env
-from renderfarm.errors import Fatal, InvalidJob
+from renderfarm.errors import Fatal, InvalidJob, Transient
 from renderfarm.models.families import ALWAYS, FAMILIES, GENERIC, LCM, NEGATIVE, PLAIN, SHIFTED, Config, Family, Sizes
+from renderfarm.models.sources import find_model, read_index, read_json
 from renderfarm.samplers import GLOBAL_STATE, SAMPLERS, Kind
 
 Task = Literal["text-to-image", "image-to-image", "inpainting"]
@@ -39,6 +38,8 @@ class ModelInfo:
     arguments: frozenset[str]
     safety_checker: bool = False
     refused_samplers: Mapping[str, str] = field(default_factory=dict)
+    variant: str | None = None
+    """Of the weights: `fp16` for `*.fp16.safetensors`; None: those without one."""
     sha256: str | None = None
     """What the model's files must be, if the job says so (`fingerprint.model_sha256`)."""
     adapters: Mapping[str, str] = field(default_factory=dict)
@@ -49,6 +50,8 @@ class ModelInfo:
     """The task's default, where it begins with an image."""
     least_strength: Literal["floor", "ceil", "lcm"] = "floor"
     """How strength and steps must fit (`ImageTask`)."""
+    source: ModelSpec | None = None
+    """Where its files are to be had, on whatever machine."""
     warnings: tuple[str, ...] = ()
     """What a user of the dataset should know of the model's rendering."""
 
@@ -59,20 +62,23 @@ class ModelInfo:
 
 
 def describe(spec: ModelSpec) -> ModelInfo:
-    """Find the model (downloading a pinned hub model if it is not in the cache) and read what it is."""
+    """Find the model (fetching its configurations if it is a hub model that is not in the cache) and read what it is."""
     model_id = expand_env(spec.id)
     if model_id == "builtin:fake":
         if spec.safety_checker:
             raise InvalidJob(f"model {model_id}: it has no safety checker; leave model.safety_checker out")
         return ModelInfo(model_id, "fake:Fake", "diffusion", None, None, 8, 64, 64, 4096, 20, 5.0, "euler", PLAIN)
-    folder = _find_folder(model_id, spec)
-    index = _read_json(folder / "model_index.json", f"model {model_id}: {folder} is not a model in diffusers' format")
+    try:
+        folder = find_model(spec, weights=False)
+    except Transient as error:  # nothing is left to try it again
+        raise Fatal(str(error)) from error
+    index = read_index(folder, model_id)
     class_name = index.get("_class_name", "")
     family = FAMILIES.get(str(class_name)) or _generic(class_name, folder, model_id)
     _check_safety_checker(spec, family, index, folder)
 
     def configuration(file: str) -> Config:
-        return _read_json(folder / file, f"model {model_id}: {file} is missing or damaged")
+        return read_json(folder / file, f"model {model_id}: {file} is missing or damaged")
 
     denoiser, scheduler = configuration(f"{family.denoiser}/config.json"), configuration("scheduler/scheduler_config.json")
     vae = configuration("vae/config.json") if family.vae else {}
@@ -84,6 +90,7 @@ def describe(spec: ModelSpec) -> ModelInfo:
         adapter=family.adapter,
         kind=family.kind,
         folder=str(folder),
+        source=spec.model_copy(update={"id": model_id}),
         revision=spec.revision,
         **asdict(_sizes(family, denoiser, vae, model_id)),
         num_inference_steps=20 if builtin else family.num_inference_steps,
@@ -92,6 +99,7 @@ def describe(spec: ModelSpec) -> ModelInfo:
         arguments=(family.arguments | _of_tasks(family)) - _unread(denoiser, index),
         safety_checker=spec.safety_checker,
         refused_samplers={**family.refused_samplers, **refused_by_configuration(class_name, scheduler)},
+        variant=spec.variant,
         sha256=spec.sha256,
         adapters=_adapters(spec, family),
         pipeline_class=class_name,
@@ -204,56 +212,6 @@ def refused_by_configuration(class_name: str, scheduler: Config) -> dict[str, st
             "the pipeline shifts its timesteps by mu, which diffusers' solver takes from exponential dynamic shifting only"
         )
     return refused
-
-
-def _find_folder(model_id: str, spec: ModelSpec) -> Path:
-    if model_id == "builtin:shapes":
-        return Path(__file__).parent.parent / "shapes" / "model"
-    if model_id.startswith("builtin:"):
-        raise InvalidJob(f"model {model_id}: there is no such builtin; builtin:shapes is")
-    if os.path.isabs(model_id):
-        if not os.path.isdir(model_id):
-            raise InvalidJob(f"model {model_id}: no such folder")
-        return Path(model_id)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_id):
-        raise InvalidJob(f"model {model_id!r}: give builtin:shapes, a folder (./path or /path), or a hub id org/name with its revision")
-    if not re.fullmatch(r"[0-9a-f]{40}", spec.revision or ""):
-        raise InvalidJob(
-            f"model {model_id}: a hub model needs its full commit, so that it cannot change: "
-            f"model: {{id: {model_id}, revision: <40 hex digits>}}"
-        )
-    return _from_hub(model_id, spec)
-
-
-def _from_hub(model_id: str, spec: ModelSpec) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    unwanted = ["*.fp16.safetensors", "*.fp16-*.safetensors", "*.non_ema.safetensors"]
-    wanted: dict[str, Any] = {
-        "revision": spec.revision,
-        # the components' folders only: single-file checkpoints beside them hold the same weights once more
-        "allow_patterns": ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja", "*/*.safetensors"],
-        "ignore_patterns": unwanted if spec.safety_checker else ["safety_checker/*", *unwanted],
-    }
-    try:
-        return Path(snapshot_download(model_id, local_files_only=True, **wanted))
-    except LocalEntryNotFoundError:
-        pass
-    try:
-        return Path(snapshot_download(model_id, **wanted))
-    except Exception as error:  # the hub client raises dozens of kinds; each means that the model is not to be had
-        raise Fatal(f"model {model_id}: cannot be downloaded at {spec.revision}: {error}") from error
-
-
-def _read_json(path: Path, problem: str) -> dict[str, Any]:
-    try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(data, dict):
-            return data
-    except (OSError, ValueError):
-        pass
-    raise InvalidJob(f"{problem} ({path.name})")
 
 
 def _default_sampler(index: dict[str, Any], kind: Kind) -> str:

@@ -12,26 +12,19 @@ import uuid
 from pathlib import Path
 
 from renderfarm.errors import Fatal
+from renderfarm.models.files import INDEX, listed, read_files
 
 WORTH_REMEMBERING = 1 << 20  # bytes; smaller files are hashed each time
 SETTLED_NS = 2_000_000_000  # a file written just now may change again without another size or time
 
 
-def weight_hashes(folder: Path, *, safety_checker: bool) -> dict[str, str]:
+def weight_hashes(folder: Path, variant: str | None = None, *, safety_checker: bool) -> dict[str, str]:
     """SHA-256 of every file that the pipeline reads, by its path in the folder: of the components that its index names,
     without other variants of their weights. A folder may hold more, and what nobody loads decides no pixel.
 
     Raises Fatal where a denoiser has no weights to hash.
     """
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    named = {name for name, value in index.items() if isinstance(value, list) and value and value[0] is not None}
-    if not safety_checker:
-        named -= {"safety_checker", "feature_extractor"}
-    files = [folder / "model_index.json"]
-    for name in sorted(named):
-        for place, _, inside in os.walk(folder / name, followlinks=True):  # a component may be a link to another model's
-            files += [Path(place) / file for file in inside if _is_read(file)]
-    found = {path.relative_to(folder).as_posix(): file_sha256(path) for path in sorted(files)}
+    found = {file: file_sha256(folder / file) for file in _read_files(folder, variant, safety_checker=safety_checker)}
     if not any(path.startswith(("unet/", "transformer/")) and path.endswith(".safetensors") for path in found):
         raise Fatal(f"model {folder}: its denoiser has no .safetensors file; give a model in diffusers' format")
     return found
@@ -42,21 +35,27 @@ def model_sha256(hashes: dict[str, str]) -> str:
     return hashlib.sha256("".join(f"{path} {hashes[path]}\n" for path in sorted(hashes)).encode()).hexdigest()
 
 
-def weight_bytes(folder: Path) -> dict[str, int]:
+def damaged_blobs(folder: Path, hashes: dict[str, str]) -> list[str]:
+    """Files of the hub's cache that are not what the hub said when they were fetched: a large one is named by its SHA-256.
+    Its client compares sizes only."""
+    links = {file: Path(os.readlink(folder / file)) for file in hashes if (folder / file).is_symlink()}
+    blobs = {file: link.name for file, link in links.items() if link.parent.name == "blobs" and len(link.name) == 64}
+    return [str((folder / file).resolve()) for file, sha256 in blobs.items() if sha256 != hashes[file]]
+
+
+def weight_bytes(folder: Path, variant: str | None) -> dict[str, int]:
     """Bytes of the weight files of each component that the pipeline loads."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    found = {}
-    for name, value in index.items():
-        if isinstance(value, list) and value and value[0] is not None:
-            files = [path for path in (folder / name).rglob("*.safetensors") if _is_read(path.name)]
-            if files:
-                found[name] = sum(path.stat().st_size for path in files)
+    found: dict[str, int] = {}
+    for file in _read_files(folder, variant, safety_checker=False):
+        if file.endswith(".safetensors"):
+            name = file.partition("/")[0]
+            found[name] = found.get(name, 0) + (folder / file).stat().st_size
     return found
 
 
-def _is_read(name: str) -> bool:
-    variant = ".fp16" in name or ".non_ema" in name
-    return name.endswith((".safetensors", ".json", ".txt", ".model", ".jinja")) and not variant  # .jinja: chat templates
+def _read_files(folder: Path, variant: str | None, *, safety_checker: bool) -> list[str]:
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    return read_files(listed(folder, index), index, variant, safety_checker=safety_checker)
 
 
 def file_sha256(path: Path) -> str:

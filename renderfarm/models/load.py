@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import importlib
 import os
+from dataclasses import replace
+from pathlib import Path
 
 from renderfarm.config import Workers
+from renderfarm.errors import Fatal
 from renderfarm.models.base import SlotModel
 from renderfarm.models.catalog import ModelInfo
+from renderfarm.models.files import SAFETY
+from renderfarm.models.fingerprint import damaged_blobs, model_sha256, weight_hashes
+from renderfarm.models.sources import find_model
 
 
 def load_model(info: ModelInfo, workers: Workers) -> SlotModel:
-    """Load the pipeline onto its device. Raises Fatal when it cannot be loaded.
+    """Load the pipeline onto its device, from this machine's own copy of the model. Raises Fatal when it cannot be loaded,
+    and Transient where another attempt may fetch it.
 
     Nothing else may use torch in this process meanwhile (a `SlotLoop` sees to it): until diffusers has loaded, every
     torch module that is made has no data.
@@ -19,6 +26,22 @@ def load_model(info: ModelInfo, workers: Workers) -> SlotModel:
     # transformers speaks while it is imported, of image processors that nothing here uses
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # read when diffusers is imported: a model is data, never code
+    if info.source is not None:
+        info = replace(info, folder=str(find_model(info.source, weights=True)))
+        _check_files(info)
     module, _, name = info.adapter.partition(":")
     model: SlotModel = getattr(importlib.import_module(f"renderfarm.models.{module}"), name)(info, workers)
     return model
+
+
+def _check_files(info: ModelInfo) -> None:
+    """Raise Fatal for a model that is not the one that the hub or the job says."""
+    hashes = weight_hashes(Path(str(info.folder)), info.variant, safety_checker=info.safety_checker)
+    if damaged := damaged_blobs(Path(str(info.folder)), hashes):
+        raise Fatal(f"model {info.id}: these files are not what the hub has; remove them and run again: {', '.join(damaged)}")
+    found = model_sha256({file: sha256 for file, sha256 in hashes.items() if file.partition("/")[0] not in SAFETY})
+    if info.sha256 not in (None, found):
+        raise Fatal(
+            f"model {info.id}: its files have the hash {found}, and the job asks for {info.sha256} (model.sha256): a file was changed, "
+            "damaged, or not fetched to its end; fetch the model again, or give the job the hash of the one you want"
+        )

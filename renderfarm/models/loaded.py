@@ -16,7 +16,7 @@ from renderfarm.adapters import parse
 from renderfarm.config import Workers, fixed_batch_size
 from renderfarm.errors import Fatal
 from renderfarm.models.catalog import ModelInfo
-from renderfarm.models.fingerprint import file_sha256, model_sha256, weight_hashes
+from renderfarm.models.fingerprint import file_sha256
 from renderfarm.models.torch_setup import describe_profile, prepare_torch
 
 
@@ -30,11 +30,14 @@ class LoadedPipeline(ABC):
         self.info, self.workers, self.batch_size = info, workers, fixed_batch_size(workers)
         self.device = prepare_torch(workers)
         self.dtype: torch.dtype = getattr(torch, workers.dtype)
-        assert info.folder is not None
-        self._check_files(Path(info.folder))
         try:
             self.pipe = self.pipeline.from_pretrained(
-                info.folder, dtype=self.dtype, use_safetensors=True, local_files_only=True, **self._load_arguments()
+                info.folder,
+                dtype=self.dtype,
+                variant=info.variant,
+                use_safetensors=True,
+                local_files_only=True,
+                **self._load_arguments(),
             ).to(self.device)
         except Exception as error:  # damaged weights raise many kinds; none of them is the row's fault
             raise Fatal(f"model {info.id}: cannot be loaded from {info.folder}: {error}") from error
@@ -45,16 +48,6 @@ class LoadedPipeline(ABC):
 
     def _load_arguments(self) -> dict[str, Any]:
         return {}
-
-    def _check_files(self, folder: Path) -> None:
-        if self.info.sha256 is None:
-            return
-        found = model_sha256(weight_hashes(folder, safety_checker=False))
-        if found != self.info.sha256:
-            raise Fatal(
-                f"model {self.info.id}: its files have the hash {found}, and the job asks for {self.info.sha256} (model.sha256): a file "
-                "was changed, damaged, or not fetched to its end; fetch the model again, or give the job the hash of the one you want"
-            )
 
     def _load_adapters(self) -> None:
         if importlib.util.find_spec("peft") is None:

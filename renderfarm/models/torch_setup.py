@@ -67,7 +67,7 @@ def describe_profile(info: ModelInfo, workers: Workers, device: str) -> dict[str
     return {
         "model": info.name,
         "model_revision": info.revision,
-        "weights": weight_hashes(Path(info.folder), safety_checker=info.safety_checker) if info.folder else {},
+        "weights": weight_hashes(Path(info.folder), info.variant, safety_checker=info.safety_checker) if info.folder else {},
         "dtype": workers.dtype,
         "device": device,
         "device_model": _cpu_model() if on_cpu else torch.cuda.get_device_name(),

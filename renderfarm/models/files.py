@@ -1,0 +1,139 @@
+"""Which files of a model its pipeline reads, and models that are refused because reading them could run code.
+
+A model is known here by its index (`model_index.json`) and its files' names, relative to its folder, so that a repository
+or a store can be judged before anything large is fetched.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from renderfarm.errors import InvalidJob
+
+Index = dict[str, Any]
+
+INDEX = "model_index.json"
+READ_AS_TEXT = (".json", ".txt", ".model", ".jinja")  # .jinja: chat templates
+PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+SAFETY = {"safety_checker", "feature_extractor"}
+_STEMS = ("diffusion_pytorch_model", "model")
+
+
+def components(index: Index) -> dict[str, tuple[str, str]]:
+    """Library and class of each component that the pipeline has, by its name."""
+    return {
+        name: (value[0], value[1])
+        for name, value in index.items()
+        if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], str) and name[0] != "_"
+    }
+
+
+def read_files(files: Iterable[str], index: Index, variant: str | None, *, safety_checker: bool) -> list[str]:
+    """Those that the pipeline reads, sorted: weights of one variant, where a component has it."""
+    files = list(files)
+    named = components(index).keys() - (set() if safety_checker else SAFETY)
+    found = [file for file in files if file == INDEX]
+    for name in named:
+        found += read_of_component([file for file in files if file.startswith(f"{name}/")], variant)
+    return sorted(found)
+
+
+def read_of_component(files: Collection[str], variant: str | None) -> list[str]:
+    """Of one component's files. As in diffusers, one without the variant is read without."""
+    wanted = variant if variant in variants(files) else None
+    return [file for file in files if (_variant(file) == wanted if _is_weights(file) else file.endswith(READ_AS_TEXT))]
+
+
+def variants(files: Iterable[str]) -> set[str | None]:
+    """The variants that there are of some weights; None: without one."""
+    return {_variant(file) for file in files if _is_weights(file) and file.endswith(".safetensors")}
+
+
+def _is_weights(file: str) -> bool:
+    """Weights, or the index of their shards. Nobody loads a file of another name."""
+    pieces = os.path.basename(file).split(".")
+    return "safetensors" in pieces and file.endswith((".safetensors", ".json"))
+
+
+def _variant(file: str) -> str | None:
+    """`model.fp16-00001-of-00002.safetensors` and `model.safetensors.index.fp16.json` are fp16; another program's weights
+    are a variant of their own, which cannot be asked for."""
+    stem, *pieces = re.sub(r"-\d{5}-of-\d{5}", "", os.path.basename(file)).split(".")
+    rest = [piece for piece in pieces if piece not in ("safetensors", "index", "json")]
+    return ".".join(rest) or None if stem in _STEMS else f"{stem}."
+
+
+def listed(folder: Path, index: Index) -> list[str]:
+    """The index and all files of the components, as `read_files` takes them."""
+    files = [folder / INDEX]
+    for name in components(index):
+        for place, _, inside in os.walk(folder / name, followlinks=True):  # a component may be a link to another model's
+            files += [Path(place) / file for file in inside]
+    return [file.relative_to(folder).as_posix() for file in files]
+
+
+# ---------------------------------------------------------------------------------------------- what is refused
+
+
+def check_index(index: Index, model: str) -> None:
+    """Raise InvalidJob for a pipeline, or a component, whose class is code that comes with the model."""
+    if isinstance(index.get("_class_name"), list) or "custom_pipeline" in index:
+        raise InvalidJob(f"model {model}: it is a custom pipeline, whose code comes with it and is never run; give one of diffusers' own")
+    for name, (library, kind) in components(index).items():
+        if library not in ("diffusers", "transformers") and not _has_pipelines(library):
+            raise InvalidJob(
+                f"model {model}: its {name} is {kind} of {library}, which is neither diffusers' nor transformers'; code that comes with a "
+                "model is never run"
+            )
+
+
+def check_configuration(config: dict[str, Any], file: str, model: str) -> None:
+    """Raise InvalidJob for a configuration that names code of its own."""
+    if "auto_map" in config:
+        raise InvalidJob(f"model {model}: {file} asks for code of its own (auto_map), which is never run; give a model without it")
+
+
+def check_weights(files: Collection[str], index: Index, variant: str | None, model: str, *, safety_checker: bool) -> None:
+    """Raise InvalidJob where a component has no weights that can be loaded, or none the variant that is asked for."""
+    named = [name for name, (_, kind) in components(index).items() if not re.search("Tokenizer|Processor|Extractor|Scheduler", kind)]
+    there = {name: [file for file in files if file.startswith(f"{name}/")] for name in named}
+    for name, inside in there.items():
+        if f"{name}/config.json" in inside and (safety_checker or name not in SAFETY):
+            check_component(inside, variant, f"model {model}: its {name}")
+    known = _named(set().union(*(variants(inside) for inside in there.values())))
+    if variant is not None and variant not in known:
+        raise InvalidJob(
+            f"model {model}: no component has the variant {variant} (*.{variant}.safetensors); variants that there are: "
+            f"{', '.join(known) or 'none'}"
+        )
+
+
+def check_component(files: Collection[str], variant: str | None, what: str) -> None:
+    """`what`: the component, to begin a message with."""
+    known = variants(files)
+    if None in known or variant in known:
+        return
+    if others := _named(known):
+        raise InvalidJob(f"{what} has weights of a variant only: give model.variant: {' or '.join(others)}")
+    if pickled := sorted(os.path.basename(file) for file in files if file.endswith(PICKLED)):
+        raise InvalidJob(
+            f"{what} has pickled weights only ({pickled[0]}), which may hold code; load it with diffusers where you trust it, and save it "
+            "with save_pretrained(…, safe_serialization=True)"
+        )
+    raise InvalidJob(f"{what} has no .safetensors file; was the model copied or fetched to its end?")
+
+
+def _named(known: Iterable[str | None]) -> list[str]:
+    """Variants that a job can ask for."""
+    return sorted(variant for variant in known if variant is not None and not variant.endswith("."))
+
+
+def _has_pipelines(library: str) -> bool:
+    """Whether diffusers has a module of pipelines by this name: some components are theirs, e.g. a safety checker."""
+    found = importlib.util.find_spec("diffusers")  # does not import it
+    return found is not None and found.origin is not None and (Path(found.origin).parent / "pipelines" / library).is_dir()

@@ -1,0 +1,185 @@
+"""Models given in parts: variants of weights, and models that are refused before anything of them is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from oracle import CLASSES, B, plain_pipeline, reference, row
+
+import renderfarm
+from renderfarm.config import ModelSpec, Workers, load_job
+from renderfarm.errors import InvalidJob
+from renderfarm.models.about import about
+from renderfarm.models.catalog import describe
+from renderfarm.models.fingerprint import weight_hashes
+from renderfarm.models.load import load_model
+from renderfarm.slots import SlotLoop
+from renderfarm.verification import Choice, verify
+
+Write = Callable[..., Path]
+USUAL: dict[str, Any] = {"sampler": "euler", "num_inference_steps": 2}
+
+
+@pytest.fixture
+def own(tiny_model: Callable[[str], Path], tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a tiny model that a test may change."""
+    return lambda name, into=None: Path(shutil.copytree(tiny_model(name), tmp_path / (into or name)))
+
+
+def rendered(spec: ModelSpec, dtype: str = "float32", **values: Any) -> np.ndarray:
+    loop = SlotLoop(lambda: load_model(describe(spec), Workers(batch_size=B, dtype=dtype)))  # type: ignore[arg-type]
+    try:
+        return loop.submit([row(**USUAL | values)])[0].result(timeout=120).pixels
+    finally:
+        loop.close()
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+# ---------------------------------------------------------------------------------------------- variants
+
+
+def with_variant(kind: Any, folder: Path, shard: str) -> Path:
+    """The model's weights once more, halved and in half precision, in shards where they are larger than `shard`."""
+    pipe = kind.from_pretrained(folder)
+    with torch.no_grad():
+        for name in ("unet", "transformer", "text_encoder"):
+            for weights in getattr(getattr(pipe, name, None), "parameters", list)():
+                weights *= 0.5
+        for name, part in pipe.components.items():
+            if isinstance(part, torch.nn.Module) and name != "vae":  # a component may well be without
+                config = (folder / name / "config.json").read_bytes()
+                part.half().save_pretrained(folder / name, variant="fp16", max_shard_size=shard)
+                (folder / name / "config.json").write_bytes(config)  # it would note the dtype
+    return folder
+
+
+@pytest.mark.parametrize(("name", "shard"), [("sd", "10GB"), ("sd", "500KB"), ("flux-dev", "100KB")])
+def test_a_variant_renders_the_pixels_of_diffusers_with_it(name: str, shard: str, own: Callable[..., Path]) -> None:
+    folder = with_variant(CLASSES[name], own(name), shard)
+    changes = {} if name == "sd" else {"sampler": "flow-euler"}
+    wanted = row(**USUAL | changes)
+    plain = rendered(ModelSpec(id=str(folder)), **changes)
+    np.testing.assert_array_equal(plain, reference(plain_pipeline(CLASSES[name], folder), wanted))
+    pipe = plain_pipeline(CLASSES[name], folder, variant="fp16")
+    half = rendered(ModelSpec(id=str(folder), variant="fp16"), **changes)
+    np.testing.assert_array_equal(half, reference(pipe, wanted))
+    assert (half != plain).any()
+
+
+def test_hashes_and_sizes_are_of_the_files_that_the_variant_reads(own: Callable[..., Path]) -> None:
+    folder = own("sd")
+    without = weight_hashes(folder, safety_checker=False)
+    before = about(ModelSpec(id=str(folder)))
+    with_variant(CLASSES["sd"], folder, "500KB")
+    assert weight_hashes(folder, safety_checker=False) == without, "the shards and their index are another variant's"
+    found = weight_hashes(folder, "fp16", safety_checker=False)
+    assert {file for file in found if file not in without} == {
+        *(path.relative_to(folder).as_posix() for path in folder.rglob("*fp16*")),
+    }
+    assert {file for file in without if file not in found} == {
+        "unet/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+    }
+    after = about(ModelSpec(id=str(folder), variant="fp16"))
+    assert about(ModelSpec(id=str(folder)))["sha256"] == before["sha256"] != after["sha256"]
+    numbers = [int(text.split(" MiB")[0].rpartition(" ")[2]) for text in (before["weights on disk"], after["weights on disk"])]
+    assert numbers[1] * 2 <= numbers[0] + 1
+
+
+def test_a_job_with_a_variant_is_verified_with_it_and_not_continued_without(
+    own: Callable[..., Path], write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    folder = with_variant(CLASSES["sd"], own("sd"), "10GB")
+    model = {"id": str(folder), "variant": "fp16", "sha256": about(ModelSpec(id=str(folder), variant="fp16"))["sha256"]}
+    path = write_job(write_manifest({"prompt": ["a"]}), model=model, render=USUAL, workers={"batch_size": B})
+    assert renderfarm.run(path, engine="inline").images == 1
+    assert [again.result for again in verify(str(tmp_path / "out"), Choice(), str(folder)).again] == ["identical"]
+    path = write_job(tmp_path / "prompts.parquet", model={"id": str(folder)}, render=USUAL, workers={"batch_size": B})
+    with pytest.raises(InvalidJob, match=r'model\.variant: "fp16" there, null now'):
+        renderfarm.run(path, engine="inline")
+
+
+def test_a_variant_that_is_not_there_is_refused_with_those_that_are(own: Callable[..., Path]) -> None:
+    folder = own("sd")
+    with pytest.raises(InvalidJob, match=r"no component has the variant fp16 \(\*\.fp16\.safetensors\); variants that there are: none"):
+        describe(ModelSpec(id=str(folder), variant="fp16"))
+    with_variant(CLASSES["sd"], folder, "10GB")
+    with pytest.raises(InvalidJob, match=r"no component has the variant ema .*; variants that there are: fp16"):
+        describe(ModelSpec(id=str(folder), variant="ema"))
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(InvalidJob, match=r"its unet has weights of a variant only: give model\.variant: fp16"):
+        describe(ModelSpec(id=str(folder)))
+
+
+# ---------------------------------------------------------------------------------------------- refused
+
+
+def pickled(folder: Path) -> None:
+    (folder / "unet/diffusion_pytorch_model.safetensors").rename(folder / "unet/diffusion_pytorch_model.bin")
+
+
+def forgotten(folder: Path) -> None:
+    (folder / "vae/diffusion_pytorch_model.safetensors").unlink()
+
+
+REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "pickled weights": (pickled, r"its unet has pickled weights only \(diffusion_pytorch_model\.bin\), which may hold code"),
+    "no weights": (forgotten, r"its vae has no \.safetensors file; was the model copied or fetched to its end\?"),
+    "custom pipeline": (
+        lambda f: change(f / "model_index.json", _class_name=["pipe", "MyPipeline"]),
+        "a custom pipeline, whose code",
+    ),
+    "custom pipeline by name": (lambda f: change(f / "model_index.json", custom_pipeline="lpw"), "a custom pipeline, whose"),
+    "custom component": (
+        lambda f: change(f / "model_index.json", unet=["my_unet", "MyUNet"]),
+        r"its unet is MyUNet of my_unet, which is neither diffusers' nor transformers'; code that comes with a model is never run",
+    ),
+    "auto_map": (
+        lambda f: change(f / "text_encoder/config.json", auto_map={"AutoModel": "modeling.My"}),
+        r"text_encoder/config\.json asks for code of its own \(auto_map\), which is never run",
+    ),
+    "auto_map of a tokenizer": (
+        lambda f: change(f / "tokenizer/tokenizer_config.json", auto_map={"AutoTokenizer": ["t.My", None]}),
+        r"tokenizer/tokenizer_config\.json asks for code of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_could_run_code_or_cannot_be_loaded_is_refused_before_a_worker_starts(
+    name: str, own: Callable[..., Path], write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    damage, message = REFUSED[name]
+    folder = own("sd")
+    describe(ModelSpec(id=str(folder)))
+    damage(folder)
+    with pytest.raises(InvalidJob, match=message):
+        renderfarm.run(load_job(write_job(write_manifest(), model=str(folder))), engine="inline")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors"])
+def test_a_model_in_one_file_is_refused_with_the_way_to_a_folder(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(InvalidJob, match=r"is one file; give a folder in diffusers' format \(diffusers' from_single_file"):
+        describe(ModelSpec(id=str(tmp_path / name)))
+    with pytest.raises(InvalidJob, match=r"no such folder on .*; every node must find it under this path"):
+        describe(ModelSpec(id=str(tmp_path / "gone")))
+
+
+def test_a_safety_checker_of_a_pipelines_own_module_is_no_foreign_code(tmp_path: Path) -> None:
+    import families
+
+    folder = families.save(families.checked(False), tmp_path / "checked")
+    assert json.loads((folder / "model_index.json").read_text())["safety_checker"][0] == "stable_diffusion"
+    describe(ModelSpec(id=str(folder), safety_checker=True))
