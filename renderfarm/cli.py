@@ -189,6 +189,9 @@ def status(out: Annotated[str, typer.Argument(help="The output folder.", show_de
 
 
 Model = Annotated[str | None, typer.Option("--model", help="Where the model lies, if the job named a folder.")]
+Components = Annotated[
+    list[str] | None, typer.Option("--component", help="A component from elsewhere: vae=FOLDER or vae=org/name@COMMIT/SUBFOLDER.")
+]
 
 
 @app.command()
@@ -198,6 +201,7 @@ def verify(
     rows: Annotated[str | None, typer.Option(help="Render these rows again: 0-5,7.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Render everything again.")] = False,
     model: Model = None,
+    components: Components = None,
     as_json: AsJson = False,
 ) -> None:
     """Check every file against its table, and render some images again: the same bits must come out."""
@@ -206,7 +210,7 @@ def verify(
     from renderfarm.verification import Choice
     from renderfarm.verification import verify as verify_output
 
-    found = verify_output(out, Choice(all=all_, rows=rows, sample=sample), model)
+    found = verify_output(out, Choice(all=all_, rows=rows, sample=sample), model, components or ())
     if as_json:
         _print_json({**asdict(found), "ok": found.ok})
     else:
@@ -251,6 +255,7 @@ def inspect(
     image: Annotated[str, typer.Argument(metavar="ROW[:K]", help="The row's ordinal, and which of its images.", show_default=False)],
     render: Annotated[Path | None, typer.Option(help="Render that image again, alone, into this PNG file, and compare.")] = None,
     model: Model = None,
+    components: Components = None,
     as_json: AsJson = False,
 ) -> None:
     """Show where one image comes from; with --render, make it again."""
@@ -263,7 +268,7 @@ def inspect(
     if not row.isdecimal() or not (k or "0").isdecimal() or len(image) > 30:
         raise InvalidJob(f"{image!r} is not ROW or ROW:K; the row's ordinal counts from 0, for example 12 or 12:3")
     found = inspect_image(out, int(row), int(k or 0))
-    again = render_to(found, render, model) if render else None
+    again = render_to(found, render, model, components or ()) if render else None
     if as_json:
         shown = {"out": found.out, "part": found.part, "file": found.file, "record": found.record, "profile": found.profile}
         _print_json({**shown, "again": asdict(again) if again else None})
@@ -285,6 +290,7 @@ def models(
         str | None, typer.Option(help="What is known of this one: builtin:shapes, a folder, or org/name@COMMIT; hashes its files.")
     ] = None,
     variant: Annotated[str | None, typer.Option(help="Of its weights, as a job's model.variant: fp16.")] = None,
+    components: Components = None,
     markdown: Annotated[bool, typer.Option(help="Print the table of renderfarm/models/FAMILIES.md.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -295,7 +301,7 @@ def models(
     if model is not None:
         from renderfarm.models.about import about
 
-        found = about(model_spec(model).model_copy(update={"variant": variant}))
+        found = about(model_spec(model, components or ()).model_copy(update={"variant": variant}))
         if as_json:
             _print_json(found)
         else:

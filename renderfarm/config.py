@@ -11,6 +11,7 @@ import datetime as dt
 import difflib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,6 +42,15 @@ class ManifestSpec(Strict):
     """Render only rows whose columns have these values (a value or a list); `row` takes ranges: `{row: "0-199,300"}`."""
 
 
+class ComponentSpec(Strict):
+    id: str
+    """A folder in diffusers' format (with a `config.json`), relative to the job file, or a hub id `org/name`."""
+    revision: str | None = None
+    """A full commit hash; required for a hub id."""
+    subfolder: str | None = None
+    """Where the component lies in a whole model, e.g. `vae`."""
+
+
 class ModelSpec(Strict):
     id: str
     """`builtin:shapes`, a folder in diffusers' format, or a hub id `org/name`."""
@@ -49,6 +59,9 @@ class ModelSpec(Strict):
     variant: Annotated[str, Field(pattern=r"^\w[\w.-]{0,31}$")] | None = None
     """Which weights to load where a model has several: `fp16` takes `*.fp16.safetensors` of the components that have them.
     Independent of `workers.dtype`, to which they are converted."""
+    components: dict[str, ComponentSpec] = {}
+    """Parts of the model (`vae`, `text_encoder`, `unet`, `scheduler` …) that others take the place of: a folder, or
+    `{id: org/name, revision: <commit>, subfolder: vae}`."""
     adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")], str] = {}
     """LoRA adapters by a name of your own: each a `.safetensors` file, relative to the job file. Rows and `render.adapters`
     say which are on, and how strongly. Needs renderfarm[lora]."""
@@ -56,6 +69,11 @@ class ModelSpec(Strict):
     """What `renderfarm models --model` prints: a model with another byte stops the job before it renders."""
     safety_checker: bool = False
     """Run the model's own safety checker, if it has one; an image that it refuses ends as an error row."""
+
+    @field_validator("components", mode="before", json_schema_input_type=dict[str, ComponentSpec | str])
+    @classmethod
+    def _component_ids(cls, value: Any) -> Any:
+        return {name: {"id": one} if isinstance(one, str) else one for name, one in value.items()} if isinstance(value, dict) else value
 
 
 class Render(Strict):
@@ -217,6 +235,7 @@ class Job(Strict):
     def _no_credentials(self) -> Job:
         paths = self.manifest.path if isinstance(self.manifest.path, list) else [self.manifest.path]
         places = [*(("manifest.path", path) for path in paths), ("output.path", self.output.path), ("model.id", self.model.id)]
+        places += [(f"model.components.{name}", component.id) for name, component in self.model.components.items()]
         for place, text in places:
             # the secret may hold slashes, as AWS keys do; `host:9000/…@…` is a port and a path
             if re.match(r"^[a-z0-9+.-]+://[^/@:]*:(?!\d+/)[^@]*@", text, re.IGNORECASE):
@@ -368,12 +387,33 @@ def _nearest(location: tuple[int | str, ...]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known fields: {', '.join(names)}"
 
 
-def model_spec(text: str) -> ModelSpec:
-    """A model as a person names it on the command line: builtin:…, a folder (relative to here), or org/name@COMMIT."""
+def model_spec(text: str, given: Sequence[str] = ()) -> ModelSpec:
+    """A model as a person names it on the command line: builtin:…, a folder (relative to here), or org/name@COMMIT.
+
+    `given`: its components from elsewhere, each as NAME=FOLDER or NAME=org/name@COMMIT[/SUBFOLDER].
+    """
+    id_, revision, _ = _named(text)
+    return ModelSpec(id=id_, revision=revision, components=component_specs(given))
+
+
+def component_specs(given: Sequence[str]) -> dict[str, ComponentSpec]:
+    found = {}
+    for item in given:
+        name, equals, text = item.partition("=")
+        if not equals or not name or not text:
+            raise InvalidJob(f"--component {item}: write it as NAME=FOLDER or NAME=org/name@COMMIT/SUBFOLDER, for example vae=./other-vae")
+        id_, revision, subfolder = _named(text)
+        found[name] = ComponentSpec(id=id_, revision=revision, subfolder=subfolder)
+    return found
+
+
+def _named(text: str) -> tuple[str, str | None, str | None]:
+    """Id, revision and subfolder."""
     if text.startswith((".", "/", "~")) or Path(text).is_dir():
-        return ModelSpec(id=_absolute(text, Path.cwd()))
-    id_, _, revision = text.partition("@")
-    return ModelSpec(id=id_, revision=revision or None)
+        return _absolute(text, Path.cwd()), None, None
+    id_, _, rest = text.partition("@")
+    revision, _, subfolder = rest.partition("/")
+    return id_, revision or None, subfolder or None
 
 
 def is_url(text: str) -> bool:
@@ -387,17 +427,23 @@ def _absolute(text: str, base: Path) -> str:
     return os.path.normpath(base / Path(text).expanduser())
 
 
+def _local_id(id_: str, base: Path) -> str:
+    return _absolute(id_, base) if id_.startswith((".", "/", "~")) else id_
+
+
 def _resolve(job: Job, base: Path) -> Job:
     paths = job.manifest.path if isinstance(job.manifest.path, list) else [job.manifest.path]
     absolute = [_absolute(path, base) for path in paths]
     model_id, folder = job.model.id, job.inputs.folder
     adapters = {name: _absolute(path, base) for name, path in job.model.adapters.items()}
-    if model_id.startswith((".", "/", "~")):
-        model_id = _absolute(model_id, base)
+    model_id = _local_id(model_id, base)
+    components = {
+        name: component.model_copy(update={"id": _local_id(component.id, base)}) for name, component in job.model.components.items()
+    }
     return job.model_copy(
         update={
             "manifest": job.manifest.model_copy(update={"path": absolute if len(absolute) > 1 else absolute[0]}),
-            "model": job.model.model_copy(update={"id": model_id, "adapters": adapters}),
+            "model": job.model.model_copy(update={"id": model_id, "components": components, "adapters": adapters}),
             "output": job.output.model_copy(update={"path": _absolute(job.output.path, base)}),
             "inputs": job.inputs.model_copy(update={"folder": folder and _absolute(folder, base)}),
         }

@@ -64,6 +64,7 @@ class Prepared:
                 "id": self.model.name,
                 "revision": self.model.revision,
                 "variant": self.model.variant,
+                "components": self.model.components,
                 "safety_checker": job.model.safety_checker,
                 "adapters": {name: sha256(data) for name, data in self.adapter_files.items()},
             },

@@ -6,13 +6,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from renderfarm import commit
-from renderfarm.config import ModelSpec, Workers, model_spec
+from renderfarm.config import ComponentSpec, ModelSpec, Workers, component_specs, model_spec
 from renderfarm.errors import InvalidJob
 from renderfarm.models.catalog import IMAGES_OF, describe, for_task
 from renderfarm.models.load import load_model
@@ -25,10 +25,10 @@ from renderfarm.storage import Store
 class Renderer:
     """The output's model, set up as its profile says. `differences`: where this machine does not match that profile."""
 
-    def __init__(self, output: Output, model: str | None = None) -> None:
-        """`model`: where a model lies that the job knew by a folder. Raises InvalidJob if it cannot be found."""
+    def __init__(self, output: Output, model: str | None = None, components: Sequence[str] = ()) -> None:
+        """`model`, `components` (NAME=FOLDER): where those lie that the job knew by a folder. Raises InvalidJob if one cannot be found."""
         profile = commit.read_profile(output.store)
-        info = for_task(describe(_model_spec(output.job, model)), IMAGES_OF[output.job.get("task", "text-to-image")])
+        info = for_task(describe(_model_spec(output.job, model, components)), IMAGES_OF[output.job.get("task", "text-to-image")])
         self._store = output.store
         self._adapters = tempfile.TemporaryDirectory(prefix="renderfarm-")
         info = dataclasses.replace(info, adapters=_written(output, Path(self._adapters.name)))
@@ -71,12 +71,23 @@ def _written(output: Output, folder: Path) -> dict[str, str]:
     return {name: str(file) for name, file in files.items()}
 
 
-def _model_spec(job: dict[str, Any], model: str | None) -> ModelSpec:
+def _model_spec(job: dict[str, Any], model: str | None, components: Sequence[str]) -> ModelSpec:
     stored = job["model"]
     if model is None and stored["revision"] is None and not stored["id"].startswith("builtin:"):
         raise InvalidJob(f"the output was rendered with a model in a folder named {stored['id']!r}; say where it is: --model FOLDER")
     spec = model_spec(model) if model else ModelSpec(id=stored["id"], revision=stored["revision"])
-    return spec.model_copy(update={"safety_checker": stored["safety_checker"], "variant": stored.get("variant")})
+    stated = {"safety_checker": stored["safety_checker"], "variant": stored.get("variant")}
+    return spec.model_copy(update=stated | {"components": _components(stored, components)})
+
+
+def _components(stored: dict[str, Any], given: Sequence[str]) -> dict[str, ComponentSpec]:
+    wanted, found = stored.get("components") or {}, component_specs(given)
+    for name, where in wanted.items():
+        if name not in found and where["revision"] is None:
+            raise InvalidJob(f"its {name} came from a folder named {where['id']!r}; say where it is: --component {name}=FOLDER")
+    if others := found.keys() - wanted.keys():
+        raise InvalidJob(f"--component {min(others)}: the output was rendered with the model's own")
+    return {name: found.get(name) or ComponentSpec(**where) for name, where in wanted.items()}
 
 
 def _workers(job: dict[str, Any], profile: dict[str, Any]) -> Workers:

@@ -52,7 +52,7 @@ def vae(channels: int = 4, **changes: Any) -> AutoencoderKL:
         "layers_per_block": 1,
         "sample_size": 32,
     }
-    return AutoencoderKL(**config, **changes)
+    return AutoencoderKL(**config | changes)
 
 
 def unet(**changes: Any) -> UNet2DConditionModel:

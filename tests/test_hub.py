@@ -164,6 +164,22 @@ def test_what_goes_wrong_ends_with_one_message_before_a_row_is_rendered(
     assert not list(tmp_path.glob("out/data/**/*.png"))
 
 
+def test_of_a_component_from_the_hub_only_its_own_files_are_fetched(
+    published: Path, client: Client, tiny_model: Callable[[str], Path]
+) -> None:
+    script = f"""
+from renderfarm.config import model_spec
+from renderfarm.models.sources import find_model
+print(find_model(model_spec({str(tiny_model("sd"))!r}, ["vae=org/name@{COMMIT}/vae"]), weights=True))
+"""
+    with served(published) as hub:
+        ended = client("-c", script, hub=hub)
+        assert ended.returncode == 0, ended.stderr
+        assert [name for name in hub.fetched() if not name.endswith(".json")] == ["vae/diffusion_pytorch_model.safetensors"]
+    assert "/hf/hub/" in str((Path(ended.stdout.strip()) / "vae").resolve())
+    assert (Path(ended.stdout.strip()) / "unet").resolve() == tiny_model("sd") / "unet"
+
+
 @pytest.mark.slow
 def test_a_hub_that_is_away_for_the_moment_is_said_and_the_next_run_goes_on(
     published: Path, client: Client, job: Callable[..., str]

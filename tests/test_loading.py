@@ -1,4 +1,4 @@
-"""Models given in parts: variants of weights, and models that are refused before anything of them is loaded."""
+"""Models given in parts: variants of weights, components from elsewhere; and models that are refused before anything of them is loaded."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import families
 import numpy as np
 import pytest
 import torch
+import transformers
 from oracle import CLASSES, B, plain_pipeline, reference, row
+from safetensors.torch import load_file, save_file
 
 import renderfarm
 from renderfarm.config import ModelSpec, Workers, load_job
-from renderfarm.errors import InvalidJob
+from renderfarm.errors import InvalidJob, ProfileMismatch
 from renderfarm.models.about import about
 from renderfarm.models.catalog import describe
 from renderfarm.models.fingerprint import weight_hashes
@@ -121,6 +125,119 @@ def test_a_variant_that_is_not_there_is_refused_with_those_that_are(own: Callabl
         describe(ModelSpec(id=str(folder)))
 
 
+# ---------------------------------------------------------------------------------------------- components
+
+
+def other(folder: Path, seed: int = 1) -> Path:
+    """The same component with other weights."""
+    (file,) = folder.glob("*.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {name: tensor * (1 + torch.rand(tensor.shape, generator=generator) / 2) for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "kind"),
+    [
+        ("sd", "vae", diffusers.AutoencoderKL),
+        ("sd", "unet", diffusers.UNet2DConditionModel),
+        ("sd", "text_encoder", transformers.CLIPTextModel),
+        ("flux-dev", "transformer", diffusers.FluxTransformer2DModel),
+        ("flux2-klein", "vae", diffusers.AutoencoderKLFlux2),
+    ],
+)
+def test_a_component_from_elsewhere_takes_the_place_of_the_models_own(
+    model: str, name: str, kind: Any, own: Callable[..., Path], tiny_model: Callable[[str], Path]
+) -> None:
+    folder, mine = tiny_model(model), other(own(model) / name)
+    spec = ModelSpec(id=str(folder), components={name: {"id": str(mine)}})
+    wanted = row(**USUAL | {"sampler": describe(spec).sampler})
+    found = rendered(spec, sampler=wanted.sampler)
+    np.testing.assert_array_equal(found, reference(plain_pipeline(CLASSES[model], folder, **{name: kind.from_pretrained(mine)}), wanted))
+    assert (found != reference(plain_pipeline(CLASSES[model], folder), wanted)).any()
+    whole = ModelSpec(id=str(folder), components={name: {"id": str(mine.parent), "subfolder": name}})
+    np.testing.assert_array_equal(rendered(whole, sampler=wanted.sampler), found)
+    assert about(spec)["sha256"] == about(whole)["sha256"] != about(ModelSpec(id=str(folder)))["sha256"]
+
+
+def test_sizes_and_sampler_follow_the_components_that_are_loaded(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    wide = {"block_out_channels": (32, 32, 32), "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}
+    families.vae(**wide).save_pretrained(tmp_path / "vae")
+    diffusers.EulerAncestralDiscreteScheduler(beta_end=0.02).save_pretrained(tmp_path / "scheduler")
+    others = {name: {"id": str(tmp_path / name)} for name in ("vae", "scheduler")}
+    plain = describe(ModelSpec(id=str(tiny_model("sd"))))
+    info = describe(ModelSpec(id=str(tiny_model("sd")), components=others))
+    assert (plain.height, plain.max_side, plain.sampler) == (32, 128, "pndm")
+    assert (info.height, info.max_side, info.sampler) == (64, 256, "euler-a")
+    pipe = plain_pipeline(
+        CLASSES["sd"], tiny_model("sd"), vae=diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae"),
+        scheduler=diffusers.EulerAncestralDiscreteScheduler(beta_end=0.02),
+    )  # fmt: skip
+    wanted = row(**USUAL | {"sampler": "euler-a"})
+    found = rendered(ModelSpec(id=str(tiny_model("sd")), components=others), sampler="euler-a")
+    np.testing.assert_array_equal(found, reference(pipe, wanted))
+
+
+def test_a_job_with_a_component_from_elsewhere_is_verified_with_it_and_refused_with_another(
+    own: Callable[..., Path], write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    folder = own("sd")
+    other(own("sd", "other") / "vae").rename(tmp_path / "my-vae")
+    model = {"id": str(folder), "components": {"vae": "./my-vae"}}
+    path = write_job(write_manifest({"prompt": ["a", "b"]}), model=model, render=USUAL, workers={"batch_size": B}, output={"part_rows": 1})
+    assert renderfarm.run(load_job(path), engine="inline").images == 2
+    assert json.loads((tmp_path / "out/_renderfarm/job.json").read_text())["model"]["components"]["vae"]["id"] == "my-vae"
+    with pytest.raises(InvalidJob, match=r"its vae came from a folder named 'my-vae'; say where it is: --component vae=FOLDER"):
+        verify(str(tmp_path / "out"), Choice(), str(folder))
+    with pytest.raises(InvalidJob, match=r"--component unet: the output was rendered with the model's own"):
+        verify(str(tmp_path / "out"), Choice(), str(folder), [f"vae={tmp_path}/my-vae", f"unet={folder}/unet"])
+    verified = verify(str(tmp_path / "out"), Choice(), str(folder), [f"vae={tmp_path}/my-vae"])
+    assert [again.result for again in verified.again] == ["identical"] * 2
+    with pytest.raises(InvalidJob, match=r"model\.components"):
+        renderfarm.run(write_job(tmp_path / "prompts.parquet", model={"id": str(folder)}, render=USUAL, workers={"batch_size": B},
+                                 output={"part_rows": 1}), engine="inline")  # fmt: skip
+    next((tmp_path / "out/data").glob("part-00000001/metadata.parquet")).unlink()  # so that there is something to render
+    shutil.rmtree(tmp_path / "out/_renderfarm/parts")
+    other(tmp_path / "my-vae", seed=2)
+    path = write_job(tmp_path / "prompts.parquet", model=model, render=USUAL, workers={"batch_size": B}, output={"part_rows": 1})
+    with pytest.raises(ProfileMismatch, match=r"weights\.vae/diffusion_pytorch_model\.safetensors"):
+        renderfarm.run(load_job(path), engine="inline")
+
+
+NOT_TAKEN: dict[str, tuple[str, Any, str]] = {
+    "unknown name": ("vea", "./vae", r"has no vea; its components: scheduler, text_encoder, tokenizer, unet, vae"),
+    "no folder": ("vae", "./gone", r"model\.components\.vae: no such folder on "),
+    "no component": ("vae", "./", r"model\.components\.vae: .* is no component in diffusers' format \(no config\.json\)"),
+    "one file": ("vae", "./vae.ckpt", r"model\.components\.vae: .*vae\.ckpt is one file; give a folder"),
+    "pickled weights": ("vae", "./pickled", r"its vae has pickled weights only \(diffusion_pytorch_model\.bin\)"),
+    "another kind": ("text_encoder", "./t5", r"model\.components\.text_encoder: it is a t5, and the model needs a clip_text_model"),
+    "code": ("text_encoder", "./code", r"model\.components\.text_encoder/config\.json asks for code of its own"),
+    "no commit": ("vae", {"id": "org/vae"}, r"model\.components\.vae: a hub model needs its full commit"),
+    "password": ("vae", "s3://me:secret@host/vae", r"the URL in model\.components\.vae holds credentials"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_what_is_no_component_of_the_model_is_refused_before_a_worker_starts(
+    name: str, own: Callable[..., Path], tiny_model: Callable[[str], Path], write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    part, given, message = NOT_TAKEN[name]
+    if name == "code":
+        change(shutil.copytree(tiny_model("sd") / "text_encoder", tmp_path / "code") / "config.json", auto_map={"AutoModel": "m.My"})
+    elif name == "one file":
+        (tmp_path / "vae.ckpt").write_bytes(b"x")
+    elif name == "pickled weights":
+        folder = Path(shutil.copytree(tiny_model("sd") / "vae", tmp_path / "pickled"))
+        next(folder.glob("*.safetensors")).rename(folder / "diffusion_pytorch_model.bin")
+    elif name == "another kind":
+        shutil.copytree(tiny_model("flux-dev") / "text_encoder_2", tmp_path / "t5")
+    model = {"id": str(tiny_model("sd")), "components": {part: given}}
+    with pytest.raises(InvalidJob, match=message):
+        renderfarm.run(load_job(write_job(write_manifest(), model=model)), engine="inline")
+    assert not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------------------------------------- refused
 
 
@@ -178,8 +295,6 @@ def test_a_model_in_one_file_is_refused_with_the_way_to_a_folder(name: str, tmp_
 
 
 def test_a_safety_checker_of_a_pipelines_own_module_is_no_foreign_code(tmp_path: Path) -> None:
-    import families
-
     folder = families.save(families.checked(False), tmp_path / "checked")
     assert json.loads((folder / "model_index.json").read_text())["safety_checker"][0] == "stable_diffusion"
     describe(ModelSpec(id=str(folder), safety_checker=True))

@@ -57,14 +57,27 @@ class ModelInfo:
 
     @property
     def name(self) -> str:
-        """The id as tables and profile show it: a local folder by its name, since its place decides no pixel."""
-        return os.path.basename(self.id) if os.path.isabs(self.id) else self.id
+        """The id as tables and profile show it."""
+        return shown(self.id)
+
+    @property
+    def components(self) -> dict[str, dict[str, str | None]] | None:
+        """Where parts of it come from that took others' place, as job.json has it; None: it is as it was published."""
+        others = self.source.components if self.source else {}
+        return {name: {**given.model_dump(), "id": shown(given.id)} for name, given in others.items()} or None
+
+
+def shown(id_: str) -> str:
+    """A local folder by its name, since its place decides no pixel."""
+    return os.path.basename(id_) if os.path.isabs(id_) else id_
 
 
 def describe(spec: ModelSpec) -> ModelInfo:
     """Find the model (fetching its configurations if it is a hub model that is not in the cache) and read what it is."""
     model_id = expand_env(spec.id)
     if model_id == "builtin:fake":
+        if spec.components:
+            raise InvalidJob(f"model {model_id}: it has no components; leave model.components out")
         if spec.safety_checker:
             raise InvalidJob(f"model {model_id}: it has no safety checker; leave model.safety_checker out")
         return ModelInfo(model_id, "fake:Fake", "diffusion", None, None, 8, 64, 64, 4096, 20, 5.0, "euler", PLAIN)
@@ -90,7 +103,7 @@ def describe(spec: ModelSpec) -> ModelInfo:
         adapter=family.adapter,
         kind=family.kind,
         folder=str(folder),
-        source=spec.model_copy(update={"id": model_id}),
+        source=_expanded(spec),
         revision=spec.revision,
         **asdict(_sizes(family, denoiser, vae, model_id)),
         num_inference_steps=20 if builtin else family.num_inference_steps,
@@ -107,6 +120,12 @@ def describe(spec: ModelSpec) -> ModelInfo:
         if class_name in FAMILIES
         else (f"{class_name} was not compared with diffusers' own pixels here: exactness is not promised",),
     )
+
+
+def _expanded(spec: ModelSpec) -> ModelSpec:
+    """The driver's environment decides, not a worker's."""
+    others = {name: given.model_copy(update={"id": expand_env(given.id)}) for name, given in spec.components.items()}
+    return spec.model_copy(update={"id": expand_env(spec.id), "components": others})
 
 
 def _adapters(spec: ModelSpec, family: Family) -> dict[str, str]:

@@ -92,6 +92,12 @@ def check_index(index: Index, model: str) -> None:
             )
 
 
+def check_name(name: str, index: Index, model: str) -> None:
+    """Raise InvalidJob for a component that the model does not have."""
+    if name not in components(index):
+        raise InvalidJob(f"model.components: {model} has no {name}; its components: {', '.join(sorted(components(index)))}")
+
+
 def check_configuration(config: dict[str, Any], file: str, model: str) -> None:
     """Raise InvalidJob for a configuration that names code of its own."""
     if "auto_map" in config:

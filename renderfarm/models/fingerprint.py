@@ -64,7 +64,7 @@ def file_sha256(path: Path) -> str:
     stat = real.stat()
     if stat.st_size < WORTH_REMEMBERING:
         return _hash(real)
-    note = _cache_folder() / f"{hashlib.sha256(str(real).encode()).hexdigest()}.json"
+    note = cache_folder("sha256") / f"{hashlib.sha256(str(real).encode()).hexdigest()}.json"
     # unpacked and copied files may share size and time with other bytes, and nodes may share a home: the inode tells
     state = {name: getattr(stat, f"st_{name}") for name in ("size", "mtime_ns", "ctime_ns", "ino", "dev")} | {"host": platform.node()}
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -82,8 +82,9 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "renderfarm" / "sha256"
+def cache_folder(of: str) -> Path:
+    """This user's, on this node."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "renderfarm" / of
 
 
 def _remember(note: Path, value: dict[str, object]) -> None:

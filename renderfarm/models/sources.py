@@ -5,22 +5,34 @@ The driver needs the configurations only; whoever loads a model gets its weights
 
 from __future__ import annotations
 
+import contextlib
 import glob
+import hashlib
 import json
 import os
 import platform
 import re
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from renderfarm.config import ModelSpec, expand_env
+from renderfarm.config import ComponentSpec, ModelSpec, expand_env
 from renderfarm.errors import Fatal, InvalidJob, RenderfarmError, Transient
-from renderfarm.models.files import INDEX, check_configuration, check_index, check_weights, components, listed, read_files
+from renderfarm.models.files import INDEX, check_configuration, check_index, check_name, check_weights, components, read_files
+from renderfarm.models.fingerprint import cache_folder
 
-CONFIGURATIONS = [INDEX, "*config.json"]
 RESTARTS = 2  # of one file from its beginning
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where files are to be had. `files`: their names. `get`: brings some of them to this machine; the folder that has them then."""
+
+    files: Sequence[str]
+    get: Callable[[Iterable[str]], Path]
 
 
 def find_model(spec: ModelSpec, *, weights: bool) -> Path:
@@ -30,16 +42,26 @@ def find_model(spec: ModelSpec, *, weights: bool) -> Path:
     for one that may be had later.
     """
     model = expand_env(spec.id)
-    if model == "builtin:shapes":
-        return Path(__file__).parent.parent / "shapes" / "model"
-    if model.startswith("builtin:"):
-        raise InvalidJob(f"model {model}: there is no such builtin; builtin:shapes is")
-    if os.path.isabs(model):
-        folder = _local(model)
-        _check(folder, listed(folder, read_index(folder, model)), spec, model)
-        return folder
-    _check_hub_name(model, spec.revision)
-    return _from_hub(model, str(spec.revision), spec, weights=weights)
+    places = {"": _place(model, spec.revision, f"model {model}")}
+    index = read_index(places[""].get(filter(_is_configuration, places[""].files)), model)
+    check_index(index, model)
+    for name, given in spec.components.items():
+        check_name(name, index, model)
+        places[name] = _component(given, f"model.components.{name}")
+    files = {name: list(place.files) for name, place in places.items()}
+    files[""] = [file for file in files[""] if file.partition("/")[0] not in spec.components]
+    of_all = [f"{name}/{file}".removeprefix("/") for name, of_place in files.items() for file in of_place]
+    check_weights(of_all, index, spec.variant, model, safety_checker=spec.safety_checker)
+    wanted = _fetched(of_all, index, spec) if weights else list(filter(_is_configuration, of_all))
+    folders = {}
+    for name, place in places.items():
+        here = {f"{name}/{file}".removeprefix("/"): file for file in files[name]}
+        folders[name] = place.get([here[file] for file in wanted if file in here])
+    folder = folders.pop("")
+    if folders:
+        folder = _assembled(folder, index, folders, model)
+    _check_configurations(folder, index, model)
+    return folder
 
 
 def read_index(folder: Path, model: str) -> dict[str, Any]:
@@ -56,51 +78,111 @@ def read_json(path: Path, problem: str) -> dict[str, Any]:
     raise InvalidJob(f"{problem} ({path.name})")
 
 
-def _local(model: str) -> Path:
-    if os.path.isfile(model):
-        raise InvalidJob(
-            f"model {model}: is one file; give a folder in diffusers' format (diffusers' from_single_file and save_pretrained make one)"
-        )
-    if not os.path.isdir(model):
-        raise InvalidJob(f"model {model}: no such folder on {platform.node()}; every node must find it under this path")
-    return Path(model)
+def _is_configuration(file: str) -> bool:
+    return file == INDEX or file.endswith("config.json")
 
 
-def _check(folder: Path, files: list[str], spec: ModelSpec, model: str) -> None:
-    """What can be refused before anything large is fetched; `folder` has the configurations at least."""
-    index = read_index(folder, model)
-    check_index(index, model)
+def _fetched(files: list[str], index: dict[str, Any], spec: ModelSpec) -> list[str]:
+    """A checker that is not asked for is not fetched, but the pipeline loads what is beside it."""
+    found = read_files(files, index, spec.variant, safety_checker=True)
+    return [file for file in found if spec.safety_checker or not file.startswith("safety_checker/")]
+
+
+def _check_configurations(folder: Path, index: dict[str, Any], model: str) -> None:
     for name in components(index):
         for file in ("config.json", "tokenizer_config.json"):
             if (path := folder / name / file).is_file():
                 check_configuration(read_json(path, f"model {model}: {name}/{file} is damaged"), f"{name}/{file}", model)
-    check_weights(files, index, spec.variant, model, safety_checker=spec.safety_checker)
+
+
+def _place(id_: str, revision: str | None, what: str) -> Place:
+    """`what`: the field of the job, to begin a message with."""
+    if id_ == "builtin:shapes":
+        return _local(Path(__file__).parent.parent / "shapes" / "model")
+    if id_.startswith("builtin:"):
+        raise InvalidJob(f"{what}: there is no such builtin; builtin:shapes is")
+    if not os.path.isabs(id_):
+        return _on_hub(id_, revision, what)
+    if os.path.isfile(id_):
+        raise InvalidJob(
+            f"{what}: {id_} is one file; give a folder in diffusers' format (diffusers' from_single_file and save_pretrained make one)"
+        )
+    if not os.path.isdir(id_):
+        raise InvalidJob(f"{what}: no such folder on {platform.node()}: {id_}; every node must find it under this path")
+    return _local(Path(id_))
+
+
+def _local(folder: Path) -> Place:
+    # not os.walk: links to components are followed, and one that leads back must not be
+    files = (path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(depth) if path.is_file())
+    return Place([file.relative_to(folder).as_posix() for file in files], lambda _: folder)
+
+
+# ---------------------------------------------------------------------------------------------- components from elsewhere
+
+
+def _component(given: ComponentSpec, what: str) -> Place:
+    """A component's own files, without what lies in folders below."""
+    place, folder = _place(expand_env(given.id), given.revision, what), given.subfolder.strip("/") if given.subfolder else ""
+    start = f"{folder}/" if folder else ""
+    files = [file.removeprefix(start) for file in place.files if file.startswith(start)]
+    files = [file for file in files if "/" not in file]
+    if not any(map(_is_configuration, files)):
+        raise InvalidJob(f"{what}: {'/'.join(filter(None, [given.id, folder]))} is no component in diffusers' format (no config.json)")
+    return Place(files, lambda wanted: place.get([start + file for file in wanted]) / folder)
+
+
+def _assembled(base: Path, index: dict[str, Any], others: dict[str, Path], model: str) -> Path:
+    """A folder that links to the model's own components and to those that take their place, for whoever reads a model."""
+    own = {name: base / name for name in components(index) if (base / name).is_dir()}
+    links = {name: str(folder.resolve()) for name, folder in (own | others).items()}
+    text = json.dumps(index | {name: _entry(name, base, folder, index, model) for name, folder in others.items()}, indent=1, sort_keys=True)
+    folder = cache_folder("assembled") / hashlib.sha256(json.dumps([text, links]).encode()).hexdigest()[:32]
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+        (temporary / INDEX).write_text(text)
+        for name, target in links.items():
+            (temporary / name).symlink_to(target)
+        with contextlib.suppress(FileExistsError):  # another worker of this node was faster, with the same
+            temporary.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():
+            raise Fatal(f"{folder.parent} cannot be written: {error.strerror}; XDG_CACHE_HOME names another place") from error
+    return folder
+
+
+def _entry(name: str, base: Path, folder: Path, index: dict[str, Any], model: str) -> list[str]:
+    """What the index says of a component that takes another's place: diffusers' configurations name their class; a class of
+    transformers loads its own kind only, and would make up what it does not find."""
+    library, kind = components(index)[name]
+    for file in ("config.json", "scheduler_config.json"):
+        if (folder / file).is_file():
+            config = read_json(folder / file, f"model.components.{name}: {file} is damaged")
+            check_configuration(config, f"model.components.{name}/{file}", model)
+            if library == "diffusers":
+                return [library, str(config.get("_class_name", kind))]
+            own = read_json(base / name / file, f"model {model}: {name}/{file} is missing or damaged")
+            if config.get("model_type") != own.get("model_type"):
+                raise InvalidJob(
+                    f"model.components.{name}: it is a {config.get('model_type')}, and the model needs a {own.get('model_type')} ({kind})"
+                )
+    return [library, kind]
 
 
 # ---------------------------------------------------------------------------------------------- the hub
 
 
-def _check_hub_name(model: str, revision: str | None) -> None:
+def _on_hub(model: str, revision: str | None, what: str) -> Place:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise InvalidJob(f"model {model!r}: give builtin:shapes, a folder (./path or /path), or a hub id org/name with its revision")
+        raise InvalidJob(f"{what}: give builtin:shapes, a folder (./path or /path), or a hub id org/name with its revision")
     if not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
-        raise InvalidJob(
-            f"model {model}: a hub model needs its full commit, so that it cannot change: model: {{id: {model}, revision: <40 hex digits>}}"
-        )
-
-
-def _from_hub(model: str, commit: str, spec: ModelSpec, *, weights: bool) -> Path:
-    folder = _snapshot(model, commit, CONFIGURATIONS)
-    index = read_index(folder, model)
-    files = _repository_files(model, commit) or listed(folder, index)
-    _check(folder, files, spec, model)
-    if not weights:
-        return folder
-    # a checker that is not asked for is not fetched, but the pipeline loads what is beside it
-    wanted = [file for file in read_files(files, index, spec.variant, safety_checker=True) if not file.startswith("safety_checker/")]
-    if spec.safety_checker:
-        wanted = read_files(files, index, spec.variant, safety_checker=True)
-    return _snapshot(model, commit, map(glob.escape, wanted))
+        raise InvalidJob(f"{what}: a hub model needs its full commit, so that it cannot change: {{id: {model}, revision: <40 hex digits>}}")
+    folder = _snapshot(model, str(revision), ["*config.json", INDEX])
+    files = _repository_files(model, str(revision)) or _local(folder).files
+    return Place(files, lambda wanted: _snapshot(model, str(revision), map(glob.escape, wanted)))
 
 
 def _repository_files(model: str, commit: str) -> list[str]:
