@@ -44,7 +44,7 @@ class ManifestSpec(Strict):
 
 class ComponentSpec(Strict):
     id: str
-    """A folder in diffusers' format (with a `config.json`), relative to the job file, or a hub id `org/name`."""
+    """A folder in diffusers' format (with a `config.json`), relative to the job file, a hub id `org/name`, or a store's URL."""
     revision: str | None = None
     """A full commit hash; required for a hub id."""
     subfolder: str | None = None
@@ -53,7 +53,7 @@ class ComponentSpec(Strict):
 
 class ModelSpec(Strict):
     id: str
-    """`builtin:shapes`, a folder in diffusers' format, or a hub id `org/name`."""
+    """`builtin:shapes`, a folder in diffusers' format, a hub id `org/name`, or a store's URL (`s3://bucket/model`)."""
     revision: str | None = None
     """A full commit hash; required for a hub id, so that the weights cannot change under the job."""
     variant: Annotated[str, Field(pattern=r"^\w[\w.-]{0,31}$")] | None = None

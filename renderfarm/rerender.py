@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from renderfarm import commit
-from renderfarm.config import ComponentSpec, ModelSpec, Workers, component_specs, model_spec
+from renderfarm.config import ComponentSpec, ModelSpec, Workers, component_specs, is_url, model_spec
 from renderfarm.errors import InvalidJob
 from renderfarm.models.catalog import IMAGES_OF, describe, for_task
 from renderfarm.models.load import load_model
@@ -73,17 +73,21 @@ def _written(output: Output, folder: Path) -> dict[str, str]:
 
 def _model_spec(job: dict[str, Any], model: str | None, components: Sequence[str]) -> ModelSpec:
     stored = job["model"]
-    if model is None and stored["revision"] is None and not stored["id"].startswith("builtin:"):
+    if model is None and _was_a_folder(stored):
         raise InvalidJob(f"the output was rendered with a model in a folder named {stored['id']!r}; say where it is: --model FOLDER")
     spec = model_spec(model) if model else ModelSpec(id=stored["id"], revision=stored["revision"])
     stated = {"safety_checker": stored["safety_checker"], "variant": stored.get("variant")}
     return spec.model_copy(update=stated | {"components": _components(stored, components)})
 
 
+def _was_a_folder(stored: dict[str, Any]) -> bool:
+    return stored["revision"] is None and not stored["id"].startswith("builtin:") and not is_url(stored["id"])
+
+
 def _components(stored: dict[str, Any], given: Sequence[str]) -> dict[str, ComponentSpec]:
     wanted, found = stored.get("components") or {}, component_specs(given)
     for name, where in wanted.items():
-        if name not in found and where["revision"] is None:
+        if name not in found and _was_a_folder(where):
             raise InvalidJob(f"its {name} came from a folder named {where['id']!r}; say where it is: --component {name}=FOLDER")
     if others := found.keys() - wanted.keys():
         raise InvalidJob(f"--component {min(others)}: the output was rendered with the model's own")

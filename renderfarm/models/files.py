@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,20 @@ READ_AS_TEXT = (".json", ".txt", ".model", ".jinja")  # .jinja: chat templates
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 SAFETY = {"safety_checker", "feature_extractor"}
 _STEMS = ("diffusion_pytorch_model", "model")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where files are to be had. `files`: their names. `get`: brings some of them to this machine; the folder that has them then."""
+
+    files: Sequence[str]
+    get: Callable[[Iterable[str]], Path]
+
+
+def local(folder: Path) -> Place:
+    # not os.walk: links to components are followed, and one that leads back must not be
+    files = (path for depth in ("*", "*/*", "*/*/*") for path in folder.glob(depth) if path.is_file())
+    return Place([file.relative_to(folder).as_posix() for file in files], lambda _: folder)
 
 
 def components(index: Index) -> dict[str, tuple[str, str]]:
