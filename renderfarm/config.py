@@ -44,7 +44,8 @@ class ManifestSpec(Strict):
 
 class ComponentSpec(Strict):
     id: str
-    """A folder in diffusers' format (with a `config.json`), relative to the job file, a hub id `org/name`, or a store's URL."""
+    """A folder in diffusers' format (with a `config.json`), relative to the job file, a hub id `org/name`, or a store's URL; for a denoiser
+    also a `.gguf` file (renderfarm[gguf])."""
     revision: str | None = None
     """A full commit hash; required for a hub id."""
     subfolder: str | None = None
@@ -409,7 +410,7 @@ def component_specs(given: Sequence[str]) -> dict[str, ComponentSpec]:
 
 def _named(text: str) -> tuple[str, str | None, str | None]:
     """Id, revision and subfolder."""
-    if text.startswith((".", "/", "~")) or Path(text).is_dir():
+    if text.startswith((".", "/", "~")) or Path(text).exists():
         return _absolute(text, Path.cwd()), None, None
     id_, _, rest = text.partition("@")
     revision, _, subfolder = rest.partition("/")

@@ -88,7 +88,7 @@ def _components(stored: dict[str, Any], given: Sequence[str]) -> dict[str, Compo
     wanted, found = stored.get("components") or {}, component_specs(given)
     for name, where in wanted.items():
         if name not in found and _was_a_folder(where):
-            raise InvalidJob(f"its {name} came from a folder named {where['id']!r}; say where it is: --component {name}=FOLDER")
+            raise InvalidJob(f"its {name} came from a folder or file named {where['id']!r}; say where it is: --component {name}=PLACE")
     if others := found.keys() - wanted.keys():
         raise InvalidJob(f"--component {min(others)}: the output was rendered with the model's own")
     return {name: found.get(name) or ComponentSpec(**where) for name, where in wanted.items()}

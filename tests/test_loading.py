@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import families
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -19,16 +22,23 @@ from safetensors.torch import load_file, save_file
 
 import renderfarm
 from renderfarm.config import ModelSpec, Workers, load_job
-from renderfarm.errors import InvalidJob, ProfileMismatch
+from renderfarm.errors import Fatal, InvalidJob, ProfileMismatch
 from renderfarm.models.about import about
 from renderfarm.models.catalog import describe
 from renderfarm.models.fingerprint import weight_hashes
 from renderfarm.models.load import load_model
+from renderfarm.models.measure import check_places
 from renderfarm.slots import SlotLoop
 from renderfarm.verification import Choice, verify
 
 Write = Callable[..., Path]
 USUAL: dict[str, Any] = {"sampler": "euler", "num_inference_steps": 2}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the test's own, not the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -188,7 +198,7 @@ def test_a_job_with_a_component_from_elsewhere_is_verified_with_it_and_refused_w
     path = write_job(write_manifest({"prompt": ["a", "b"]}), model=model, render=USUAL, workers={"batch_size": B}, output={"part_rows": 1})
     assert renderfarm.run(load_job(path), engine="inline").images == 2
     assert json.loads((tmp_path / "out/_renderfarm/job.json").read_text())["model"]["components"]["vae"]["id"] == "my-vae"
-    with pytest.raises(InvalidJob, match=r"its vae came from a folder named 'my-vae'; say where it is: --component vae=FOLDER"):
+    with pytest.raises(InvalidJob, match=r"its vae came from a folder or file named 'my-vae'; say where it is: --component vae=PLACE"):
         verify(str(tmp_path / "out"), Choice(), str(folder))
     with pytest.raises(InvalidJob, match=r"--component unet: the output was rendered with the model's own"):
         verify(str(tmp_path / "out"), Choice(), str(folder), [f"vae={tmp_path}/my-vae", f"unet={folder}/unet"])
@@ -203,6 +213,80 @@ def test_a_job_with_a_component_from_elsewhere_is_verified_with_it_and_refused_w
     path = write_job(tmp_path / "prompts.parquet", model=model, render=USUAL, workers={"batch_size": B}, output={"part_rows": 1})
     with pytest.raises(ProfileMismatch, match=r"weights\.vae/diffusion_pytorch_model\.safetensors"):
         renderfarm.run(load_job(path), engine="inline")
+
+
+def written_as_gguf(weights: Path, file: Path) -> Path:
+    """A model's weights in eight bits, where rows are whole blocks of 32."""
+    eight_bits, writer = gguf.GGMLQuantizationType.Q8_0, gguf.GGUFWriter(file, "diffusers")
+    for name, tensor in load_file(weights).items():
+        array = tensor.float().numpy()
+        if array.ndim == 2 and array.shape[1] % 32 == 0:
+            writer.add_tensor(name, gguf.quants.quantize(array, eight_bits), raw_dtype=eight_bits)
+        else:
+            writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("flux-dev", "float32"), ("flux-dev", "bfloat16"), ("sd3", "float32"), ("sd", "float32")])
+def test_a_denoiser_from_a_gguf_file_renders_the_pixels_of_diffusers_with_it(
+    name: str, dtype: str, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, part = tiny_model(name), "unet" if name == "sd" else "transformer"
+    file = written_as_gguf(folder / part / "diffusion_pytorch_model.safetensors", tmp_path / "q8.gguf")
+    spec = ModelSpec(id=str(folder), components={part: {"id": str(file)}})
+    rows = [
+        row(k, prompt=prompt, **USUAL | {"sampler": describe(spec).sampler, "num_inference_steps": 2 + k})
+        for k, prompt in enumerate("abcd")
+    ]
+    loop = SlotLoop(lambda: load_model(describe(spec), Workers(batch_size=B, dtype=dtype)))  # type: ignore[arg-type]
+    try:
+        model = loop.ready.result()
+        check_places(model, rows[0])
+        assert model.profile()["gguf"]
+        assert f"{part}/diffusion_pytorch_model.gguf" in model.profile()["weights"]
+        made = [future.result(timeout=120).pixels for future in loop.submit(rows)]
+    finally:
+        loop.close()
+    kind, number = getattr(diffusers, json.loads((folder / "model_index.json").read_text())[part][1]), getattr(torch, dtype)
+    loaded = kind.from_single_file(
+        str(file), quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=number), config=str(folder), subfolder=part,
+        dtype=number,
+    )  # fmt: skip
+    pipe = plain_pipeline(CLASSES[name], folder, dtype, **{part: loaded})
+    for wanted, ours in zip(rows, made, strict=True):
+        np.testing.assert_array_equal(ours, reference(pipe, wanted))
+    assert (made[0] != reference(plain_pipeline(CLASSES[name], folder, dtype), rows[0])).any()
+    assert about(spec)["sha256"] != about(ModelSpec(id=str(folder)))["sha256"]
+
+
+def test_a_gguf_file_that_is_none_or_another_models_ends_with_the_reason(
+    tiny_model: Callable[[str], Path], write_manifest: Write, write_job: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_model("flux-dev")
+    written_as_gguf(tiny_model("sd") / "unet/diffusion_pytorch_model.safetensors", tmp_path / "other.gguf")
+    (tmp_path / "damaged.gguf").write_bytes(b"x" * 100)
+
+    def run(file: str, part: str = "transformer") -> None:
+        job = write_job(write_manifest(), model={"id": str(folder), "components": {part: file}}, workers={"batch_size": B})
+        renderfarm.run(load_job(job, out=str(tmp_path / "out" / f"{len(list(tmp_path.glob('out/*')))}")), engine="inline")
+
+    for file in ("./other.gguf", "./damaged.gguf"):
+        with pytest.raises(Fatal, match=r"model\.components\.transformer: .*\.gguf cannot be loaded as FluxTransformer2DModel: "):
+            run(file)
+    with pytest.raises(InvalidJob, match=r"no such file on .*/gone\.gguf; write it as \./x\.gguf"):
+        run("./gone.gguf")
+    with pytest.raises(
+        InvalidJob, match=r"text_encoder: a \.gguf file can take the place of a denoiser of diffusers, not of CLIPTextModel"
+    ):
+        run("./other.gguf", "text_encoder")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, real=importlib.util.find_spec: None if name == "gguf" else real(name))
+    with pytest.raises(Fatal, match=r"a \.gguf file needs the package gguf: pip install 'renderfarm\[gguf\]'"):
+        run("./other.gguf", "transformer")
 
 
 NOT_TAKEN: dict[str, tuple[str, Any, str]] = {

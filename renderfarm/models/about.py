@@ -41,10 +41,11 @@ def about(spec: ModelSpec) -> dict[str, Any]:
         raise Fatal(str(error)) from error
     digest = model_sha256(weight_hashes(folder, spec.variant, safety_checker=False))
     parts = weight_bytes(folder, spec.variant)
-    stored = sum(parts.values())
+    largest = folder / max(parts, key=lambda name: parts[name])
+    in_memory = {} if any(largest.glob("*.gguf")) else {"weights in memory": _in_memory(largest, spec.variant, sum(parts.values()))}
     return found | {
         "weights on disk": ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in sorted(parts.items(), key=lambda p: -p[1])),
-        "weights in memory": _in_memory(folder / max(parts, key=lambda name: parts[name]), spec.variant, stored),
+        **in_memory,
         "sha256": digest,
     }
 

@@ -20,6 +20,7 @@ Index = dict[str, Any]
 
 INDEX = "model_index.json"
 READ_AS_TEXT = (".json", ".txt", ".model", ".jinja")  # .jinja: chat templates
+QUANTISED = ".gguf"
 PICKLED = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 SAFETY = {"safety_checker", "feature_extractor"}
 _STEMS = ("diffusion_pytorch_model", "model")
@@ -60,8 +61,9 @@ def read_files(files: Iterable[str], index: Index, variant: str | None, *, safet
 
 def read_of_component(files: Collection[str], variant: str | None) -> list[str]:
     """Of one component's files. As in diffusers, one without the variant is read without."""
-    wanted = variant if variant in variants(files) else None
-    return [file for file in files if (_variant(file) == wanted if _is_weights(file) else file.endswith(READ_AS_TEXT))]
+    known = variants(files)
+    wanted, others = variant if variant in known else None, READ_AS_TEXT if known else (*READ_AS_TEXT, QUANTISED)
+    return [file for file in files if (_variant(file) == wanted if _is_weights(file) else file.endswith(others))]
 
 
 def variants(files: Iterable[str]) -> set[str | None]:
@@ -137,7 +139,7 @@ def check_weights(files: Collection[str], index: Index, variant: str | None, mod
 def check_component(files: Collection[str], variant: str | None, what: str) -> None:
     """`what`: the component, to begin a message with."""
     known = variants(files)
-    if None in known or variant in known:
+    if None in known or variant in known or any(file.endswith(QUANTISED) for file in files):
         return
     if others := _named(known):
         raise InvalidJob(f"{what} has weights of a variant only: give model.variant: {' or '.join(others)}")

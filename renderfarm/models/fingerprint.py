@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 
 from renderfarm.errors import Fatal
-from renderfarm.models.files import INDEX, listed, read_files
+from renderfarm.models.files import INDEX, QUANTISED, listed, read_files
 
 WORTH_REMEMBERING = 1 << 20  # bytes; smaller files are hashed each time
 SETTLED_NS = 2_000_000_000  # a file written just now may change again without another size or time
@@ -25,7 +25,7 @@ def weight_hashes(folder: Path, variant: str | None = None, *, safety_checker: b
     Raises Fatal where a denoiser has no weights to hash.
     """
     found = {file: file_sha256(folder / file) for file in _read_files(folder, variant, safety_checker=safety_checker)}
-    if not any(path.startswith(("unet/", "transformer/")) and path.endswith(".safetensors") for path in found):
+    if not any(path.startswith(("unet/", "transformer/")) and path.endswith((".safetensors", QUANTISED)) for path in found):
         raise Fatal(f"model {folder}: its denoiser has no .safetensors file; give a model in diffusers' format")
     return found
 
@@ -47,7 +47,7 @@ def weight_bytes(folder: Path, variant: str | None) -> dict[str, int]:
     """Bytes of the weight files of each component that the pipeline loads."""
     found: dict[str, int] = {}
     for file in _read_files(folder, variant, safety_checker=False):
-        if file.endswith(".safetensors"):
+        if file.endswith((".safetensors", QUANTISED)):
             name = file.partition("/")[0]
             found[name] = found.get(name, 0) + (folder / file).stat().st_size
     return found

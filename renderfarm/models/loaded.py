@@ -17,6 +17,7 @@ from renderfarm.config import Workers, fixed_batch_size
 from renderfarm.errors import Fatal
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.fingerprint import file_sha256
+from renderfarm.models.quantization import from_gguf, quantised_names
 from renderfarm.models.torch_setup import describe_profile, prepare_torch
 
 
@@ -30,6 +31,7 @@ class LoadedPipeline(ABC):
         self.info, self.workers, self.batch_size = info, workers, fixed_batch_size(workers)
         self.device = prepare_torch(workers)
         self.dtype: torch.dtype = getattr(torch, workers.dtype)
+        quantised = from_gguf(info, self.dtype)
         try:
             self.pipe = self.pipeline.from_pretrained(
                 info.folder,
@@ -38,6 +40,7 @@ class LoadedPipeline(ABC):
                 use_safetensors=True,
                 local_files_only=True,
                 **self._load_arguments(),
+                **quantised,
             ).to(self.device)
         except Exception as error:  # damaged weights raise many kinds; none of them is the row's fault
             raise Fatal(f"model {info.id}: cannot be loaded from {info.folder}: {error}") from error
@@ -84,6 +87,8 @@ class LoadedPipeline(ABC):
         # names with `_` are diffusers' own notes, one of them a list in hash order
         scheduler = {key: value for key, value in self.scheduler_config.items() if not key.startswith("_")}
         own = {"text_length": self.text_length, "vae_slicing": True, "scheduler": scheduler, "safety_checker": self.info.safety_checker}
+        if quantised_names(self.info):
+            own["gguf"] = version("gguf")
         if self.info.adapters:
             own |= {"adapters": {name: file_sha256(Path(path)) for name, path in self.info.adapters.items()}, "peft": version("peft")}
         return describe_profile(self.info, self.workers, self.device) | own | {"batch_size": self.batch_size}

@@ -5,18 +5,29 @@ The driver needs the configurations only; whoever loads a model gets its weights
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import platform
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from renderfarm.config import ComponentSpec, ModelSpec, expand_env, is_url
 from renderfarm.errors import Fatal, InvalidJob
-from renderfarm.models.files import INDEX, Place, check_configuration, check_index, check_name, check_weights, components, local, read_files
+from renderfarm.models.files import (
+    INDEX,
+    QUANTISED,
+    Place,
+    check_configuration,
+    check_index,
+    check_name,
+    check_weights,
+    components,
+    local,
+    read_files,
+)
 from renderfarm.models.fingerprint import cache_folder
 from renderfarm.models.hub import on_hub
 from renderfarm.models.stores import in_store
@@ -28,15 +39,17 @@ def find_model(spec: ModelSpec, *, weights: bool) -> Path:
     Raises InvalidJob for a model that cannot be rendered as given, Fatal for one that is not to be had, and Transient
     for one that may be had later.
     """
-    model = expand_env(spec.id)
-    places = {"": _place(model, spec.revision, f"model {model}", pinned=spec.sha256 is not None)}
+    model, pinned = expand_env(spec.id), spec.sha256 is not None
+    places = {"": _place(model, spec.revision, f"model {model}", pinned=pinned)}
     index = read_index(places[""].get(filter(_is_configuration, places[""].files)), model)
     check_index(index, model)
     for name, given in spec.components.items():
         check_name(name, index, model)
-        places[name] = _component(given, f"model.components.{name}", pinned=spec.sha256 is not None)
+        where = f"model.components.{name}"
+        place = _quantised(given, where, components(index)[name]) if is_quantised(given) else _component(given, where, pinned=pinned)
+        places[name] = place
     files = {name: list(place.files) for name, place in places.items()}
-    files[""] = [file for file in files[""] if file.partition("/")[0] not in spec.components]
+    files[""] = [file for file in files[""] if not _is_replaced(file, spec)]
     of_all = [f"{name}/{file}".removeprefix("/") for name, of_place in files.items() for file in of_place]
     check_weights(of_all, index, spec.variant, model, safety_checker=spec.safety_checker)
     wanted = _fetched(of_all, index, spec) if weights else list(filter(_is_configuration, of_all))
@@ -46,7 +59,7 @@ def find_model(spec: ModelSpec, *, weights: bool) -> Path:
         folders[name] = place.get([here[file] for file in wanted if file in here])
     folder = folders.pop("")
     if folders:
-        folder = _assembled(folder, index, folders, model)
+        folder = _assembled(folder, index, folders, spec)
     _check_configurations(folder, index, model)
     return folder
 
@@ -67,6 +80,12 @@ def read_json(path: Path, problem: str) -> dict[str, Any]:
 
 def _is_configuration(file: str) -> bool:
     return file == INDEX or file.endswith("config.json")
+
+
+def _is_replaced(file: str, spec: ModelSpec) -> bool:
+    """Whether another component's files stand for this one; a quantised file needs the model's own configuration."""
+    given = spec.components.get(file.partition("/")[0])
+    return given is not None and not (is_quantised(given) and _is_configuration(file))
 
 
 def _fetched(files: list[str], index: dict[str, Any], spec: ModelSpec) -> list[str]:
@@ -116,24 +135,54 @@ def _component(given: ComponentSpec, what: str, *, pinned: bool) -> Place:
     return Place(files, lambda wanted: place.get([start + file for file in wanted]) / folder)
 
 
-def _assembled(base: Path, index: dict[str, Any], others: dict[str, Path], model: str) -> Path:
+def is_quantised(given: ComponentSpec) -> bool:
+    return given.id.endswith(QUANTISED)
+
+
+def _quantised(given: ComponentSpec, what: str, of: tuple[str, str]) -> Place:
+    file = expand_env(given.id)
+    if of[0] != "diffusers":
+        raise InvalidJob(f"{what}: a .gguf file can take the place of a denoiser of diffusers, not of {of[1]}")
+    if not os.path.isabs(file) or not os.path.isfile(file):
+        raise InvalidJob(f"{what}: no such file on {platform.node()}: {file}; write it as ./x.gguf, relative to the job file")
+    return Place([os.path.basename(file)], lambda _: Path(file).parent)
+
+
+def _assembled(base: Path, index: dict[str, Any], others: dict[str, Path], spec: ModelSpec) -> Path:
     """A folder that links to the model's own components and to those that take their place, for whoever reads a model."""
-    own = {name: base / name for name in components(index) if (base / name).is_dir()}
-    links = {name: str(folder.resolve()) for name, folder in (own | others).items()}
-    text = json.dumps(index | {name: _entry(name, base, folder, index, model) for name, folder in others.items()}, indent=1, sort_keys=True)
-    folder = cache_folder("assembled") / hashlib.sha256(json.dumps([text, links]).encode()).hexdigest()[:32]
+    links = {name: base / name for name in components(index) if (base / name).is_dir()}
+    entries = {}
+    for name, folder in others.items():
+        if is_quantised(spec.components[name]):  # weights only, in a file that may lie beside others
+            file = folder / os.path.basename(spec.components[name].id)
+            # its own name decides no pixel
+            links |= {f"{name}/config.json": links.pop(name) / "config.json", f"{name}/diffusion_pytorch_model{QUANTISED}": file}
+        else:
+            links[name] = folder
+            entries[name] = _entry(name, base, folder, index, spec.id)
+    targets = {name: str(target.resolve()) for name, target in links.items()}
+    text = json.dumps(index | entries, indent=1, sort_keys=True)
+    return _folder_of_links(
+        cache_folder("assembled") / hashlib.sha256(json.dumps([text, targets]).encode()).hexdigest()[:32], text, targets
+    )
+
+
+def _folder_of_links(folder: Path, index: str, targets: dict[str, str]) -> Path:
     if folder.is_dir():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-        (temporary / INDEX).write_text(text)
-        for name, target in links.items():
-            (temporary / name).symlink_to(target)
-        with contextlib.suppress(FileExistsError):  # another worker of this node was faster, with the same
+        try:
+            (temporary / INDEX).write_text(index)
+            for name, target in targets.items():
+                (temporary / name).parent.mkdir(exist_ok=True)
+                (temporary / name).symlink_to(target)
             temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        if not folder.is_dir():
+        if not folder.is_dir():  # else another worker of this node was faster, with the same
             raise Fatal(f"{folder.parent} cannot be written: {error.strerror}; XDG_CACHE_HOME names another place") from error
     return folder
 
