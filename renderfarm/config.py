@@ -52,6 +52,18 @@ class ComponentSpec(Strict):
     """Where the component lies in a whole model, e.g. `vae`."""
 
 
+class Quantization(Strict):
+    """Weights quantised while they are loaded, by diffusers and one of the packages that it knows for that."""
+
+    backend: Literal["torchao", "quanto", "bitsandbytes"]
+    """torchao is compared with diffusers' own pixels here (renderfarm[torchao]); the others are passed on as they are."""
+    components: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Which parts of the model: `[transformer]`, `[unet, text_encoder]`."""
+    arguments: dict[str, Any] = {}
+    """Of the backend's configuration in diffusers and transformers: `{load_in_4bit: true}`. For torchao, `quant_type` names one
+    of its configuration classes (`Int8WeightOnlyConfig`), and the others are that one's."""
+
+
 class ModelSpec(Strict):
     id: str
     """`builtin:shapes`, a folder in diffusers' format, a hub id `org/name`, or a store's URL (`s3://bucket/model`)."""
@@ -63,6 +75,8 @@ class ModelSpec(Strict):
     components: dict[str, ComponentSpec] = {}
     """Parts of the model (`vae`, `text_encoder`, `unet`, `scheduler` …) that others take the place of: a folder, or
     `{id: org/name, revision: <commit>, subfolder: vae}`."""
+    quantization: Quantization | None = None
+    """`{backend: torchao, components: [transformer], arguments: {quant_type: Int8WeightOnlyConfig}}`. None: weights as they are."""
     adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")], str] = {}
     """LoRA adapters by a name of your own: each a `.safetensors` file, relative to the job file. Rows and `render.adapters`
     say which are on, and how strongly. Needs renderfarm[lora]."""

@@ -65,6 +65,7 @@ class Prepared:
                 "revision": self.model.revision,
                 "variant": self.model.variant,
                 "components": self.model.components,
+                "quantization": job.model.quantization and job.model.quantization.model_dump(mode="json"),
                 "safety_checker": job.model.safety_checker,
                 "adapters": {name: sha256(data) for name, data in self.adapter_files.items()},
             },

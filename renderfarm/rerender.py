@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from renderfarm import commit
-from renderfarm.config import ComponentSpec, ModelSpec, Workers, component_specs, is_url, model_spec
+from renderfarm.config import ComponentSpec, ModelSpec, Quantization, Workers, component_specs, is_url, model_spec
 from renderfarm.errors import InvalidJob
 from renderfarm.models.catalog import IMAGES_OF, describe, for_task
 from renderfarm.models.load import load_model
@@ -76,8 +76,14 @@ def _model_spec(job: dict[str, Any], model: str | None, components: Sequence[str
     if model is None and _was_a_folder(stored):
         raise InvalidJob(f"the output was rendered with a model in a folder named {stored['id']!r}; say where it is: --model FOLDER")
     spec = model_spec(model) if model else ModelSpec(id=stored["id"], revision=stored["revision"])
-    stated = {"safety_checker": stored["safety_checker"], "variant": stored.get("variant")}
-    return spec.model_copy(update=stated | {"components": _components(stored, components)})
+    quantization = stored.get("quantization")
+    stated: dict[str, Any] = {
+        "safety_checker": stored["safety_checker"],
+        "variant": stored.get("variant"),
+        "components": _components(stored, components),
+        "quantization": quantization and Quantization.model_validate(quantization),
+    }
+    return spec.model_copy(update=stated)
 
 
 def _was_a_folder(stored: dict[str, Any]) -> bool:

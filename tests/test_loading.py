@@ -16,9 +16,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import torchao
 import transformers
 from oracle import CLASSES, B, plain_pipeline, reference, row
 from safetensors.torch import load_file, save_file
+from torchao.quantization import Int8WeightOnlyConfig
 
 import renderfarm
 from renderfarm.config import ModelSpec, Workers, load_job
@@ -320,6 +322,80 @@ def test_what_is_no_component_of_the_model_is_refused_before_a_worker_starts(
     with pytest.raises(InvalidJob, match=message):
         renderfarm.run(load_job(write_job(write_manifest(), model=model)), engine="inline")
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------- quantised while loading
+
+EIGHT_BITS: dict[str, Any] = {"backend": "torchao", "arguments": {"quant_type": "Int8WeightOnlyConfig"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "dtype"),
+    [("flux-dev", ["transformer"], "float32"), ("sd", ["unet", "text_encoder"], "float32"), ("qwen-image", ["transformer"], "bfloat16")],
+)
+def test_quantised_components_render_the_pixels_of_diffusers_with_them(
+    name: str, parts: list[str], dtype: str, tiny_model: Callable[[str], Path]
+) -> None:
+    spec = ModelSpec(id=str(tiny_model(name)), quantization=EIGHT_BITS | {"components": parts})
+    usual = USUAL | {"sampler": describe(spec).sampler, "guidance_scale": 1.0}
+    rows = [row(k, prompt=prompt, **usual | {"num_inference_steps": 2 + k % 2}) for k, prompt in enumerate("abcd")]
+    loop = SlotLoop(lambda: load_model(describe(spec), Workers(batch_size=B, dtype=dtype)))  # type: ignore[arg-type]
+    try:
+        model = loop.ready.result()
+        check_places(model, rows[0])
+        assert model.profile()["quantization"] == {**EIGHT_BITS, "components": parts, "version": torchao.__version__.partition("+")[0]}
+        made = [future.result(timeout=120).pixels for future in loop.submit(rows)]
+    finally:
+        loop.close()
+    libraries = {part: transformers if part == "text_encoder" else diffusers for part in parts}
+    mapping = {part: library.TorchAoConfig(Int8WeightOnlyConfig()) for part, library in libraries.items()}
+    config = diffusers.PipelineQuantizationConfig(quant_mapping=mapping)
+    pipe = plain_pipeline(CLASSES[name], tiny_model(name), dtype, quantization_config=config)
+    for wanted, ours in zip(rows, made, strict=True):
+        np.testing.assert_array_equal(ours, reference(pipe, wanted))
+    assert (made[0] != reference(plain_pipeline(CLASSES[name], tiny_model(name), dtype), rows[0])).any()
+
+
+def test_a_job_with_quantised_components_is_verified_with_them(
+    own: Callable[..., Path], write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    folder = own("flux-dev")
+    model = {"id": str(folder), "quantization": EIGHT_BITS | {"components": ["transformer"]}}
+    small = {"num_inference_steps": 2, "height": 32, "width": 32}
+    path = write_job(write_manifest({"prompt": ["a"]}), model=model, render=small, workers={"batch_size": B})
+    assert renderfarm.run(path, engine="inline").images == 1
+    assert [again.result for again in verify(str(tmp_path / "out"), Choice(), str(folder)).again] == ["identical"]
+    path = write_job(tmp_path / "prompts.parquet", model=str(folder), render=small, workers={"batch_size": B})
+    with pytest.raises(InvalidJob, match=r"model\.quantization: \{.*torchao.*\} there, null now"):
+        renderfarm.run(path, engine="inline")
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "message"),
+    [
+        (
+            {"components": ["transfomer"]},
+            InvalidJob,
+            r"model\.quantization\.components: .* has no transfomer; its components: .*transformer",
+        ),
+        ({"components": ["scheduler"]}, InvalidJob, r"scheduler has no weights; leave it out"),
+        ({"components": []}, InvalidJob, r"model\.quantization\.components: "),
+        ({"backend": "int8"}, InvalidJob, r"model\.quantization\.backend: .*'torchao', 'quanto' or 'bitsandbytes'"),
+        ({"arguments": {}}, Fatal, r"model\.quantization: torchao does not take these arguments: .*None"),
+        ({"arguments": {"quant_type": "Int8WeightOnlyConfig", "bits": 3}}, Fatal, r"torchao does not take these arguments: .*bits"),
+        ({"backend": "bitsandbytes"}, Fatal, r"bitsandbytes needs the package bitsandbytes: pip install bitsandbytes"),
+        ({"backend": "quanto"}, Fatal, r"quanto needs the package optimum-quanto: pip install optimum-quanto"),
+    ],
+)
+def test_a_quantisation_that_cannot_be_done_ends_with_the_reason(
+    given: dict[str, Any], kind: Any, message: str, tiny_model: Callable[[str], Path], write_manifest: Write, write_job: Write,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    gone, real = {"bitsandbytes", "optimum"}, importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *more: None if name in gone else real(name, *more))
+    model = {"id": str(tiny_model("flux-dev")), "quantization": {**EIGHT_BITS, "components": ["transformer"], **given}}
+    with pytest.raises(kind, match=message):
+        renderfarm.run(load_job(write_job(write_manifest(), model=model)), engine="inline")
 
 
 # ---------------------------------------------------------------------------------------------- refused

@@ -109,10 +109,15 @@ def check_index(index: Index, model: str) -> None:
             )
 
 
-def check_name(name: str, index: Index, model: str) -> None:
-    """Raise InvalidJob for a component that the model does not have."""
+def holds_weights(kind: str) -> bool:
+    """Whether a component's class is a model."""
+    return re.search("Tokenizer|Processor|Extractor|Scheduler", kind) is None
+
+
+def check_name(name: str, index: Index, model: str, what: str) -> None:
+    """Raise InvalidJob for a component that the model does not have. `what`: the field of the job, to begin a message with."""
     if name not in components(index):
-        raise InvalidJob(f"model.components: {model} has no {name}; its components: {', '.join(sorted(components(index)))}")
+        raise InvalidJob(f"{what}: {model} has no {name}; its components: {', '.join(sorted(components(index)))}")
 
 
 def check_configuration(config: dict[str, Any], file: str, model: str) -> None:
@@ -123,7 +128,7 @@ def check_configuration(config: dict[str, Any], file: str, model: str) -> None:
 
 def check_weights(files: Collection[str], index: Index, variant: str | None, model: str, *, safety_checker: bool) -> None:
     """Raise InvalidJob where a component has no weights that can be loaded, or none the variant that is asked for."""
-    named = [name for name, (_, kind) in components(index).items() if not re.search("Tokenizer|Processor|Extractor|Scheduler", kind)]
+    named = [name for name, (_, kind) in components(index).items() if holds_weights(kind)]
     there = {name: [file for file in files if file.startswith(f"{name}/")] for name in named}
     for name, inside in there.items():
         if f"{name}/config.json" in inside and (safety_checker or name not in SAFETY):

@@ -17,7 +17,7 @@ from renderfarm.config import Workers, fixed_batch_size
 from renderfarm.errors import Fatal
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.fingerprint import file_sha256
-from renderfarm.models.quantization import from_gguf, quantised_names
+from renderfarm.models.quantization import from_gguf, load_arguments, quantization_profile
 from renderfarm.models.torch_setup import describe_profile, prepare_torch
 
 
@@ -31,7 +31,7 @@ class LoadedPipeline(ABC):
         self.info, self.workers, self.batch_size = info, workers, fixed_batch_size(workers)
         self.device = prepare_torch(workers)
         self.dtype: torch.dtype = getattr(torch, workers.dtype)
-        quantised = from_gguf(info, self.dtype)
+        quantised = load_arguments(info) | from_gguf(info, self.dtype)
         try:
             self.pipe = self.pipeline.from_pretrained(
                 info.folder,
@@ -87,8 +87,7 @@ class LoadedPipeline(ABC):
         # names with `_` are diffusers' own notes, one of them a list in hash order
         scheduler = {key: value for key, value in self.scheduler_config.items() if not key.startswith("_")}
         own = {"text_length": self.text_length, "vae_slicing": True, "scheduler": scheduler, "safety_checker": self.info.safety_checker}
-        if quantised_names(self.info):
-            own["gguf"] = version("gguf")
+        own |= quantization_profile(self.info)
         if self.info.adapters:
             own |= {"adapters": {name: file_sha256(Path(path)) for name, path in self.info.adapters.items()}, "peft": version("peft")}
         return describe_profile(self.info, self.workers, self.device) | own | {"batch_size": self.batch_size}

@@ -25,6 +25,7 @@ from renderfarm.models.files import (
     check_name,
     check_weights,
     components,
+    holds_weights,
     local,
     read_files,
 )
@@ -43,8 +44,9 @@ def find_model(spec: ModelSpec, *, weights: bool) -> Path:
     places = {"": _place(model, spec.revision, f"model {model}", pinned=pinned)}
     index = read_index(places[""].get(filter(_is_configuration, places[""].files)), model)
     check_index(index, model)
+    check_quantization(spec, index, model)
     for name, given in spec.components.items():
-        check_name(name, index, model)
+        check_name(name, index, model, "model.components")
         where = f"model.components.{name}"
         place = _quantised(given, where, components(index)[name]) if is_quantised(given) else _component(given, where, pinned=pinned)
         places[name] = place
@@ -80,6 +82,15 @@ def read_json(path: Path, problem: str) -> dict[str, Any]:
 
 def _is_configuration(file: str) -> bool:
     return file == INDEX or file.endswith("config.json")
+
+
+def check_quantization(spec: ModelSpec, index: dict[str, Any], model: str) -> None:
+    for name in spec.quantization.components if spec.quantization else ():
+        check_name(name, index, model, "model.quantization.components")
+        if not holds_weights(components(index)[name][1]):
+            raise InvalidJob(f"model.quantization.components: {name} has no weights; leave it out")
+        if name in spec.components and is_quantised(spec.components[name]):
+            raise InvalidJob(f"model.quantization.components: {name} comes from a .gguf file, which is quantised; leave it out")
 
 
 def _is_replaced(file: str, spec: ModelSpec) -> bool:
