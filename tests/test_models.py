@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from renderfarm.errors import Fatal, Filtered, InvalidInput, InvalidJob
 from renderfarm.models import catalog
 from renderfarm.models.about import about
 from renderfarm.models.catalog import describe
-from renderfarm.models.families import FAMILIES, families_markdown
+from renderfarm.models.families import FAMILIES, compared, families_markdown
 from renderfarm.models.load import load_model
 from renderfarm.plan import Grid, leases
 from renderfarm.preparation import prepare
@@ -289,6 +290,15 @@ def test_the_table_of_families_is_the_codes_and_each_family_in_it_was_compared_w
     text = (Path(catalog.__file__).parent / "FAMILIES.md").read_text()
     assert families_markdown() in text, "write it again with `renderfarm models --markdown`"
     assert {kind.__name__ for kind in CLASSES.values()} == set(FAMILIES)
+
+
+def test_the_record_of_comparisons_is_of_the_versions_that_are_tested() -> None:
+    """Of other ones nothing is known: `pytest --record renderfarm/models/compared.json tests/test_families.py tests/test_tasks.py`."""
+    (cpu,) = compared()
+    pins = dict(line.split("==") for line in (Path(__file__).parent.parent / "constraints.txt").read_text().splitlines() if "==" in line)
+    for name in ("torch", "diffusers", "transformers"):
+        assert cpu[name] == pins[name] == version(name).partition("+")[0]
+    assert {kind.__name__ for kind in CLASSES.values()} <= set(cpu["comparisons"])
 
 
 def test_what_is_known_of_a_model_is_told_without_loading_it(copy: Path) -> None:

@@ -76,8 +76,9 @@ def encoded(image: Image.Image, format_: str = "PNG", **options: Any) -> bytes:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "task"), CLASSES)
 def test_each_row_gets_the_pixels_that_diffusers_gives_it_alone(
-    name: str, task: str, dtype: str, tiny_model: Callable[[str], Path]
+    name: str, task: str, dtype: str, tiny_model: Callable[[str], Path], record_property: Callable[[str, str], None]
 ) -> None:
+    record_property("compared", CLASSES[name, task].__name__)
     folder, inpaint = tiny_model(name), task == "inpainting"
     info = for_task(describe(ModelSpec(id=str(folder))), ("image", "mask_image") if inpaint else ("image",))
     assert (info.task, info.pipeline_class) == (task, CLASSES[name, task].__name__)

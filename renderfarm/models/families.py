@@ -5,9 +5,11 @@ Adding a family: one module beside this one, one line in FAMILIES. Nothing here 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from renderfarm.samplers import NOTHING, SAMPLERS, Kind
@@ -209,20 +211,26 @@ FAMILIES = {
 GENERIC = Family("generic:Generic", "own", PLAIN, 50, 5.0, "", _of_any, {}, False, "calls", False)
 
 
+def compared() -> list[dict[str, Any]]:
+    """Which classes gave diffusers' own pixels in every comparison of the tests, by device and versions: what `pytest --record` wrote."""
+    found: list[dict[str, Any]] = json.loads(Path(__file__).with_name("compared.json").read_text(encoding="utf-8"))
+    return found
+
+
 def families_markdown() -> str:
     """FAMILIES as a table for people. Tests compare it with the file, and the families with those that they measured."""
     lines = [
-        "| pipeline class | batching | tasks | arguments besides the common ones | legal samplers | exact |",
+        "| pipeline class | batching | tasks | arguments besides the common ones | legal samplers | exact on |",
         "|---|---|---|---|---|---|",
     ]
+    records = compared()
     for name, family in FAMILIES.items():
         more = ", ".join(f"`{argument}`" for argument in sorted(family.arguments - ALWAYS)) or "none"
         legal = [s.name for s in SAMPLERS.values() if s.kind == family.kind and s.name not in family.refused_samplers]
         samplers = ", ".join(f"`{sampler}`" for sampler in legal) if len(legal) < 5 else f"all {len(legal)} of kind {family.kind}"
-        tasks = [
-            "text-to-image",
-            *(["image-to-image"] if family.image_to_image else []),
-            *(["inpainting"] if family.inpainting else []),
-        ]
-        lines.append(f"| `{name}` | {family.batching} | {', '.join(tasks)} | {more} | {samplers} | yes |")
+        tasks = {"text-to-image": name}
+        tasks |= {"image-to-image": family.image_to_image.pipeline_class} if family.image_to_image else {}
+        tasks |= {"inpainting": family.inpainting.pipeline_class} if family.inpainting else {}
+        exact = [record["device"] for record in records if set(tasks.values()) <= set(record["comparisons"])]
+        lines.append(f"| `{name}` | {family.batching} | {', '.join(tasks)} | {more} | {samplers} | {', '.join(exact) or 'nothing yet'} |")
     return "\n".join(lines) + "\n"
