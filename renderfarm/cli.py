@@ -188,7 +188,21 @@ def status(out: Annotated[str, typer.Argument(help="The output folder.", show_de
         _print_pairs(found)
 
 
-Model = Annotated[str | None, typer.Option("--model", help="Where the model lies, if the job named a folder.")]
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", help="Where the model lies, if the job named a folder; again as controlnet=FOLDER for one beside it."),
+]
+
+
+def _model_and_beside(models: list[str] | None) -> tuple[str | None, dict[str, str]]:
+    from renderfarm.config import COMPANIONS
+
+    pairs = [text.partition("=") for text in models or []]
+    beside = {name: folder for name, equals, folder in pairs if equals and name in COMPANIONS}
+    own = [text for text, (name, equals, _) in zip(models or [], pairs, strict=True) if not (equals and name in COMPANIONS)]
+    if len(own) > 1:
+        raise InvalidJob(f"--model is given twice ({' and '.join(own)}); name one, and others as {', '.join(COMPANIONS)}=FOLDER")
+    return (own[0] if own else None), beside
 
 
 @app.command()
@@ -197,7 +211,7 @@ def verify(
     sample: Annotated[int, typer.Option(min=0, help="So many images, spread at random, are rendered again; 0: files only.")] = 8,
     rows: Annotated[str | None, typer.Option(help="Render these rows again: 0-5,7.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Render everything again.")] = False,
-    model: Model = None,
+    model: Models = None,
     as_json: AsJson = False,
 ) -> None:
     """Check every file against its table, and render some images again: the same bits must come out."""
@@ -206,7 +220,7 @@ def verify(
     from renderfarm.verification import Choice
     from renderfarm.verification import verify as verify_output
 
-    found = verify_output(out, Choice(all=all_, rows=rows, sample=sample), model)
+    found = verify_output(out, Choice(all=all_, rows=rows, sample=sample), *_model_and_beside(model))
     if as_json:
         _print_json({**asdict(found), "ok": found.ok})
     else:
@@ -250,7 +264,7 @@ def inspect(
     out: Annotated[str, typer.Argument(help="The output folder.", show_default=False)],
     image: Annotated[str, typer.Argument(metavar="ROW[:K]", help="The row's ordinal, and which of its images.", show_default=False)],
     render: Annotated[Path | None, typer.Option(help="Render that image again, alone, into this PNG file, and compare.")] = None,
-    model: Model = None,
+    model: Models = None,
     as_json: AsJson = False,
 ) -> None:
     """Show where one image comes from; with --render, make it again."""
@@ -263,7 +277,7 @@ def inspect(
     if not row.isdecimal() or not (k or "0").isdecimal() or len(image) > 30:
         raise InvalidJob(f"{image!r} is not ROW or ROW:K; the row's ordinal counts from 0, for example 12 or 12:3")
     found = inspect_image(out, int(row), int(k or 0))
-    again = render_to(found, render, model) if render else None
+    again = render_to(found, render, *_model_and_beside(model)) if render else None
     if as_json:
         shown = {"out": found.out, "part": found.part, "file": found.file, "record": found.record, "profile": found.profile}
         _print_json({**shown, "again": asdict(again) if again else None})

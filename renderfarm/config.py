@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from renderfarm.errors import InvalidJob
 from renderfarm.seeds import MAX_SEED
@@ -41,6 +41,26 @@ class ManifestSpec(Strict):
     """Render only rows whose columns have these values (a value or a list); `row` takes ranges: `{row: "0-199,300"}`."""
 
 
+class Companion(Strict):
+    """A second model that is used beside the job's: a folder, or a hub id with its commit."""
+
+    id: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+
+
+def _by_id(value: Any) -> Any:
+    return {"id": value} if isinstance(value, str) else value
+
+
+class SuperResolution(Companion):
+    """A stage that enlarges the pictures of the stage before; its settings are the job's, not a row's."""
+
+    num_inference_steps: Annotated[int, Field(ge=1, le=998)] = 50
+    guidance_scale: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 4.0
+    noise_level: Annotated[int, Field(ge=0, le=999)] = 250
+    """How much noise the small picture gets before it is enlarged."""
+
+
 class ModelSpec(Strict):
     id: str
     """`builtin:shapes`, a folder in diffusers' format, or a hub id `org/name`."""
@@ -51,8 +71,17 @@ class ModelSpec(Strict):
     say which are on, and how strongly. Needs renderfarm[lora]."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """What `renderfarm models --model` prints: a model with another byte stops the job before it renders."""
+    controlnet: Annotated[Companion, BeforeValidator(_by_id, json_schema_input_type=Companion | str)] | None = None
+    """A ControlNet for Stable Diffusion or SDXL, in diffusers' format; each row gives its `control_image`."""
+    refiner: Annotated[Companion, BeforeValidator(_by_id, json_schema_input_type=Companion | str)] | None = None
+    """SDXL's refiner: it takes over where `denoising_end` says, with the noise that is left."""
+    super_resolution: Annotated[SuperResolution, BeforeValidator(_by_id, json_schema_input_type=SuperResolution | str)] | None = None
+    """DeepFloyd IF's second stage. Heights and widths are then those of its pictures."""
     safety_checker: bool = False
     """Run the model's own safety checker, if it has one; an image that it refuses ends as an error row."""
+
+
+COMPANIONS = ("controlnet", "refiner", "super_resolution")
 
 
 class Render(Strict):
@@ -75,6 +104,14 @@ class Render(Strict):
     """Which of `model.adapters` are on for a row that says nothing, e.g. `detail:0.8, style`; a row's `none` turns them off."""
     strength: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     """How much of an input image is painted anew: 1 all of it. About that share of the steps runs."""
+    controlnet_conditioning_scale: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = None
+    """How strongly a ControlNet steers; 1 if nothing says."""
+    control_guidance_start: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """The share of the steps before a ControlNet begins to steer; 0 if nothing says."""
+    control_guidance_end: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The share of the steps after which it steers no more; 1 if nothing says."""
+    denoising_end: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The share of the noise that SDXL removes before its refiner takes over; 0.8 if nothing says."""
     on_truncation: Literal["record", "error"] = "record"
     """What to do with a prompt that the model reads only a beginning of. record: render it, and say in the table what
     was cut off. error: the row ends as an error."""
@@ -100,7 +137,7 @@ class Render(Strict):
 
 
 class Inputs(Strict):
-    """The images that rows give: `image`, `mask_image`."""
+    """The images that rows give: `image`, `mask_image`, `control_image`."""
 
     folder: str | None = None
     """Where relative paths start; no path may lead out of it. Default: the manifest's folder."""
@@ -208,12 +245,13 @@ class Job(Strict):
     @field_validator("model", mode="before", json_schema_input_type=ModelSpec | str)
     @classmethod
     def _model_id(cls, value: Any) -> Any:
-        return {"id": value} if isinstance(value, str) else value
+        return _by_id(value)
 
     @model_validator(mode="after")
     def _no_credentials(self) -> Job:
         paths = self.manifest.path if isinstance(self.manifest.path, list) else [self.manifest.path]
         places = [*(("manifest.path", path) for path in paths), ("output.path", self.output.path), ("model.id", self.model.id)]
+        places += [(f"model.{name}", given.id) for name in COMPANIONS if (given := getattr(self.model, name))]
         for place, text in places:
             # the secret may hold slashes, as AWS keys do; `host:9000/…@…` is a port and a path
             if re.match(r"^[a-z0-9+.-]+://[^/@:]*:(?!\d+/)[^@]*@", text, re.IGNORECASE):
@@ -384,17 +422,22 @@ def _absolute(text: str, base: Path) -> str:
     return os.path.normpath(base / Path(text).expanduser())
 
 
+def _model_folder(model_id: str, base: Path) -> str:
+    """A hub id stays what it is."""
+    return _absolute(model_id, base) if model_id.startswith((".", "/", "~")) else model_id
+
+
 def _resolve(job: Job, base: Path) -> Job:
     paths = job.manifest.path if isinstance(job.manifest.path, list) else [job.manifest.path]
     absolute = [_absolute(path, base) for path in paths]
-    model_id, folder = job.model.id, job.inputs.folder
+    folder = job.inputs.folder
     adapters = {name: _absolute(path, base) for name, path in job.model.adapters.items()}
-    if model_id.startswith((".", "/", "~")):
-        model_id = _absolute(model_id, base)
+    companions = {name: getattr(job.model, name) for name in COMPANIONS}
+    resolved = {name: given and given.model_copy(update={"id": _model_folder(given.id, base)}) for name, given in companions.items()}
     return job.model_copy(
         update={
             "manifest": job.manifest.model_copy(update={"path": absolute if len(absolute) > 1 else absolute[0]}),
-            "model": job.model.model_copy(update={"id": model_id, "adapters": adapters}),
+            "model": job.model.model_copy(update={"id": _model_folder(job.model.id, base), "adapters": adapters, **resolved}),
             "output": job.output.model_copy(update={"path": _absolute(job.output.path, base)}),
             "inputs": job.inputs.model_copy(update={"folder": folder and _absolute(folder, base)}),
         }

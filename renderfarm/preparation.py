@@ -9,10 +9,10 @@ from typing import Any
 
 from renderfarm import commit
 from renderfarm.adapters import parse, read_files, sha256, written
-from renderfarm.config import Job, expand_env
+from renderfarm.config import COMPANIONS, Companion, Job, expand_env
 from renderfarm.errors import InvalidInput, InvalidJob
 from renderfarm.manifest import Manifest, open_manifest
-from renderfarm.models.catalog import ModelInfo, describe, for_task
+from renderfarm.models.catalog import ModelInfo, describe, for_task, shown_name
 from renderfarm.plan import Grid, where_row
 from renderfarm.records import PartReceipt
 from renderfarm.samplers import find_sampler
@@ -20,6 +20,8 @@ from renderfarm.samples import Usual, check_side, usual
 from renderfarm.storage import Store, open_store
 
 USUAL_ROWS = 32
+CONTROL = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "denoising_end")
+TAKEN_BY_SOME = ("negative_prompt", "true_cfg_scale", *CONTROL)
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Prepared:
                 "revision": self.model.revision,
                 "safety_checker": job.model.safety_checker,
                 "adapters": {name: sha256(data) for name, data in self.adapter_files.items()},
+                **{name: _frozen(given) for name in COMPANIONS if (given := getattr(job.model, name))},
             },
             "task": self.model.task,
             "render": self._render_defaults(),
@@ -85,13 +88,18 @@ class Prepared:
         return defaults | {
             "sampler": find_sampler(given.sampler or self.model.sampler, self.model.kind, self.model.refused_samplers).name,
             "negative_prompt": given.negative_prompt,
-            "true_cfg_scale": given.true_cfg_scale,
+            **{name: getattr(given, name) for name in ("true_cfg_scale", *CONTROL)},
             "strength": given.strength,
             "adapters": written(parse(given.adapters, self.model.adapters)),
             "on_truncation": given.on_truncation,
             "num_images_per_prompt": given.num_images_per_prompt or 1,
             "override": sorted(given.override),
         }
+
+
+def _frozen(companion: Companion) -> dict[str, Any]:
+    """A local folder by its name, as a model's."""
+    return companion.model_dump() | {"id": shown_name(expand_env(companion.id))}
 
 
 def prepare(job: Job) -> Prepared:
@@ -108,7 +116,7 @@ def prepare(job: Job) -> Prepared:
     # expanded once and here: a worker's environment and folder may be others
     store = open_store(expand_env(job.output.path))
     job = job.model_copy(update={"output": job.output.model_copy(update={"path": store.url})})
-    if model.task != "text-to-image":
+    if model.images:
         job = job.model_copy(update={"inputs": job.inputs.model_copy(update={"folder": _inputs_folder(job, manifest)})})
     return Prepared(job, model, manifest, store)
 
@@ -127,11 +135,11 @@ def _check_render(job: Job, model: ModelInfo) -> None:
     """The job's own defaults must be renderable, or every row would fail."""
     try:
         find_sampler(job.render.sampler or model.sampler, model.kind, model.refused_samplers)
-        for name in ("negative_prompt", "true_cfg_scale"):
+        for name in TAKEN_BY_SOME:
             if getattr(job.render, name) is not None and name not in model.arguments:
                 raise InvalidInput(f"{name} is not an argument of this model; leave it out")
         parse(job.render.adapters, model.adapters)
-        if job.render.strength is not None and model.task == "text-to-image":
+        if job.render.strength is not None and "image" not in model.images:
             raise InvalidInput("strength is for rows with an image; leave it out, or give the manifest a column image")
         for name in ("height", "width"):
             if (value := getattr(job.render, name)) is not None:

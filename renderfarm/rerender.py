@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 from renderfarm import commit
-from renderfarm.config import ModelSpec, Workers, model_spec
+from renderfarm.config import COMPANIONS, ModelSpec, Workers, model_spec
 from renderfarm.errors import InvalidJob
-from renderfarm.models.catalog import IMAGES_OF, describe, for_task
+from renderfarm.models.catalog import describe, for_task
+from renderfarm.models.families import IMAGES_OF
 from renderfarm.models.load import load_model
 from renderfarm.reading import Output
-from renderfarm.records import InputImage, Sample, SampleKey
+from renderfarm.records import IMAGE_ARGUMENTS, InputImage, Sample, SampleKey
 from renderfarm.slots import Rendered, SlotLoop
 from renderfarm.storage import Store
 
@@ -25,10 +27,11 @@ from renderfarm.storage import Store
 class Renderer:
     """The output's model, set up as its profile says. `differences`: where this machine does not match that profile."""
 
-    def __init__(self, output: Output, model: str | None = None) -> None:
-        """`model`: where a model lies that the job knew by a folder. Raises InvalidJob if it cannot be found."""
+    def __init__(self, output: Output, model: str | None, beside: Mapping[str, str]) -> None:
+        """`model`: where a model lies that the job knew by a folder; `beside`: the same of a ControlNet and its kin. Raises
+        InvalidJob if one cannot be found."""
         profile = commit.read_profile(output.store)
-        info = for_task(describe(_model_spec(output.job, model)), IMAGES_OF[output.job.get("task", "text-to-image")])
+        info = for_task(describe(_model_spec(output.job, model, beside)), IMAGES_OF[output.job.get("task", "text-to-image")])
         self._store = output.store
         self._adapters = tempfile.TemporaryDirectory(prefix="renderfarm-")
         info = dataclasses.replace(info, adapters=_written(output, Path(self._adapters.name)))
@@ -54,10 +57,10 @@ class Renderer:
 
 def sample_of(record: dict[str, Any], store: Store | None = None) -> Sample:
     """The sample that a row of the image table is about; its images are those that the output's `store` keeps."""
-    names = {field.name for field in dataclasses.fields(Sample)} - {"key", "image", "mask_image"}
+    names = {field.name for field in dataclasses.fields(Sample)} - {"key", *IMAGE_ARGUMENTS}
     images: dict[str, Any] = {
         name: InputImage(record[f"init_{name}"], commit.kept(store, record[f"init_{name}_sha256"]))
-        for name in ("image", "mask_image")
+        for name in IMAGE_ARGUMENTS
         if store is not None and record.get(f"init_{name}_sha256") is not None
     }
     return Sample(key=SampleKey(record["row"], record["image_index"]), **{n: record[n] for n in names if n in record}, **images)
@@ -71,12 +74,19 @@ def _written(output: Output, folder: Path) -> dict[str, str]:
     return {name: str(file) for name, file in files.items()}
 
 
-def _model_spec(job: dict[str, Any], model: str | None) -> ModelSpec:
+def _model_spec(job: dict[str, Any], model: str | None, beside: Mapping[str, str]) -> ModelSpec:
     stored = job["model"]
     if model is None and stored["revision"] is None and not stored["id"].startswith("builtin:"):
         raise InvalidJob(f"the output was rendered with a model in a folder named {stored['id']!r}; say where it is: --model FOLDER")
     spec = model_spec(model) if model else ModelSpec(id=stored["id"], revision=stored["revision"])
-    return spec.model_copy(update={"safety_checker": stored["safety_checker"]})
+    companions = {name: stored[name] for name in COMPANIONS if name in stored}
+    for name, one in companions.items():
+        if name not in beside and one["revision"] is None:
+            raise InvalidJob(
+                f"the output was rendered with a {name} in a folder named {one['id']!r}; say where it is: --model {name}=FOLDER"
+            )
+    companions |= {name: one | {"id": os.path.abspath(beside[name])} for name, one in companions.items() if name in beside}
+    return ModelSpec.model_validate(spec.model_dump() | {"safety_checker": stored["safety_checker"]} | companions)
 
 
 def _workers(job: dict[str, Any], profile: dict[str, Any]) -> Workers:

@@ -51,17 +51,29 @@ ARGUMENT_COLUMNS = pa.schema(
         pa.field("init_image_sha256", pa.string()),
         pa.field("init_mask_image", pa.string()),
         pa.field("init_mask_image_sha256", pa.string()),
+        pa.field("init_control_image", pa.string()),
+        pa.field("init_control_image_sha256", pa.string()),
+        pa.field("controlnet_conditioning_scale", pa.float64()),
+        pa.field("control_guidance_start", pa.float64()),
+        pa.field("control_guidance_end", pa.float64()),
+        pa.field("denoising_end", pa.float64()),
     ]
 )
-# Which argument makes a column of ARGUMENT_COLUMNS appear, where it is not the one of its name. `image` is what readers
-# of datasets call the picture that was painted.
+# Which argument, or which part of the job, makes a column of ARGUMENT_COLUMNS appear, where it is not the one of its name.
+# `image` is what readers of datasets call the picture that was painted.
 GIVEN_BY = {
     "strength": "image",
-    "resize": "image",
+    "resize": "images",
     "init_image": "image",
     "init_image_sha256": "image",
     "init_mask_image": "mask_image",
     "init_mask_image_sha256": "mask_image",
+    "init_control_image": "control_image",
+    "init_control_image_sha256": "control_image",
+    "controlnet_conditioning_scale": "control_image",
+    "control_guidance_start": "control_image",
+    "control_guidance_end": "control_image",
+    "denoising_end": "refiner",
 }
 ERROR_COLUMNS = pa.schema(
     [

@@ -28,7 +28,7 @@ from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.load import load_model
 from renderfarm.models.measure import best_batch_size, check_places, seconds_per_image
 from renderfarm.pictures import shown
-from renderfarm.records import Lease, Part, PartReceipt, Receipt, RowError, Sample, SampleKey, WorkerReady
+from renderfarm.records import IMAGE_ARGUMENTS, Lease, Part, PartReceipt, Receipt, RowError, Sample, SampleKey, WorkerReady
 from renderfarm.samples import Usual, expand_rows, row_error
 from renderfarm.schema import ARGUMENT_COLUMNS, ERROR_COLUMNS, GIVEN_BY, IMAGE_COLUMNS, output_name
 from renderfarm.slots import Rendered, SlotLoop
@@ -134,7 +134,7 @@ class Worker:
 
     def _with_images(self, samples: list[Sample]) -> tuple[list[Sample], list[RowError]]:
         """Samples with their images; errors for those whose images are of no use."""
-        if self.spec.model.task == "text-to-image":
+        if not self.spec.model.images:
             return samples, []
         found = list(zip(samples, Fetcher(self.job.inputs, self.spec.model, self.store).fetch(samples), strict=True))
         unusable = [row_error(s.key, s.row_id, s.prompt, error) for s, error in found if isinstance(error, RenderfarmError)]
@@ -181,7 +181,7 @@ class Worker:
         name = files.image_name(sample.key, image, format_)
         self.store.put(files.image_key(part, name), image.data)
         return {
-            **{f.name: getattr(sample, f.name) for f in dataclasses.fields(sample) if f.name not in ("key", "image", "mask_image")},
+            **{f.name: getattr(sample, f.name) for f in dataclasses.fields(sample) if f.name not in ("key", *IMAGE_ARGUMENTS)},
             **_inputs(sample),
             "row": sample.key.row,
             "image_index": sample.key.image_index,
@@ -202,7 +202,8 @@ class Worker:
     def _image_table(self, records: list[dict[str, Any]], rows: pa.Table) -> pa.Table:
         """Our columns, sorted by sample, then the manifest's own for each row."""
         records = sorted(records, key=lambda record: (record["row"], record["image_index"]))
-        named = {*rows.column_names, *(name for name, value in self.job.render if value is not None)}
+        named = {*rows.column_names, *(name for name, value in self.job.render if value is not None), *self.spec.model.companions}
+        named |= {"images"} if self.spec.model.images else set()
         given = [field for field in ARGUMENT_COLUMNS if GIVEN_BY.get(field.name, field.name) in named]
         table = pa.Table.from_pylist(records, schema=pa.schema([*IMAGE_COLUMNS, *given]))
         place = {ordinal: index for index, ordinal in enumerate(rows.column(ROW).to_pylist())}
@@ -214,7 +215,7 @@ class Worker:
 
 
 def _inputs(sample: Sample) -> dict[str, str | None]:
-    given = {name: image for name in ("image", "mask_image") if (image := getattr(sample, name)) is not None}
+    given = {name: image for name in IMAGE_ARGUMENTS if (image := getattr(sample, name)) is not None}
     sources = {f"init_{name}": image.source and shown(image.source) for name, image in given.items()}
     return sources | {f"init_{name}_sha256": image.sha256 for name, image in given.items()}
 

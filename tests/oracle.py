@@ -85,7 +85,10 @@ AS_ASKED: dict[Any, dict[str, Any]] = {
     diffusers.SanaPipeline: {"use_resolution_binning": False, "clean_caption": False, "complex_human_instruction": None},
     diffusers.IFPipeline: {"clean_caption": False},
 }
-NUMBERS = ("height", "width", "guidance_scale", "true_cfg_scale", "strength")
+NUMBERS = (
+    *("height", "width", "guidance_scale", "true_cfg_scale", "strength"),
+    *("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"),
+)
 BY_IMAGE = ("height", "width")  # which some calls take from the image that they are given
 FLOW_REFERENCE: dict[str, tuple[Any, dict[str, Any]]] = {
     "flow-euler": (diffusers.FlowMatchEulerDiscreteScheduler, {}),
@@ -175,10 +178,10 @@ class Model:
         return self.known[wanted]
 
 
-def plain_pipeline(class_: Any, folder: Any, dtype: str = "float32", threads: int = 1, **absent: None) -> Any:
+def plain_pipeline(class_: Any, folder: Any, dtype: str = "float32", threads: int = 1, **parts: Any) -> Any:
     """diffusers' own pipeline, as a user would load it; slicing decodes image by image."""
     torch.set_num_threads(threads)
-    pipe = class_.from_pretrained(folder, dtype=getattr(torch, dtype), **absent)
+    pipe = class_.from_pretrained(folder, dtype=getattr(torch, dtype), **parts)
     pipe.set_progress_bar_config(disable=True)
     if hasattr(pipe, "vae"):
         pipe.vae.enable_slicing()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import os
 import re
 import time
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from checker import check_complete, error_rows, image_rows
 from oracle import DTYPES, LEGAL, B, pixels, plain_pipeline, reference, row
+from pictures_given import encoded, mask, picture
 from PIL import Image
 
 import renderfarm
@@ -39,6 +39,7 @@ from renderfarm.verification import Choice, verify
 
 Write = Callable[..., Path]
 
+TASKS = ("image-to-image", "inpainting")
 CLASSES: dict[tuple[str, str], Any] = {
     ("sd", "image-to-image"): diffusers.StableDiffusionImg2ImgPipeline,
     ("sd", "inpainting"): diffusers.StableDiffusionInpaintPipeline,
@@ -54,23 +55,6 @@ CLASSES: dict[tuple[str, str], Any] = {
     ("z-image", "image-to-image"): diffusers.ZImageImg2ImgPipeline,
     ("z-image", "inpainting"): diffusers.ZImageInpaintPipeline,
 }
-
-
-def picture(number: int = 0, size: tuple[int, int] = (32, 32), mode: str = "RGB") -> Image.Image:
-    noise = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize(size, Image.Resampling.NEAREST).convert(mode)
-
-
-def mask(size: tuple[int, int] = (32, 32)) -> Image.Image:
-    found = Image.new("L", size)
-    found.paste(255, (8, 8, 24, 24))
-    return found
-
-
-def encoded(image: Image.Image, format_: str = "PNG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format_, **options)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -234,9 +218,7 @@ def test_images_are_turned_as_their_files_say_and_resized_as_the_job_says(job: C
 
 
 def test_the_classes_compared_here_are_those_of_the_table() -> None:
-    offered = {
-        task.pipeline_class for family in FAMILIES.values() for task in (family.image_to_image, family.inpainting) if task is not None
-    }
+    offered = {how.pipeline_class for family in FAMILIES.values() for name, how in family.tasks.items() if name in TASKS}
     assert offered == {kind.__name__ for kind in CLASSES.values()}
 
 

@@ -18,12 +18,11 @@ def about(spec: ModelSpec) -> dict[str, Any]:
     """Class, tasks, defaults, sizes, the memory of its weights, and its hash. Raises InvalidJob as `describe` does."""
     info = describe(spec)
     family = FAMILIES.get(info.pipeline_class, GENERIC)
-    tasks = {"text-to-image": True, "image-to-image": family.image_to_image, "inpainting": family.inpainting}
     found: dict[str, Any] = {
         "model": info.name,
         "class": info.pipeline_class or None,
         "rendered by": family.batching,
-        "tasks": ", ".join(task for task, there in tasks.items() if there),
+        "tasks": ", ".join(["text-to-image", *family.tasks]),
         "columns": ", ".join(sorted(info.arguments)),
         "default size": f"{info.height} high, {info.width} wide; multiples of {info.factor}, at most {info.max_side}",
         "default steps": info.num_inference_steps,

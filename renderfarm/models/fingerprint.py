@@ -37,6 +37,13 @@ def weight_hashes(folder: Path, *, safety_checker: bool) -> dict[str, str]:
     return found
 
 
+def companion_hashes(folder: Path) -> dict[str, str]:
+    """The same of a second model: a pipeline, or a single component."""
+    if (folder / "model_index.json").is_file():
+        return weight_hashes(folder, safety_checker=False)
+    return {path.name: file_sha256(path) for path in sorted(folder.iterdir()) if _is_read(path.name)}
+
+
 def model_sha256(hashes: dict[str, str]) -> str:
     """One hash for a whole model: of its files' hashes, sorted by path, one `path hash` a line."""
     return hashlib.sha256("".join(f"{path} {hashes[path]}\n" for path in sorted(hashes)).encode()).hexdigest()

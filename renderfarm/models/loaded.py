@@ -20,6 +20,15 @@ from renderfarm.models.fingerprint import file_sha256, model_sha256, weight_hash
 from renderfarm.models.torch_setup import describe_profile, prepare_torch
 
 
+def set_up(pipe: Any) -> None:
+    """A pipeline that is called as a whole: silent, image by image through its autoencoder, its scheduler kept."""
+    pipe.set_progress_bar_config(disable=True)
+    pipe.own_scheduler = pipe.scheduler
+    vae: Any = getattr(pipe, "vae", None)
+    if hasattr(vae, "enable_slicing"):
+        vae.enable_slicing()  # a batched VAE in bf16 gives other pixels
+
+
 class LoadedPipeline(ABC):
     """`pipeline`: diffusers' class. `text_length`: positions that the longest text encoder reads."""
 
@@ -45,6 +54,18 @@ class LoadedPipeline(ABC):
 
     def _load_arguments(self) -> dict[str, Any]:
         return {}
+
+    def _load_companion(self, kind: Any, name: str, **arguments: Any) -> Any:
+        """Another pipeline of the job's, or a part that the pipeline takes, from its own folder."""
+        folder = self.info.companions[name]
+        try:
+            loaded = kind.from_pretrained(folder, dtype=self.dtype, use_safetensors=True, local_files_only=True, **arguments)
+        except Exception as error:  # as for the model
+            raise Fatal(f"model.{name}: cannot be loaded from {folder}: {error}") from error
+        loaded = loaded.to(self.device)
+        if hasattr(loaded, "scheduler"):
+            set_up(loaded)
+        return loaded
 
     def _check_files(self, folder: Path) -> None:
         if self.info.sha256 is None:

@@ -1,10 +1,12 @@
-"""Image-to-image and inpainting of the families whose text-to-image is rendered in slots: diffusers' own calls."""
+"""Image-to-image, inpainting and ControlNets of the families whose text-to-image is rendered in slots: diffusers' own calls."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Hashable, Sequence
 from typing import Any
+
+from diffusers import ControlNetModel
 
 from renderfarm.config import Workers
 from renderfarm.models.base import Counted
@@ -30,6 +32,8 @@ class WithImages(WholeCall):
         arguments: dict[str, Any] = {"safety_checker": None} if "safety_checker" in self.pipeline._optional_components else {}
         if "add_watermarker" in inspect.signature(self.pipeline.__init__).parameters:  # else it is, where a package for it happens to be
             arguments["add_watermarker"] = False
+        if "controlnet" in self.info.companions:
+            arguments["controlnet"] = self._load_companion(ControlNetModel, "controlnet")
         return arguments
 
     def count_tokens(self, sample: Sample) -> Counted:

@@ -17,7 +17,7 @@ import transformers
 from renderfarm.config import Workers
 from renderfarm.errors import Fatal, OutOfMemory
 from renderfarm.models.catalog import ModelInfo
-from renderfarm.models.fingerprint import weight_hashes
+from renderfarm.models.fingerprint import companion_hashes, weight_hashes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -67,7 +67,7 @@ def describe_profile(info: ModelInfo, workers: Workers, device: str) -> dict[str
     return {
         "model": info.name,
         "model_revision": info.revision,
-        "weights": weight_hashes(Path(info.folder), safety_checker=info.safety_checker) if info.folder else {},
+        "weights": _all_hashes(info),
         "dtype": workers.dtype,
         "device": device,
         "device_model": _cpu_model() if on_cpu else torch.cuda.get_device_name(),
@@ -87,6 +87,13 @@ def describe_profile(info: ModelInfo, workers: Workers, device: str) -> dict[str
             name: version(name) for name in ("diffusers", "transformers", "tokenizers", "numpy", "scipy", "pillow")
         },  # LMS integrates with scipy
     }
+
+
+def _all_hashes(info: ModelInfo) -> dict[str, str]:
+    found = weight_hashes(Path(info.folder), safety_checker=info.safety_checker) if info.folder else {}
+    for name, folder in info.companions.items():
+        found |= {f"{name}/{path}": digest for path, digest in companion_hashes(Path(folder)).items()}
+    return found
 
 
 def _decides_pixels(name: str) -> bool:
