@@ -14,7 +14,7 @@ from typing import Any
 from renderfarm import commit
 from renderfarm.config import ModelSpec, Workers, model_spec
 from renderfarm.errors import InvalidJob
-from renderfarm.models.catalog import IMAGES_OF, describe, for_task
+from renderfarm.models.catalog import IMAGES_OF, describe, for_task, with_weights
 from renderfarm.models.load import load_model
 from renderfarm.reading import Output
 from renderfarm.records import InputImage, Sample, SampleKey
@@ -28,7 +28,8 @@ class Renderer:
     def __init__(self, output: Output, model: str | None = None) -> None:
         """`model`: where a model lies that the job knew by a folder. Raises InvalidJob if it cannot be found."""
         profile = commit.read_profile(output.store)
-        info = for_task(describe(_model_spec(output.job, model)), IMAGES_OF[output.job.get("task", "text-to-image")])
+        info = with_weights(describe(_model_spec(output.job, model)), output.job["render"].get("prompt_weighting"))
+        info = for_task(info, IMAGES_OF[output.job.get("task", "text-to-image")])
         self._store = output.store
         self._adapters = tempfile.TemporaryDirectory(prefix="renderfarm-")
         info = dataclasses.replace(info, adapters=_written(output, Path(self._adapters.name)))

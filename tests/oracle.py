@@ -183,14 +183,15 @@ def plain_pipeline(class_: Any, folder: Any, dtype: str = "float32", threads: in
     return pipe
 
 
-def reference(pipe: Any, wanted: Sample, batch_size: int = B) -> np.ndarray:
-    """Image 0 of diffusers' pipeline called with B copies of the row."""
+def reference(pipe: Any, wanted: Sample, batch_size: int = B, embeddings: dict[str, torch.Tensor] | None = None) -> np.ndarray:
+    """Image 0 of diffusers' pipeline called with B copies of the row. `embeddings`: given to the call instead of its texts."""
     kind, changes = (REFERENCE | FLOW_REFERENCE)[wanted.sampler]
     if changes.get("use_flow_sigmas") and "shift" in pipe.original_config:
         changes = {**changes, "flow_shift": pipe.original_config["shift"]}
     pipe.scheduler = kind.from_config(pipe.original_config, **changes)
     texts = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
-    arguments = {name: [getattr(wanted, name)] * batch_size for name in texts if getattr(wanted, name) is not None}
+    arguments: dict[str, Any] = {name: [getattr(wanted, name)] * batch_size for name in texts if getattr(wanted, name) is not None}
+    arguments = arguments if embeddings is None else dict(embeddings)
     if wanted.true_cfg_scale is not None:
         arguments["true_cfg_scale"] = wanted.true_cfg_scale
     arguments |= AS_ASKED.get(type(pipe), {})

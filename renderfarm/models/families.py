@@ -109,7 +109,8 @@ class Family:
     """A pipeline class: who renders it (`module:class` in this package), what rows may say, and the pipeline's own defaults.
 
     `refused_samplers`: of its kind, and yet not to be used, with the reason. `batching`: what rows must share to be
-    rendered together: slots, little; calls, all that diffusers' `__call__` takes once.
+    rendered together: slots, little; calls, all that diffusers' `__call__` takes once. `prompt_weighting`: whether its texts
+    may be weighted and long (`models.weighted`).
     """
 
     adapter: str
@@ -125,6 +126,7 @@ class Family:
     vae: bool = True
     image_to_image: ImageTask | None = None
     inpainting: ImageTask | None = None
+    prompt_weighting: bool = False
 
 
 NEGATIVE = frozenset({"negative_prompt", "negative_prompt_2", "negative_prompt_3"})
@@ -202,8 +204,14 @@ _TASKS = {
         ImageTask("ZImageInpaintPipeline", 1.0, "z_image:ZImage", "ceil"),
     ),
 }
+_WEIGHTED = ("StableDiffusionPipeline", LCM, "StableDiffusionXLPipeline")  # all their texts are CLIP's
 FAMILIES = {
-    name: replace(family, image_to_image=_TASKS[name][0], inpainting=_TASKS[name][1]) if name in _TASKS else family
+    name: replace(
+        family,
+        image_to_image=_TASKS[name][0] if name in _TASKS else None,
+        inpainting=_TASKS[name][1] if name in _TASKS else None,
+        prompt_weighting=name in _WEIGHTED,
+    )
     for name, family in FAMILIES.items()
 }
 GENERIC = Family("generic:Generic", "own", PLAIN, 50, 5.0, "", _of_any, {}, False, "calls", False)
@@ -212,8 +220,8 @@ GENERIC = Family("generic:Generic", "own", PLAIN, 50, 5.0, "", _of_any, {}, Fals
 def families_markdown() -> str:
     """FAMILIES as a table for people. Tests compare it with the file, and the families with those that they measured."""
     lines = [
-        "| pipeline class | batching | tasks | arguments besides the common ones | legal samplers | exact |",
-        "|---|---|---|---|---|---|",
+        "| pipeline class | batching | tasks | arguments besides the common ones | prompt weights | legal samplers | exact |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, family in FAMILIES.items():
         more = ", ".join(f"`{argument}`" for argument in sorted(family.arguments - ALWAYS)) or "none"
@@ -224,5 +232,6 @@ def families_markdown() -> str:
             *(["image-to-image"] if family.image_to_image else []),
             *(["inpainting"] if family.inpainting else []),
         ]
-        lines.append(f"| `{name}` | {family.batching} | {', '.join(tasks)} | {more} | {samplers} | yes |")
+        weights = "yes" if family.prompt_weighting else "no"
+        lines.append(f"| `{name}` | {family.batching} | {', '.join(tasks)} | {more} | {weights} | {samplers} | yes |")
     return "\n".join(lines) + "\n"
