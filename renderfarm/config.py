@@ -115,6 +115,10 @@ class Render(Strict):
     on_truncation: Literal["record", "error"] = "record"
     """What to do with a prompt that the model reads only a beginning of. record: render it, and say in the table what
     was cut off. error: the row ends as an error."""
+    prompt_weighting: Literal["a1111"] | None = None
+    """None: prompts are read as they are, up to the length that the model reads. a1111: weights as in A1111's web UI,
+    `(word:1.3)`, `((word))`, `[word]`, `BREAK`, and a long prompt is read whole, in chunks. For Stable Diffusion 1 and 2,
+    SDXL and latent consistency models. Needs renderfarm[weights]."""
     override: tuple[Literal["height", "width", "num_inference_steps", "guidance_scale", "sampler"], ...] = ()
     """Arguments for which the job's value wins over the row's column, e.g. `[height, width]`."""
 

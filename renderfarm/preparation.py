@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from renderfarm import commit
+from renderfarm import commit, weighting
 from renderfarm.adapters import parse, read_files, sha256, written
 from renderfarm.config import COMPANIONS, Companion, Job, expand_env
 from renderfarm.errors import InvalidInput, InvalidJob
 from renderfarm.manifest import Manifest, open_manifest
-from renderfarm.models.catalog import ModelInfo, describe, for_task, shown_name
+from renderfarm.models.catalog import ModelInfo, describe, for_task, shown_name, with_weights
 from renderfarm.plan import Grid, where_row
 from renderfarm.records import PartReceipt
 from renderfarm.samplers import find_sampler
@@ -92,6 +92,7 @@ class Prepared:
             "strength": given.strength,
             "adapters": written(parse(given.adapters, self.model.adapters)),
             "on_truncation": given.on_truncation,
+            "prompt_weighting": given.prompt_weighting,
             "num_images_per_prompt": given.num_images_per_prompt or 1,
             "override": sorted(given.override),
         }
@@ -104,7 +105,7 @@ def _frozen(companion: Companion) -> dict[str, Any]:
 
 def prepare(job: Job) -> Prepared:
     """Raises InvalidJob for everything that can be known now."""
-    model = describe(job.model)
+    model = with_weights(describe(job.model), job.render.prompt_weighting)
     manifest = open_manifest(job.manifest, model.arguments)
     model = for_task(model, manifest.columns)
     if refused := sorted(manifest.columns.keys() - model.arguments):
@@ -139,6 +140,8 @@ def _check_render(job: Job, model: ModelInfo) -> None:
             if getattr(job.render, name) is not None and name not in model.arguments:
                 raise InvalidInput(f"{name} is not an argument of this model; leave it out")
         parse(job.render.adapters, model.adapters)
+        if job.render.prompt_weighting and job.render.negative_prompt:
+            weighting.parse(job.render.negative_prompt, "negative_prompt")
         if job.render.strength is not None and "image" not in model.images:
             raise InvalidInput("strength is for rows with an image; leave it out, or give the manifest a column image")
         for name in ("height", "width"):

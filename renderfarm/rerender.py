@@ -15,7 +15,7 @@ from typing import Any
 from renderfarm import commit
 from renderfarm.config import COMPANIONS, ModelSpec, Workers, model_spec
 from renderfarm.errors import InvalidJob
-from renderfarm.models.catalog import describe, for_task
+from renderfarm.models.catalog import describe, for_task, with_weights
 from renderfarm.models.families import IMAGES_OF
 from renderfarm.models.load import load_model
 from renderfarm.reading import Output
@@ -31,7 +31,8 @@ class Renderer:
         """`model`: where a model lies that the job knew by a folder; `beside`: the same of a ControlNet and its kin. Raises
         InvalidJob if one cannot be found."""
         profile = commit.read_profile(output.store)
-        info = for_task(describe(_model_spec(output.job, model, beside)), IMAGES_OF[output.job.get("task", "text-to-image")])
+        info = with_weights(describe(_model_spec(output.job, model, beside)), output.job["render"].get("prompt_weighting"))
+        info = for_task(info, IMAGES_OF[output.job.get("task", "text-to-image")])
         self._store = output.store
         self._adapters = tempfile.TemporaryDirectory(prefix="renderfarm-")
         info = dataclasses.replace(info, adapters=_written(output, Path(self._adapters.name)))

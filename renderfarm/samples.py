@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from renderfarm import adapters
+from renderfarm import adapters, weighting
 from renderfarm.config import Job, Render
 from renderfarm.errors import InvalidInput, RenderfarmError
 from renderfarm.manifest import EXTRA, ROW
@@ -162,6 +162,8 @@ def _samples(values: dict[str, Any], ordinal: int, row_id: str, count: int, job:
     if true_cfg is not None and not 0 <= true_cfg <= 1000:
         raise InvalidInput(f"true_cfg_scale is {true_cfg}; it must be between 0 and 1000")
     texts: dict[str, Any] = {name: _text(values, name) for name in ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3")}
+    if model.prompt_weighting is not None:
+        _check_weights({"prompt": prompt, "negative_prompt": negative, **texts})
     for k in range(count):
         yield Sample(
             key=SampleKey(ordinal, k),
@@ -284,6 +286,12 @@ def _prompt(values: dict[str, Any]) -> str:
     if not prompt.strip():
         raise InvalidInput("prompt is empty; give the row a prompt or leave the row out")
     return prompt
+
+
+def _check_weights(texts: dict[str, str | None]) -> None:
+    parts = {name: weighting.parse(text, name) for name, text in texts.items() if text is not None}
+    if not weighting.words(parts["prompt"]).strip():
+        raise InvalidInput("prompt has marks of weights, but no words; give the row a prompt or leave the row out")
 
 
 def _number(values: dict[str, Any], name: str) -> float | None:

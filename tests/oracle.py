@@ -189,14 +189,18 @@ def plain_pipeline(class_: Any, folder: Any, dtype: str = "float32", threads: in
     return pipe
 
 
-def reference(pipe: Any, wanted: Sample, batch_size: int = B, **images: Any) -> np.ndarray:
-    """Image 0 of diffusers' pipeline called with B copies of the row; `images`: Pillow images by the call's argument names."""
+def reference(
+    pipe: Any, wanted: Sample, batch_size: int = B, embeddings: dict[str, torch.Tensor] | None = None, **images: Any
+) -> np.ndarray:
+    """Image 0 of diffusers' pipeline called with B copies of the row. `embeddings`: given to the call instead of its texts;
+    `images`: Pillow images by the call's argument names."""
     kind, changes = (REFERENCE | FLOW_REFERENCE)[wanted.sampler]
     if changes.get("use_flow_sigmas") and "shift" in pipe.original_config:
         changes = {**changes, "flow_shift": pipe.original_config["shift"]}
     pipe.scheduler = kind.from_config(pipe.original_config, **changes)
     texts = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
-    arguments = {name: [getattr(wanted, name)] * batch_size for name in texts if getattr(wanted, name) is not None}
+    arguments: dict[str, Any] = {name: [getattr(wanted, name)] * batch_size for name in texts if getattr(wanted, name) is not None}
+    arguments = arguments if embeddings is None else dict(embeddings)
     arguments |= {name: getattr(wanted, name) for name in NUMBERS if getattr(wanted, name) is not None}
     arguments |= AS_ASKED.get(type(pipe), {})
     arguments |= {name: [image] * batch_size for name, image in images.items()}

@@ -64,6 +64,8 @@ class ModelInfo:
     """That stage's arguments of the call."""
     least_strength: Literal["floor", "ceil", "lcm"] = "floor"
     """How strength and steps must fit (`ImageTask`)."""
+    prompt_weighting: Literal["a1111"] | None = None
+    """How weights are written in texts; None: not at all."""
     warnings: tuple[str, ...] = ()
     """What a user of the dataset should know of the model's rendering."""
 
@@ -221,6 +223,17 @@ def for_task(info: ModelInfo, given: Collection[str]) -> ModelInfo:
         arguments=info.arguments - ({"seed_b", "blend"} if "image" in images else set()),
         refused_samplers={**info.refused_samplers, **dict.fromkeys(flows, reason)},
     )
+
+
+def with_weights(info: ModelInfo, syntax: Literal["a1111"] | None) -> ModelInfo:
+    """The model as it reads texts with weights, before it is given a task."""
+    family = FAMILIES.get(info.pipeline_class)
+    if syntax is not None and (family is None or not family.prompt_weighting):
+        having = ", ".join(name for name, family in FAMILIES.items() if family.prompt_weighting)
+        raise InvalidJob(f"model {info.id}: render.prompt_weighting is for {having}; leave it out, or choose another model")
+    if syntax is not None and "refiner" in info.companions:
+        raise InvalidJob("render.prompt_weighting and model.refiner do not go together here; leave one of them out")
+    return replace(info, prompt_weighting=syntax)
 
 
 def _generic(class_name: Any, folder: Path, model_id: str) -> Family:

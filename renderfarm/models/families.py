@@ -133,7 +133,8 @@ class Family:
     """A pipeline class: who renders it (`module:class` in this package), what rows may say, and the pipeline's own defaults.
 
     `refused_samplers`: of its kind, and yet not to be used, with the reason. `batching`: what rows must share to be
-    rendered together: slots, little; calls, all that diffusers' `__call__` takes once.
+    rendered together: slots, little; calls, all that diffusers' `__call__` takes once. `prompt_weighting`: whether its texts
+    may be weighted and long (`models.weighted`).
     """
 
     adapter: str
@@ -149,6 +150,7 @@ class Family:
     vae: bool = True
     tasks: Mapping[Task, ImageTask] = field(default_factory=dict)
     """Besides text-to-image."""
+    prompt_weighting: bool = False
 
 
 NEGATIVE = frozenset({"negative_prompt", "negative_prompt_2", "negative_prompt_3"})
@@ -235,7 +237,8 @@ _TASKS: dict[str, dict[Task, ImageTask]] = {
         "inpainting": ImageTask("ZImageInpaintPipeline", 1.0, "z_image:ZImage", "ceil"),
     },
 }
-FAMILIES = {name: replace(family, tasks=_TASKS.get(name, {})) for name, family in FAMILIES.items()}
+_WEIGHTED = ("StableDiffusionPipeline", LCM, "StableDiffusionXLPipeline")  # all their texts are CLIP's
+FAMILIES = {name: replace(family, tasks=_TASKS.get(name, {}), prompt_weighting=name in _WEIGHTED) for name, family in FAMILIES.items()}
 GENERIC = Family("generic:Generic", "own", PLAIN, 50, 5.0, "", _of_any, {}, False, "calls", False)
 
 
@@ -248,8 +251,8 @@ def compared() -> list[dict[str, Any]]:
 def families_markdown() -> str:
     """FAMILIES as a table for people. Tests compare it with the file, and the families with those that they measured."""
     lines = [
-        "| pipeline class | batching | tasks | arguments besides the common ones | legal samplers | exact on |",
-        "|---|---|---|---|---|---|",
+        "| pipeline class | batching | tasks | arguments besides the common ones | prompt weights | legal samplers | exact on |",
+        "|---|---|---|---|---|---|---|",
     ]
     records = compared()
     for name, family in FAMILIES.items():
@@ -257,6 +260,7 @@ def families_markdown() -> str:
         legal = [s.name for s in SAMPLERS.values() if s.kind == family.kind and s.name not in family.refused_samplers]
         samplers = ", ".join(f"`{sampler}`" for sampler in legal) if len(legal) < 5 else f"all {len(legal)} of kind {family.kind}"
         tasks = {"text-to-image": name} | {task: how.pipeline_class for task, how in family.tasks.items()}
-        exact = [record["device"] for record in records if set(tasks.values()) <= set(record["comparisons"])]
-        lines.append(f"| `{name}` | {family.batching} | {', '.join(tasks)} | {more} | {samplers} | {', '.join(exact) or 'nothing yet'} |")
+        exact = ", ".join(record["device"] for record in records if set(tasks.values()) <= set(record["comparisons"])) or "nothing yet"
+        weights = "yes" if family.prompt_weighting else "no"
+        lines.append(f"| `{name}` | {family.batching} | {', '.join(tasks)} | {more} | {weights} | {samplers} | {exact} |")
     return "\n".join(lines) + "\n"

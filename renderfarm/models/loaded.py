@@ -18,6 +18,7 @@ from renderfarm.errors import Fatal
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.fingerprint import file_sha256, model_sha256, weight_hashes
 from renderfarm.models.torch_setup import describe_profile, prepare_torch
+from renderfarm.models.weighted import WeightedTexts
 
 
 def set_up(pipe: Any) -> None:
@@ -30,7 +31,8 @@ def set_up(pipe: Any) -> None:
 
 
 class LoadedPipeline(ABC):
-    """`pipeline`: diffusers' class. `text_length`: positions that the longest text encoder reads."""
+    """`pipeline`: diffusers' class. `text_length`: positions that the longest text encoder reads at once. `weighted`: reads
+    the texts instead of the pipeline, where the job says `prompt_weighting`."""
 
     pipeline: Any
     text_length: int
@@ -51,6 +53,7 @@ class LoadedPipeline(ABC):
         self._on: str | None = None
         if info.adapters:
             self._load_adapters()
+        self.weighted = WeightedTexts(self.pipe) if info.prompt_weighting else None
 
     def _load_arguments(self) -> dict[str, Any]:
         return {}
@@ -114,4 +117,6 @@ class LoadedPipeline(ABC):
         own = {"text_length": self.text_length, "vae_slicing": True, "scheduler": scheduler, "safety_checker": self.info.safety_checker}
         if self.info.adapters:
             own |= {"adapters": {name: file_sha256(Path(path)) for name, path in self.info.adapters.items()}, "peft": version("peft")}
+        if self.weighted is not None:
+            own |= {"prompt_weighting": self.weighted.profile()}
         return describe_profile(self.info, self.workers, self.device) | own | {"batch_size": self.batch_size}
