@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from renderfarm import commit
+from renderfarm import after, commit
 from renderfarm.adapters import parse, read_files, sha256, written
 from renderfarm.config import Job, expand_env
 from renderfarm.errors import InvalidInput, InvalidJob
@@ -30,6 +30,8 @@ class Prepared:
     model: ModelInfo
     manifest: Manifest
     store: Store
+    after_files: dict[str, bytes] = field(default_factory=dict)
+    """Weights that the steps of `after` need, by SHA-256."""
 
     @cached_property
     def adapter_files(self) -> dict[str, bytes]:
@@ -71,8 +73,11 @@ class Prepared:
             "inputs": {"resize": job.inputs.resize},
             "seed": job.seed,
             "seed_policy": job.seed_policy,
+            # as absent where there is none, so that an output that was begun before they were known goes on
+            "after": after.frozen(job.after) or None,
             "workers": {"batch_size": job.workers.batch_size, "dtype": job.workers.dtype},
-            "output": {"layout": job.output.layout, "format": job.output.format, "part_rows": job.output.part_rows},
+            "output": {"layout": job.output.layout, "format": job.output.format, "part_rows": job.output.part_rows}
+            | {"keep_originals": job.output.keep_originals or None},
         }
 
     def _render_defaults(self) -> dict[str, Any]:
@@ -105,12 +110,15 @@ def prepare(job: Job) -> Prepared:
             f"manifest: {{columns: {{{refused[0]}: null}}}}"
         )
     _check_render(job, model)
+    steps, after_files = after.read_steps(job.after)
+    if after_files and model.folder is None:
+        raise InvalidJob("after: builtin:fake draws without torch, which a network needs; use builtin:shapes, or leave upscale out")
     # expanded once and here: a worker's environment and folder may be others
     store = open_store(expand_env(job.output.path))
-    job = job.model_copy(update={"output": job.output.model_copy(update={"path": store.url})})
+    job = job.model_copy(update={"output": job.output.model_copy(update={"path": store.url}), "after": steps})
     if model.task != "text-to-image":
         job = job.model_copy(update={"inputs": job.inputs.model_copy(update={"folder": _inputs_folder(job, manifest)})})
-    return Prepared(job, model, manifest, store)
+    return Prepared(job, model, manifest, store, after_files)
 
 
 def _inputs_folder(job: Job, manifest: Manifest) -> str:

@@ -34,7 +34,8 @@ IMAGE_COLUMNS = pa.schema(
         pa.field("pixel_sha256", pa.string(), nullable=False),
     ]
 )
-# Arguments that only some families take. A table has such a column if the manifest or the job gives the argument.
+# Arguments that only some families take, and what the job's `after` adds. A table has such a column if the manifest or
+# the job gives the argument.
 ARGUMENT_COLUMNS = pa.schema(
     [
         pa.field("prompt_2", pa.string()),
@@ -51,6 +52,12 @@ ARGUMENT_COLUMNS = pa.schema(
         pa.field("init_image_sha256", pa.string()),
         pa.field("init_mask_image", pa.string()),
         pa.field("init_mask_image_sha256", pa.string()),
+        pa.field("file_height", pa.int32()),
+        pa.field("file_width", pa.int32()),
+        pa.field("original_pixel_sha256", pa.string()),
+        pa.field("original_file", pa.string()),
+        pa.field("original_bytes", pa.int64()),
+        pa.field("original_file_sha256", pa.string()),
     ]
 )
 # Which argument makes a column of ARGUMENT_COLUMNS appear, where it is not the one of its name. `image` is what readers
@@ -62,6 +69,12 @@ GIVEN_BY = {
     "init_image_sha256": "image",
     "init_mask_image": "mask_image",
     "init_mask_image_sha256": "mask_image",
+    "file_height": "after",
+    "file_width": "after",
+    "original_pixel_sha256": "after",
+    "original_file": "keep_originals",
+    "original_bytes": "keep_originals",
+    "original_file_sha256": "keep_originals",
 }
 ERROR_COLUMNS = pa.schema(
     [
