@@ -162,8 +162,8 @@ class Step(Strict):
     def _refuse_faces(cls, data: Any) -> Any:
         if isinstance(data, dict) and "restore_faces" in data:
             raise ValueError(
-                "restore_faces is not there: besides its weights it needs a detector that finds faces, and no package for that "
-                "is free of torchvision, which would change other pixels; leave the step out"
+                "restore_faces is not there: besides a network for faces it needs a detector that finds them, and renderfarm has "
+                "neither; leave the step out"
             )
         return data
 

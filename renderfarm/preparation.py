@@ -13,6 +13,7 @@ from renderfarm.config import Job, expand_env
 from renderfarm.errors import InvalidInput, InvalidJob
 from renderfarm.manifest import Manifest, open_manifest
 from renderfarm.models.catalog import ModelInfo, describe, for_task
+from renderfarm.models.networks import MAX_PIXELS
 from renderfarm.plan import Grid, where_row
 from renderfarm.records import PartReceipt
 from renderfarm.samplers import find_sampler
@@ -113,6 +114,7 @@ def prepare(job: Job) -> Prepared:
     steps, after_files = after.read_steps(job.after)
     if after_files and model.folder is None:
         raise InvalidJob("after: builtin:fake draws without torch, which a network needs; use builtin:shapes, or leave upscale out")
+    _check_enlarged(job, model, after.scale(after_files, steps))
     # expanded once and here: a worker's environment and folder may be others
     store = open_store(expand_env(job.output.path))
     job = job.model_copy(update={"output": job.output.model_copy(update={"path": store.url}), "after": steps})
@@ -129,6 +131,13 @@ def _inputs_folder(job: Job, manifest: Manifest) -> str:
     if not os.path.isdir(folder):
         raise InvalidJob(f"inputs.folder: {folder} is no folder here; give the one in which the rows' paths start")
     return os.path.abspath(folder)
+
+
+def _check_enlarged(job: Job, model: ModelInfo, scale: int) -> None:
+    """A size that `after` makes too large for every row that gives none is better known now."""
+    height, width = (job.render.height or model.height) * scale, (job.render.width or model.width) * scale
+    if height * width > MAX_PIXELS:
+        raise InvalidJob(f"after: pictures would become {width}×{height}; the limit is {MAX_PIXELS:,} pixels: upscale less")
 
 
 def _check_render(job: Job, model: ModelInfo) -> None:

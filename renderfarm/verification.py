@@ -247,8 +247,10 @@ def _render_again(found: Verification, output: Output, samples: list[StoredSampl
 def compare(sample: StoredSample, rendered: Rendered, *, exact: bool) -> Again:
     """`exact`: the profile is the same, so anything but equal bits is a difference; else the pictures must look alike."""
     pixels = rendered.pixels
+    before = sample.record.get("original_pixel_sha256")
+    same_before = before == pixel_sha256(rendered.original)
     if pixel_sha256(pixels) == sample.record["pixel_sha256"]:
-        if sample.record.get("original_pixel_sha256") in (None, pixel_sha256(rendered.original)):
+        if same_before or before is None:
             return _again(sample, "identical", None, ok=True)
         return _again(sample, "identical, but the picture before `after` is not the table's", None, ok=not exact)
     try:
@@ -258,7 +260,7 @@ def compare(sample: StoredSample, rendered: Rendered, *, exact: bool) -> Again:
         return _again(sample, "differs from the table, and the file cannot be read", None, ok=False)
     if not error:
         return _again(sample, "differs from the table, but not from the file", None, ok=False)
-    other = "" if exact else " (another profile: bits are not promised)"
+    other = (", identical before `after`" if same_before else "") + ("" if exact else " (another profile: bits are not promised)")
     psnr = 10 * math.log10(255**2 / error)
     values = int((stored != pixels).sum())
     return _again(sample, f"differs in {values:,} of {stored.size:,} values{other}", psnr, ok=not exact and psnr >= SAME_PICTURE_DB)

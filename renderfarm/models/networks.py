@@ -16,6 +16,7 @@ import safetensors
 Shapes = dict[str, tuple[int, ...]]
 
 MAX_SCALE = 8
+MAX_PIXELS = 89_478_485  # of a picture; beyond that, Pillow and those who read with it take it for a bomb
 FLOATS = ("F16", "BF16", "F32", "F64")
 # ESRGAN's first release named the same layers (of a fourfold network) by their place
 _FIRST_NAMES = {"0": "conv_first", "3": "conv_up1", "6": "conv_up2", "8": "conv_hr", "10": "conv_last"}

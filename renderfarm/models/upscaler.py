@@ -10,15 +10,13 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load
 
 from renderfarm.errors import InvalidInput, NonFiniteOutput, OutOfMemory
 from renderfarm.models.common import to_uint8
-from renderfarm.models.networks import Network, canonical
+from renderfarm.models.networks import MAX_PIXELS, Network, canonical
 
 CONTEXT = 16  # pixels around what is taken from a tile: at its edge a network sees what is not there
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # beyond that, readers warn of a bomb
 
 
 class Upscaler:
@@ -44,7 +42,7 @@ class Upscaler:
 
     def _enlarged(self, pixels_HW3: np.ndarray) -> np.ndarray:
         try:
-            picture = torch.from_numpy(np.ascontiguousarray(pixels_HW3)).to(self.device).permute(2, 0, 1)[None]
+            picture = torch.from_numpy(pixels_HW3.copy()).to(self.device).permute(2, 0, 1)[None]
             made = (self._rrdb if self.network.kind == "rrdb" else self._compact)((picture.float() / 255).to(self.dtype))[0].float()
             if not torch.isfinite(made).all():
                 raise NonFiniteOutput("the network gave NaN or infinite values; try workers.dtype: float32 or bfloat16")
