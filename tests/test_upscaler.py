@@ -38,7 +38,7 @@ def upscaler(data: bytes, tile: int | None = None, dtype: str = "float32") -> Up
     return Upscaler(data, identify(data), tile, "cpu", dtype)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_picture_becomes_what_the_network_itself_makes_of_it(kind: str, dtype: str, tmp_path: Path) -> None:
     class_, shape = KINDS[kind]
