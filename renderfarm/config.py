@@ -11,6 +11,7 @@ import datetime as dt
 import difflib
 import os
 import re
+import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -140,6 +141,80 @@ class Render(Strict):
         return self
 
 
+class Upscale(Strict):
+    """A network of Real-ESRGAN's kinds (RRDBNet, SRVGGNetCompact), in `workers.dtype`; by how much is in its weights."""
+
+    weights: Annotated[str, Field(min_length=1)]
+    """A `.safetensors` file, relative to the job file."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """Of that file: another one stops the job before it renders."""
+    tile: Annotated[int, Field(ge=64, le=4096, multiple_of=8)] | None = 512
+    """Side in pixels of the overlapping squares in which the network sees a picture, so that a large one fits the device's
+    memory. null: the whole picture at once, without the faint differences at the edges of tiles."""
+
+
+class Colour(Strict):
+    """Pillow's enhancers, in this order; 1 changes nothing."""
+
+    saturation: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 1.0
+    """0: grey."""
+    contrast: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = 1.0
+    """Towards the picture's own mean, or away from it."""
+    brightness: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = 1.0
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Colour:
+        if self.saturation == self.contrast == self.brightness == 1:
+            raise ValueError("changes nothing; give saturation, contrast or brightness, or leave the step out")
+        return self
+
+
+class Watermark(Strict):
+    """Exactly one of `text` and `hook`."""
+
+    text: Annotated[str, Field(pattern=r"^[ -~©]*[!-~©][ -~©]*$", max_length=200)] | None = None
+    """White, outlined letters at the bottom right, in Pillow's own font: ASCII and ©."""
+    opacity: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Of the text."""
+    hook: Annotated[str, Field(min_length=1)] | None = None
+    """Name of an entry point in the group `renderfarm.watermarks` of a package that is installed on every worker: a function
+    that gives an H×W×3 uint8 array of the same shape for one, always the same. A job can name no other code."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Watermark:
+        if (self.text is None) == (self.hook is None):
+            raise ValueError("give either text or hook")
+        return self
+
+
+class Step(Strict):
+    """One of these."""
+
+    upscale: Upscale | None = None
+    colour: Colour | None = None
+    watermark: Watermark | None = None
+
+    @property
+    def kind(self) -> str:
+        return next(name for name, value in self if value is not None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_faces(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "restore_faces" in data:
+            raise ValueError(
+                "restore_faces is not there: besides a network for faces it needs a detector that finds them, and renderfarm has "
+                "neither; leave the step out"
+            )
+        return data
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Step:
+        if sum(value is not None for _, value in self) != 1:
+            raise ValueError("a step is one of upscale, colour, watermark; write each as an item of its own")
+        return self
+
+
 class Inputs(Strict):
     """The images that rows give: `image`, `mask_image`, `control_image`."""
 
@@ -214,6 +289,8 @@ class Output(Strict):
     format: Literal["png"] = "png"
     part_rows: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = "auto"
     """Manifest rows per part (the unit of commit). auto: about half a minute of rendering, measured once by the first worker."""
+    keep_originals: bool = False
+    """Keep each picture as it was before the steps of `after`, too: a PNG in `originals/`, which the table names."""
 
 
 class Failure(Strict):
@@ -237,6 +314,8 @@ class Job(Strict):
     seed_policy: Literal["derive", "same"] = "derive"
     """derive: each row its own noise. same: every row uses the job's seed + k, as benchmark generators do."""
     inputs: Inputs = Inputs()
+    after: tuple[Step, ...] = ()
+    """What is done to each finished picture, in this order. The files then show what comes out at the end."""
     workers: Workers = Workers()
     output: Output
     failure: Failure = Failure()
@@ -250,6 +329,12 @@ class Job(Strict):
     @classmethod
     def _model_id(cls, value: Any) -> Any:
         return _by_id(value)
+
+    @model_validator(mode="after")
+    def _originals_differ(self) -> Job:
+        if self.output.keep_originals and not self.after:
+            raise ValueError("output.keep_originals: without `after`, pictures are kept as they were rendered; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _no_credentials(self) -> Job:
@@ -399,8 +484,12 @@ def _explain(error: ValidationError, path: Path) -> str:
 def _nearest(location: tuple[int | str, ...]) -> str:
     model: Any = Job
     for step in location[:-1]:
-        model = model.model_fields[step].annotation if isinstance(step, str) and step in model.model_fields else None
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        if isinstance(step, int):  # of a list; its items' model was found
+            continue
+        annotation = model.model_fields[step].annotation if step in model.model_fields else None
+        kinds = (annotation, *typing.get_args(annotation))
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if model is None:
             return ""
     names = list(model.model_fields)
     close = difflib.get_close_matches(str(location[-1]), names, n=1)
@@ -444,5 +533,13 @@ def _resolve(job: Job, base: Path) -> Job:
             "model": job.model.model_copy(update={"id": _model_folder(job.model.id, base), "adapters": adapters, **resolved}),
             "output": job.output.model_copy(update={"path": _absolute(job.output.path, base)}),
             "inputs": job.inputs.model_copy(update={"folder": folder and _absolute(folder, base)}),
+            "after": tuple(_resolve_step(step, base) for step in job.after),
         }
     )
+
+
+def _resolve_step(step: Step, base: Path) -> Step:
+    if step.upscale is None:
+        return step
+    weights = _absolute(step.upscale.weights, base)
+    return step.model_copy(update={"upscale": step.upscale.model_copy(update={"weights": weights})})

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from renderfarm import commit, weighting
+from renderfarm import after, commit, weighting
 from renderfarm.adapters import parse, read_files, sha256, written
 from renderfarm.config import COMPANIONS, Companion, Job, expand_env
 from renderfarm.errors import InvalidInput, InvalidJob
 from renderfarm.manifest import Manifest, open_manifest
 from renderfarm.models.catalog import ModelInfo, describe, for_task, shown_name, with_weights
+from renderfarm.models.networks import MAX_PIXELS
 from renderfarm.plan import Grid, where_row
 from renderfarm.records import PartReceipt
 from renderfarm.samplers import find_sampler
@@ -32,6 +33,8 @@ class Prepared:
     model: ModelInfo
     manifest: Manifest
     store: Store
+    after_files: dict[str, bytes] = field(default_factory=dict)
+    """Weights that the steps of `after` need, by SHA-256."""
 
     @cached_property
     def adapter_files(self) -> dict[str, bytes]:
@@ -74,8 +77,11 @@ class Prepared:
             "inputs": {"resize": job.inputs.resize},
             "seed": job.seed,
             "seed_policy": job.seed_policy,
+            # as absent where there is none, so that an output that was begun before they were known goes on
+            "after": after.frozen(job.after) or None,
             "workers": {"batch_size": job.workers.batch_size, "dtype": job.workers.dtype},
-            "output": {"layout": job.output.layout, "format": job.output.format, "part_rows": job.output.part_rows},
+            "output": {"layout": job.output.layout, "format": job.output.format, "part_rows": job.output.part_rows}
+            | {"keep_originals": job.output.keep_originals or None},
         }
 
     def _render_defaults(self) -> dict[str, Any]:
@@ -114,12 +120,16 @@ def prepare(job: Job) -> Prepared:
             f"manifest: {{columns: {{{refused[0]}: null}}}}"
         )
     _check_render(job, model)
+    steps, after_files = after.read_steps(job.after)
+    if after_files and model.folder is None:
+        raise InvalidJob("after: builtin:fake draws without torch, which a network needs; use builtin:shapes, or leave upscale out")
+    _check_enlarged(job, model, after.scale(after_files, steps))
     # expanded once and here: a worker's environment and folder may be others
     store = open_store(expand_env(job.output.path))
-    job = job.model_copy(update={"output": job.output.model_copy(update={"path": store.url})})
+    job = job.model_copy(update={"output": job.output.model_copy(update={"path": store.url}), "after": steps})
     if model.images:
         job = job.model_copy(update={"inputs": job.inputs.model_copy(update={"folder": _inputs_folder(job, manifest)})})
-    return Prepared(job, model, manifest, store)
+    return Prepared(job, model, manifest, store, after_files)
 
 
 def _inputs_folder(job: Job, manifest: Manifest) -> str:
@@ -130,6 +140,13 @@ def _inputs_folder(job: Job, manifest: Manifest) -> str:
     if not os.path.isdir(folder):
         raise InvalidJob(f"inputs.folder: {folder} is no folder here; give the one in which the rows' paths start")
     return os.path.abspath(folder)
+
+
+def _check_enlarged(job: Job, model: ModelInfo, scale: int) -> None:
+    """A size that `after` makes too large for every row that gives none is better known now."""
+    height, width = (job.render.height or model.height) * scale, (job.render.width or model.width) * scale
+    if height * width > MAX_PIXELS:
+        raise InvalidJob(f"after: pictures would become {width}×{height}; the limit is {MAX_PIXELS:,} pixels: upscale less")
 
 
 def _check_render(job: Job, model: ModelInfo) -> None:

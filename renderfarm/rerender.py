@@ -9,12 +9,15 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from renderfarm import commit
+from renderfarm.after import Chain, thawed
 from renderfarm.config import COMPANIONS, ModelSpec, Workers, model_spec
 from renderfarm.errors import InvalidJob
+from renderfarm.models.base import SlotModel
 from renderfarm.models.catalog import describe, for_task, with_weights
 from renderfarm.models.families import IMAGES_OF
 from renderfarm.models.load import load_model
@@ -38,8 +41,15 @@ class Renderer:
         info = dataclasses.replace(info, adapters=_written(output, Path(self._adapters.name)))
         # the name that the output has for the model: whether it is the same one, the weights' hashes say
         info = dataclasses.replace(info, id=output.job["model"]["id"], revision=output.job["model"]["revision"])
-        self._slots = SlotLoop(lambda: load_model(info, _workers(output.job, profile)))
-        mine = json.loads(commit.to_json(self._slots.ready.result().profile()))
+        workers, chain = _workers(output.job, profile), Chain(thawed(output.job.get("after") or ()))
+
+        def load() -> SlotModel:
+            model = load_model(info, workers)
+            chain.load(partial(commit.kept, output.store), model.device, workers.dtype)
+            return model
+
+        self._slots = SlotLoop(load, after=lambda pixels: chain.beside(chain.in_render_thread(pixels)))
+        mine = json.loads(commit.to_json(self._slots.ready.result().profile() | chain.profile()))
         self.differences = commit.differences(profile, mine)
         self.profile_sha256 = commit.profile_sha256(mine)
 

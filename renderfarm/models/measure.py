@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from renderfarm.errors import Fatal, OutOfMemory, RenderfarmError
 from renderfarm.models.base import SlotModel
@@ -55,14 +58,15 @@ def best_batch_size(model: SlotModel, sample: Sample) -> int:
     return best
 
 
-def seconds_per_image(model: SlotModel, sample: Sample) -> float | None:
-    """With every slot full: its share of all its denoiser calls, and its decoding. None where there is no room for it."""
+def seconds_per_image(model: SlotModel, sample: Sample, after: Callable[[np.ndarray], object] = lambda pixels: pixels) -> float | None:
+    """With every slot full: its share of all its denoiser calls, its decoding, and what comes `after` that in the same
+    thread. None where there is no room for it."""
     try:
         seconds, state = _step_for_a_while(model, sample)
         for _ in range(2):  # the first decoding warms up
             started = time.perf_counter()
             with contextlib.suppress(RenderfarmError):  # it is not finished: a filter or a check may well refuse it
-                model.decode(state)
+                after(model.decode(state))
             decoding = time.perf_counter() - started
     except TOO_MUCH:
         return None
