@@ -9,7 +9,7 @@ from typing import Any
 
 from renderfarm import commit
 from renderfarm.adapters import parse, read_files, sha256, written
-from renderfarm.config import Job, expand_env
+from renderfarm.config import Job, expand_env, several_devices
 from renderfarm.errors import InvalidInput, InvalidJob
 from renderfarm.manifest import Manifest, open_manifest
 from renderfarm.models.catalog import ModelInfo, describe, for_task
@@ -71,7 +71,11 @@ class Prepared:
             "inputs": {"resize": job.inputs.resize},
             "seed": job.seed,
             "seed_policy": job.seed_policy,
-            "workers": {"batch_size": job.workers.batch_size, "dtype": job.workers.dtype},
+            "workers": {
+                "batch_size": job.workers.batch_size,
+                "dtype": job.workers.dtype,
+                "devices_per_worker": several_devices(job.workers),
+            },
             "output": {"layout": job.output.layout, "format": job.output.format, "part_rows": job.output.part_rows},
         }
 

@@ -85,4 +85,5 @@ def _workers(job: dict[str, Any], profile: dict[str, Any]) -> Workers:
         dtype=job["workers"]["dtype"],
         device="cpu" if profile.get("device") == "cpu" else "auto",
         threads=profile.get("threads") or 1,
+        devices_per_worker=profile.get("devices") or 1,
     )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from renderfarm.adapters import parse
-from renderfarm.config import Workers, fixed_batch_size
+from renderfarm.config import Workers, fixed_batch_size, several_devices
 from renderfarm.errors import Fatal
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.fingerprint import file_sha256, model_sha256, weight_hashes
@@ -32,16 +32,22 @@ class LoadedPipeline(ABC):
         self.dtype: torch.dtype = getattr(torch, workers.dtype)
         assert info.folder is not None
         self._check_files(Path(info.folder))
-        try:
-            self.pipe = self.pipeline.from_pretrained(
-                info.folder, dtype=self.dtype, use_safetensors=True, local_files_only=True, **self._load_arguments()
-            ).to(self.device)
-        except Exception as error:  # damaged weights raise many kinds; none of them is the row's fault
-            raise Fatal(f"model {info.id}: cannot be loaded from {info.folder}: {error}") from error
+        self.pipe = self._load(info.folder)
         self.scheduler_config = dict(self.pipe.scheduler.config)  # samplers take the scheduler's place later
         self._on: str | None = None
         if info.adapters:
             self._load_adapters()
+
+    def _load(self, folder: str) -> Any:
+        arguments: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, **self._load_arguments()}
+        devices = several_devices(self.workers)
+        if devices is not None:
+            arguments["device_map"] = "balanced"  # over all devices that the worker sees
+        try:
+            pipe = self.pipeline.from_pretrained(folder, dtype=self.dtype, **arguments)
+            return pipe if devices is not None else pipe.to(self.device)
+        except Exception as error:  # damaged weights raise many kinds; none of them is the row's fault
+            raise Fatal(f"model {self.info.id}: cannot be loaded from {folder}: {error}") from error
 
     def _load_arguments(self) -> dict[str, Any]:
         return {}
@@ -93,4 +99,6 @@ class LoadedPipeline(ABC):
         own = {"text_length": self.text_length, "vae_slicing": True, "scheduler": scheduler, "safety_checker": self.info.safety_checker}
         if self.info.adapters:
             own |= {"adapters": {name: file_sha256(Path(path)) for name, path in self.info.adapters.items()}, "peft": version("peft")}
+        if (devices := several_devices(self.workers)) is not None:
+            own["devices"] = devices
         return describe_profile(self.info, self.workers, self.device) | own | {"batch_size": self.batch_size}

@@ -14,7 +14,7 @@ import diffusers
 import torch
 import transformers
 
-from renderfarm.config import Workers
+from renderfarm.config import Workers, several_devices
 from renderfarm.errors import Fatal, OutOfMemory
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.fingerprint import weight_hashes
@@ -41,11 +41,7 @@ def translated(function: Callable[P, R]) -> Callable[P, R]:
 
 def prepare_torch(workers: Workers) -> str:
     """Set every flag that exactness needs, one by one, and return the device ("cpu" or "cuda")."""
-    device = workers.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise Fatal("workers.device is cuda, but torch finds no GPU here (or is built without CUDA); use device: auto or cpu")
+    device = _find_device(workers)
     torch.set_num_threads(workers.threads)
     torch.set_default_dtype(torch.float32)  # tables of timesteps and sigmas are made with it
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -58,6 +54,18 @@ def prepare_torch(workers: Workers) -> str:
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    return device
+
+
+def _find_device(workers: Workers) -> str:
+    device: str = workers.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Fatal("workers.device is cuda, but torch finds no GPU here (or is built without CUDA); use device: auto or cpu")
+    devices = several_devices(workers)
+    if devices is not None and torch.cuda.device_count() < devices:
+        raise Fatal(f"workers.devices_per_worker is {devices}, but torch finds {torch.cuda.device_count()} of them here; lower it")
     return device
 
 

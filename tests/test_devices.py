@@ -1,0 +1,121 @@
+"""Shares of devices, several devices, other devices than a CPU: what can be shown of them on a machine without any."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import numpy as np
+import pytest
+import torch
+from oracle import LEGAL, Model, row
+
+import renderfarm
+from renderfarm.config import load_job
+from renderfarm.engines.ray import RayEngine
+from renderfarm.errors import Fatal, InvalidJob
+from renderfarm.preparation import prepare
+from renderfarm.records import Sample
+from renderfarm.worker import WorkerSpec
+
+Write = Callable[..., Path]
+
+
+@pytest.mark.slow
+def test_workers_land_on_devices_as_their_shares_say(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    """On a Ray that was told of two GPUs: it hands them out without looking, and the fake model uses none."""
+    script = Path(__file__).parent / "two_gpus.py"
+    command = [sys.executable, str(script), str(write_job(write_manifest())), str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert found["quarter and half"] == [["0"] * 4 + ["1"] * 4, ["0", "0", "1", "1"]]
+    assert found["one"] == ["0", "1"]
+    assert found["two"] == ["0,1"]
+    assert found["three"].startswith("Fatal: a worker needs 3 GPU, 1 CPU on one node, but no node of this Ray has them")
+    assert "(the largest: 2 GPU, 9 CPU); lower workers.devices_per_worker" in found["three"]
+    assert found["a whole job"] == "SUCCEEDED"
+    assert found["without CUDA"].startswith("Fatal: workers.device is cuda, but torch finds no GPU here")
+
+
+def test_a_worker_that_no_node_has_room_for_is_refused(local_ray: None, write_manifest: Write, write_job: Write) -> None:
+    prepared = prepare(load_job(write_job(write_manifest(), workers={"device": "cuda"})))
+    with pytest.raises(Fatal, match="no node of this Ray has a GPU"):
+        RayEngine(WorkerSpec("", prepared.job, prepared.model, prepared.usual))
+
+
+@pytest.mark.parametrize(
+    ("workers", "message"),
+    [
+        ({"devices_per_worker": 1.5}, "1.5; above 1 give a whole number"),
+        ({"devices_per_worker": 0}, "greater than 0"),
+        ({"devices_per_worker": 0.5, "device": "cpu"}, "cpu has no accelerator"),
+        ({"devices_per_worker": 0.5, "batch_size": "auto"}, "with a share of it give a number"),
+    ],
+)
+def test_settings_of_devices_that_cannot_work_are_refused(
+    workers: dict[str, Any], message: str, write_manifest: Write, write_job: Write
+) -> None:
+    with pytest.raises(InvalidJob, match=message):
+        load_job(write_job(write_manifest(), workers=workers))
+
+
+def test_several_devices_that_are_not_there_stop_the_job_with_the_reason(write_manifest: Write, write_job: Write) -> None:
+    job = write_job(write_manifest(), model="builtin:shapes", workers={"devices_per_worker": 2})
+    with pytest.raises(Fatal, match="devices_per_worker is 2, but torch finds 0 of them here"):
+        renderfarm.run(job, engine="inline")
+
+
+def test_other_numbers_of_whole_devices_are_other_settings_and_shares_are_not(write_manifest: Write, write_job: Write) -> None:
+    manifest = write_manifest()
+    frozen = [prepare(load_job(write_job(manifest, workers={"devices_per_worker": n}))).frozen()["workers"] for n in (0.5, 1, 2)]
+    assert [workers["devices_per_worker"] for workers in frozen] == [None, None, 2]
+
+
+def some_rows(name: str) -> list[Sample]:
+    """More than slots, so that texts are encoded and pictures decoded between denoiser calls."""
+    words = ("a red circle", "two blue squares", "a sky", "grass", "a green star")
+    return [
+        row(k, prompt=prompt, num_inference_steps=2 + k % 3, sampler=LEGAL[name][0], negative_prompt="grey" if k % 2 else None)
+        for k, prompt in enumerate(words)
+    ]
+
+
+@pytest.fixture
+def fresh(tiny_model: Callable[[str], Path]) -> Iterator[Callable[..., Model]]:
+    """Models that a test may hang hooks on."""
+    made: list[Model] = []
+
+    def make(name: str, dtype: str = "float32") -> Model:
+        made.append(Model(name, tiny_model(name), dtype))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def modules(one: Model) -> dict[str, torch.nn.Module]:
+    return {name: part for name, part in one.adapter.pipe.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def same_pixels(before: list[np.ndarray], after: list[np.ndarray]) -> None:
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux-dev", "qwen-image"])
+def test_the_hooks_that_a_device_map_puts_on_components_move_no_pixel(name: str, fresh: Callable[..., Model]) -> None:
+    """With the CPU as the device of each: whether our own calls of components get along with them is all that shows here."""
+    one, rows = fresh(name), some_rows(name)
+    plain = one.render(rows)
+    for part in modules(one).values():
+        accelerate.dispatch_model(part, {"": "cpu"}, force_hooks=True)
+    called = {part for part, module in modules(one).items() if hasattr(module, "_hf_hook")}
+    assert {"vae", "text_encoder"} < called
+    same_pixels(plain, one.render(rows))
