@@ -133,13 +133,13 @@ class Workers(Strict):
     """B: samples per denoiser call. Constant; part of the render profile, because it decides pixels. auto: the first
     worker measures what is fastest on its device, and the output keeps that."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is one, else cpu."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: cuda where there is one, else mps (Apple's GPUs; written for them, never run on one), else cpu."""
     devices_per_worker: Annotated[float, Field(gt=0, le=64)] = 1
     """Accelerators (GPUs) of each worker. A fraction shares one: 0.5 puts two workers on each, whose memory must hold both.
     Ray shares them out; the inline engine's one worker has what it sees. A whole number above 1 spreads the pipeline's
     components over so many (diffusers' `device_map: balanced`); no single component is split. That was never run on
-    several devices, so it is part of the render profile. Without an accelerator, up to 1 means nothing."""
+    several devices, so it is part of the render profile. Without a GPU, up to 1 means nothing."""
     threads: Annotated[int, Field(ge=1, le=2)] = 1
     """Torch threads per worker on a CPU, 1 or 2; part of the render profile. 2 need an even batch_size, so that no sample
     is cut in two; from 3 on, torch may cut a batch in the middle of a vector register. In both cases a sample's pixels
@@ -160,8 +160,8 @@ class Workers(Strict):
         devices = self.devices_per_worker
         if devices > 1 and not devices.is_integer():
             raise ValueError(f"workers.devices_per_worker is {devices:g}; above 1 give a whole number, below 1 a share of one device")
-        if devices != 1 and self.device == "cpu":
-            raise ValueError(f"workers.devices_per_worker is {devices:g}, but workers.device cpu has no accelerator; leave one of them out")
+        if devices != 1 and self.device in ("cpu", "mps"):
+            raise ValueError(f"workers.devices_per_worker is {devices:g}, but {self.device} has nothing to share or add; leave it out")
         if devices < 1 and self.batch_size == "auto":
             raise ValueError("workers.batch_size auto measures as if the device were one worker's; with a share of it give a number")
         return self

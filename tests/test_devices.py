@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,9 +17,11 @@ import torch
 from oracle import LEGAL, Model, row
 
 import renderfarm
-from renderfarm.config import load_job
+from renderfarm.config import ModelSpec, Workers, load_job
 from renderfarm.engines.ray import RayEngine
 from renderfarm.errors import Fatal, InvalidJob
+from renderfarm.models.catalog import describe
+from renderfarm.models.torch_setup import describe_profile, prepare_torch
 from renderfarm.preparation import prepare
 from renderfarm.records import Sample
 from renderfarm.worker import WorkerSpec
@@ -54,7 +57,8 @@ def test_a_worker_that_no_node_has_room_for_is_refused(local_ray: None, write_ma
     [
         ({"devices_per_worker": 1.5}, "1.5; above 1 give a whole number"),
         ({"devices_per_worker": 0}, "greater than 0"),
-        ({"devices_per_worker": 0.5, "device": "cpu"}, "cpu has no accelerator"),
+        ({"devices_per_worker": 0.5, "device": "cpu"}, "cpu has nothing to share or add"),
+        ({"devices_per_worker": 2, "device": "mps"}, "mps has nothing to share or add"),
         ({"devices_per_worker": 0.5, "batch_size": "auto"}, "with a share of it give a number"),
     ],
 )
@@ -69,6 +73,36 @@ def test_several_devices_that_are_not_there_stop_the_job_with_the_reason(write_m
     job = write_job(write_manifest(), model="builtin:shapes", workers={"devices_per_worker": 2})
     with pytest.raises(Fatal, match="devices_per_worker is 2, but torch finds 0 of them here"):
         renderfarm.run(job, engine="inline")
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"), [("cuda", "finds no GPU here .*without CUDA"), ("mps", "finds no GPU of Apple's here .*without MPS")]
+)
+def test_a_device_that_is_not_there_stops_the_job_with_the_reason(
+    device: str, reason: str, write_manifest: Write, write_job: Write
+) -> None:
+    with pytest.raises(Fatal, match=rf"workers.device is {device}, but torch {reason}.*; use device: auto or cpu"):
+        renderfarm.run(write_job(write_manifest(), model="builtin:shapes", workers={"device": device}), engine="inline")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "device"), [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")]
+)
+def test_auto_takes_cuda_before_mps_before_the_cpu(cuda: bool, mps: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert prepare_torch(Workers()) == device
+
+
+def test_the_profile_of_an_apple_gpu_names_chip_system_and_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only that it can be made: what a real one says is not known here."""
+    monkeypatch.setattr(torch.backends.mps, "get_name", lambda: "Apple M4")
+    monkeypatch.setattr(platform, "mac_ver", lambda: ("26.1", ("", "", ""), "arm64"))
+    monkeypatch.setenv("PYTORCH_MPS_FAST_MATH", "1")
+    profile = describe_profile(describe(ModelSpec(id="builtin:fake")), Workers(), "mps")
+    assert (profile["device"], profile["device_model"]) == ("mps", "Apple M4, macOS 26.1")
+    assert (profile["cudnn"], profile["threads"], profile["cpu_instructions"]) == (None, None, None)
+    assert profile["environment"]["PYTORCH_MPS_FAST_MATH"] == "1"
 
 
 def test_other_numbers_of_whole_devices_are_other_settings_and_shares_are_not(write_manifest: Write, write_job: Write) -> None:

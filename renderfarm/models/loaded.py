@@ -90,8 +90,8 @@ class LoadedPipeline(ABC):
         self._on = adapters
 
     def synchronize(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        if self.device != "cpu":
+            torch.accelerator.synchronize()
 
     def profile(self) -> dict[str, Any]:
         # names with `_` are diffusers' own notes, one of them a list in hash order
