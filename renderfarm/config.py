@@ -124,6 +124,9 @@ class Inputs(Strict):
         return urls
 
 
+Offload = Literal["none", "model", "sequential"]
+
+
 class Workers(Strict):
     min: Annotated[int, Field(ge=1)] = 1
     """The job starts with the first worker ready, and asks for at least so many."""
@@ -140,6 +143,11 @@ class Workers(Strict):
     Ray shares them out; the inline engine's one worker has what it sees. A whole number above 1 spreads the pipeline's
     components over so many (diffusers' `device_map: balanced`); no single component is split. That was never run on
     several devices, so it is part of the render profile. Without a GPU, up to 1 means nothing."""
+    offload: Offload = "none"
+    """For models larger than the device's memory: where components are while they wait. none: on the device. model: in the
+    machine's memory; text encoders, denoiser and autoencoder take turns on the device. sequential: the same layer by
+    layer, for the smallest devices, and very slow. The same kernels compute the same numbers wherever
+    weights have waited, so it decides no pixel and may change from run to run. Its hooks were compared on a CPU only."""
     threads: Annotated[int, Field(ge=1, le=2)] = 1
     """Torch threads per worker on a CPU, 1 or 2; part of the render profile. 2 need an even batch_size, so that no sample
     is cut in two; from 3 on, torch may cut a batch in the middle of a vector register. In both cases a sample's pixels
@@ -164,6 +172,14 @@ class Workers(Strict):
             raise ValueError(f"workers.devices_per_worker is {devices:g}, but {self.device} has nothing to share or add; leave it out")
         if devices < 1 and self.batch_size == "auto":
             raise ValueError("workers.batch_size auto measures as if the device were one worker's; with a share of it give a number")
+        return self
+
+    @model_validator(mode="after")
+    def _somewhere_to_offload_from(self) -> Workers:
+        if self.offload != "none" and self.device == "cpu":
+            raise ValueError(f"workers.offload {self.offload} saves an accelerator's memory, and device cpu has none; leave it out")
+        if self.offload != "none" and self.devices_per_worker > 1:
+            raise ValueError(f"workers.offload {self.offload} is for one device; leave it out, or give devices_per_worker 1")
         return self
 
     @model_validator(mode="after")

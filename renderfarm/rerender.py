@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from renderfarm import commit
-from renderfarm.config import ModelSpec, Workers, model_spec
+from renderfarm.config import ModelSpec, Offload, Workers, model_spec
 from renderfarm.errors import InvalidJob
 from renderfarm.models.catalog import IMAGES_OF, describe, for_task
 from renderfarm.models.load import load_model
@@ -25,8 +25,8 @@ from renderfarm.storage import Store
 class Renderer:
     """The output's model, set up as its profile says. `differences`: where this machine does not match that profile."""
 
-    def __init__(self, output: Output, model: str | None = None) -> None:
-        """`model`: where a model lies that the job knew by a folder. Raises InvalidJob if it cannot be found."""
+    def __init__(self, output: Output, model: str | None = None, offload: Offload = "none") -> None:
+        """`model`: where a model lies that the job knew by a folder; `offload`: as a job's. Raises InvalidJob if it cannot be found."""
         profile = commit.read_profile(output.store)
         info = for_task(describe(_model_spec(output.job, model)), IMAGES_OF[output.job.get("task", "text-to-image")])
         self._store = output.store
@@ -34,7 +34,8 @@ class Renderer:
         info = dataclasses.replace(info, adapters=_written(output, Path(self._adapters.name)))
         # the name that the output has for the model: whether it is the same one, the weights' hashes say
         info = dataclasses.replace(info, id=output.job["model"]["id"], revision=output.job["model"]["revision"])
-        self._slots = SlotLoop(lambda: load_model(info, _workers(output.job, profile)))
+        workers = _workers(output.job, profile, offload)
+        self._slots = SlotLoop(lambda: load_model(info, workers))
         mine = json.loads(commit.to_json(self._slots.ready.result().profile()))
         self.differences = commit.differences(profile, mine)
         self.profile_sha256 = commit.profile_sha256(mine)
@@ -79,11 +80,15 @@ def _model_spec(job: dict[str, Any], model: str | None) -> ModelSpec:
     return spec.model_copy(update={"safety_checker": stored["safety_checker"]})
 
 
-def _workers(job: dict[str, Any], profile: dict[str, Any]) -> Workers:
+def _workers(job: dict[str, Any], profile: dict[str, Any], offload: Offload) -> Workers:
+    on_cpu = profile.get("device") == "cpu"
+    if on_cpu and offload != "none":
+        raise InvalidJob(f"--offload {offload} saves an accelerator's memory, and this output is of a CPU; leave it out")
     return Workers(
         batch_size=profile["batch_size"],
         dtype=job["workers"]["dtype"],
-        device="cpu" if profile.get("device") == "cpu" else "auto",
+        device="cpu" if on_cpu else "auto",
+        offload=offload,
         threads=profile.get("threads") or 1,
         devices_per_worker=profile.get("devices") or 1,
     )

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from oracle import LEGAL, Model, row
+from oracle import CLASSES, LEGAL, Model, row
+from test_adapters import make_adapter
 
 import renderfarm
 from renderfarm.config import ModelSpec, Workers, load_job
@@ -24,6 +26,7 @@ from renderfarm.models.catalog import describe
 from renderfarm.models.torch_setup import describe_profile, prepare_torch
 from renderfarm.preparation import prepare
 from renderfarm.records import Sample
+from renderfarm.verification import Choice, verify
 from renderfarm.worker import WorkerSpec
 
 Write = Callable[..., Path]
@@ -60,6 +63,9 @@ def test_a_worker_that_no_node_has_room_for_is_refused(local_ray: None, write_ma
         ({"devices_per_worker": 0.5, "device": "cpu"}, "cpu has nothing to share or add"),
         ({"devices_per_worker": 2, "device": "mps"}, "mps has nothing to share or add"),
         ({"devices_per_worker": 0.5, "batch_size": "auto"}, "with a share of it give a number"),
+        ({"offload": "model", "device": "cpu"}, "saves an accelerator's memory, and device cpu has none"),
+        ({"offload": "model", "devices_per_worker": 2}, "offload model is for one device"),
+        ({"offload": "disk"}, "'none', 'model' or 'sequential', not 'disk'"),
     ],
 )
 def test_settings_of_devices_that_cannot_work_are_refused(
@@ -111,6 +117,29 @@ def test_other_numbers_of_whole_devices_are_other_settings_and_shares_are_not(wr
     assert [workers["devices_per_worker"] for workers in frozen] == [None, None, 2]
 
 
+@pytest.mark.parametrize("offload", ["model", "sequential"])
+def test_offloading_without_an_accelerator_stops_the_job_with_the_reason(offload: str, write_manifest: Write, write_job: Write) -> None:
+    job = write_job(write_manifest(), model="builtin:shapes", workers={"offload": offload})
+    with pytest.raises(Fatal, match=f"offload {offload} saves an accelerator's memory, and torch finds none here"):
+        renderfarm.run(job, engine="inline")
+
+
+def test_where_components_wait_is_no_part_of_job_or_profile(write_manifest: Write, write_job: Write, fresh: Callable[..., Model]) -> None:
+    manifest = write_manifest()
+    frozen = [prepare(load_job(write_job(manifest, workers={"offload": where}))).frozen() for where in ("none", "model")]
+    assert frozen[0] == frozen[1]
+    one = fresh("sd")
+    before = one.adapter.profile()
+    offload(one, "model")
+    assert one.adapter.profile() == before
+
+
+def test_verify_offloads_as_told_but_not_on_a_cpu(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    renderfarm.run(write_job(write_manifest({"prompt": ["a"]}), model="builtin:shapes", output={"part_rows": 1}), engine="inline")
+    with pytest.raises(InvalidJob, match="--offload model saves an accelerator's memory, and this output is of a CPU"):
+        verify(str(tmp_path / "out"), Choice(), offload="model")
+
+
 def some_rows(name: str) -> list[Sample]:
     """More than slots, so that texts are encoded and pictures decoded between denoiser calls."""
     words = ("a red circle", "two blue squares", "a sky", "grass", "a green star")
@@ -153,3 +182,68 @@ def test_the_hooks_that_a_device_map_puts_on_components_move_no_pixel(name: str,
     called = {part for part, module in modules(one).items() if hasattr(module, "_hf_hook")}
     assert {"vae", "text_encoder"} < called
     same_pixels(plain, one.render(rows))
+
+
+@pytest.fixture(autouse=True)
+def cpu_without_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers numbers the device; to `cpu:0` torch copies what is on `cpu`, and accelerate's parameters lose their class."""
+    numbered = accelerate.cpu_offload
+    monkeypatch.setattr(accelerate, "cpu_offload", lambda model, device, **more: numbered(model, torch.device(device.type), **more))
+
+
+def offload(one: Model, how: str) -> None:
+    """As on an accelerator, but the device that components come to when they are called is the CPU as well."""
+    one.adapter.workers = Workers(batch_size=one.batch_size, offload=how)  # type: ignore[arg-type]
+    one.adapter._place()
+
+
+@pytest.mark.parametrize("how", ["model", "sequential"])
+@pytest.mark.parametrize("name", LEGAL)
+def test_the_hooks_that_bring_components_to_the_device_move_no_pixel(name: str, how: str, fresh: Callable[..., Model]) -> None:
+    one, rows = fresh(name), some_rows(name)
+    plain = one.render(rows)
+    offload(one, how)
+    if how == "sequential":
+        away = {part for part, module in modules(one).items() if all(weights.is_meta for weights in module.parameters())}
+        assert away == set(modules(one))
+    same_pixels(plain, one.render(rows))
+    if how == "sequential":
+        assert all(weights.is_meta for weights in one.denoiser.parameters())
+
+
+@pytest.mark.parametrize("how", ["model", "sequential"])
+@pytest.mark.parametrize("name", ["sd", "flux-dev", "qwen-image"])
+def test_adapters_come_to_the_device_with_their_layers(
+    name: str, how: str, fresh: Callable[..., Model], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    one = fresh(name)
+    file = make_adapter(CLASSES[name], tiny_model(name), tmp_path / "one.safetensors", 0)
+    one.info = replace(one.info, adapters={"one": str(file)})
+    rows = [replace(wanted, adapters=on) for wanted in some_rows(name)[:2] for on in ("one:1.0", None)]
+    plain = one.render(rows)
+    assert (plain[0] != plain[1]).any()
+    offload(one, how)
+    same_pixels(plain, one.render(rows))
+
+
+@pytest.mark.parametrize("name", ["sd", "lcm", "sdxl", "sd3", "flux-dev"])
+def test_with_offload_model_one_stage_at_a_time_is_on_the_device(
+    name: str, fresh: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate's hooks, with a list in place of the device: who comes, who is sent away, and who is called meanwhile."""
+    one, seen = fresh(name), set()
+    offload(one, "model")
+    names = {id(module): part for part, module in modules(one).items()}
+    here: set[str] = set()
+
+    def arrive(hook: Any, module: Any, *args: Any, **kwargs: Any) -> Any:
+        if hook.prev_module_hook is not None:
+            here.discard(names[id(hook.prev_module_hook.model)])
+        here.add(names[id(module)])
+        seen.add(frozenset("text_encoder" if part.startswith("text_encoder") else part for part in here))
+        return args, kwargs
+
+    monkeypatch.setattr(accelerate.hooks.CpuOffload, "pre_forward", arrive)
+    monkeypatch.setattr(accelerate.hooks.UserCpuOffloadHook, "offload", lambda hook: here.discard(names[id(hook.model)]))
+    one.render([*some_rows(name), *(replace(r, prompt=f"again {r.prompt}") for r in some_rows(name))])
+    assert seen == {frozenset({part}) for part in ("text_encoder", "unet" if "unet" in names.values() else "transformer", "vae")}

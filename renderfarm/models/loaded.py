@@ -37,17 +37,40 @@ class LoadedPipeline(ABC):
         self._on: str | None = None
         if info.adapters:
             self._load_adapters()
+        self._stage = ""
+        self._place()
 
     def _load(self, folder: str) -> Any:
         arguments: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, **self._load_arguments()}
-        devices = several_devices(self.workers)
-        if devices is not None:
+        if several_devices(self.workers) is not None:
             arguments["device_map"] = "balanced"  # over all devices that the worker sees
         try:
-            pipe = self.pipeline.from_pretrained(folder, dtype=self.dtype, **arguments)
-            return pipe if devices is not None else pipe.to(self.device)
+            return self.pipeline.from_pretrained(folder, dtype=self.dtype, **arguments)
         except Exception as error:  # damaged weights raise many kinds; none of them is the row's fault
             raise Fatal(f"model {self.info.id}: cannot be loaded from {folder}: {error}") from error
+
+    def _place(self) -> None:
+        """Onto the device: at once, or part by part when they are called."""
+        try:
+            if self.workers.offload == "model":
+                self.pipe.enable_model_cpu_offload(device=self.device)
+            elif self.workers.offload == "sequential":
+                self.pipe.enable_sequential_cpu_offload(device=self.device)
+            elif several_devices(self.workers) is None:  # else it is where the map put it
+                self.pipe.to(self.device)
+        except Exception as error:  # the device's memory, or a class that diffusers cannot offload
+            raise Fatal(
+                f"model {self.info.id}: cannot be put on {self.device} (workers.offload: {self.workers.offload}): {error}; "
+                "model and sequential need less memory there than none"
+            ) from error
+
+    def turn_to(self, stage: str) -> None:
+        """With `offload: model`, what the last stage called leaves the device. diffusers moves components out in the order
+        of its own call, texts to picture; in slots, these stages come in any order."""
+        if stage != self._stage:
+            for hook in getattr(self.pipe, "_all_hooks", ()):
+                hook.offload()
+            self._stage = stage
 
     def _load_arguments(self) -> dict[str, Any]:
         return {}

@@ -33,7 +33,7 @@ def translated(function: Callable[P, R]) -> Callable[P, R]:
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(
                 "the device has too little memory for this size at the job's batch size; lower workers.batch_size "
-                "(in a new output: it decides pixels), height or width, or use workers.dtype: bfloat16"
+                "(in a new output: it decides pixels), height or width, or use workers.dtype: bfloat16 or workers.offload: model"
             ) from error
 
     return inner
@@ -64,6 +64,8 @@ def _find_device(workers: Workers) -> str:
     if not is_there[device]:
         kind, build = {"cuda": ("GPU", "CUDA"), "mps": ("GPU of Apple's", "MPS")}[device]
         raise Fatal(f"workers.device is {device}, but torch finds no {kind} here (or is built without {build}); use device: auto or cpu")
+    if workers.offload != "none" and device == "cpu":
+        raise Fatal(f"workers.offload {workers.offload} saves an accelerator's memory, and torch finds none here; leave it out on a CPU")
     devices = several_devices(workers)
     if devices is not None and torch.cuda.device_count() < devices:
         raise Fatal(f"workers.devices_per_worker is {devices}, but torch finds {torch.cuda.device_count()} of them here; lower it")
