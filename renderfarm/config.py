@@ -125,6 +125,28 @@ class Inputs(Strict):
 
 
 Offload = Literal["none", "model", "sequential"]
+# diffusers' AttentionBackendName, without those that fetch their code while they run
+AttentionBackend = Literal[
+    "native",
+    "_native_math",
+    "_native_flash",
+    "_native_efficient",
+    "_native_cudnn",
+    "_native_npu",
+    "_native_xla",
+    "flash",
+    "flash_varlen",
+    "_flash_3",
+    "_flash_varlen_3",
+    "flex",
+    "xformers",
+    "sage",
+    "sage_varlen",
+    "_sage_qk_int8_pv_fp8_cuda",
+    "_sage_qk_int8_pv_fp8_cuda_sm90",
+    "_sage_qk_int8_pv_fp16_cuda",
+    "_sage_qk_int8_pv_fp16_triton",
+]
 
 
 class Workers(Strict):
@@ -148,6 +170,10 @@ class Workers(Strict):
     machine's memory; text encoders, denoiser and autoencoder take turns on the device. sequential: the same layer by
     layer, for the smallest devices, and very slow. The same kernels compute the same numbers wherever
     weights have waited, so it decides no pixel and may change from run to run. Its hooks were compared on a CPU only."""
+    attention_backend: AttentionBackend | None = None
+    """Who computes the denoiser's attention: one of diffusers' backends; those of other packages need the package. It decides
+    pixels, so it is part of the render profile. FLUX.1, FLUX.2, Qwen-Image and Z-Image take one; the other families call
+    torch's attention themselves. None: diffusers' default, native. Only native and _native_math were compared."""
     threads: Annotated[int, Field(ge=1, le=2)] = 1
     """Torch threads per worker on a CPU, 1 or 2; part of the render profile. 2 need an even batch_size, so that no sample
     is cut in two; from 3 on, torch may cut a batch in the middle of a vector register. In both cases a sample's pixels
@@ -162,6 +188,13 @@ class Workers(Strict):
         if self.min > self.max:
             raise ValueError(f"workers.min ({self.min}) is larger than workers.max ({self.max})")
         return self
+
+    @field_validator("attention_backend", mode="before")
+    @classmethod
+    def _pinned_code(cls, name: Any) -> Any:
+        if isinstance(name, str) and name.endswith("_hub"):
+            raise ValueError(f"{name} fetches code from the hub and runs it, whichever is there that day; give a backend that is installed")
+        return name
 
     @model_validator(mode="after")
     def _whole_devices(self) -> Workers:

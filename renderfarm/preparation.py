@@ -13,6 +13,7 @@ from renderfarm.config import Job, expand_env, several_devices
 from renderfarm.errors import InvalidInput, InvalidJob
 from renderfarm.manifest import Manifest, open_manifest
 from renderfarm.models.catalog import ModelInfo, describe, for_task
+from renderfarm.models.families import DISPATCHED
 from renderfarm.plan import Grid, where_row
 from renderfarm.records import PartReceipt
 from renderfarm.samplers import find_sampler
@@ -74,6 +75,7 @@ class Prepared:
             "workers": {
                 "batch_size": job.workers.batch_size,
                 "dtype": job.workers.dtype,
+                "attention_backend": job.workers.attention_backend,
                 "devices_per_worker": several_devices(job.workers),
             },
             "output": {"layout": job.output.layout, "format": job.output.format, "part_rows": job.output.part_rows},
@@ -109,6 +111,11 @@ def prepare(job: Job) -> Prepared:
             f"manifest: {{columns: {{{refused[0]}: null}}}}"
         )
     _check_render(job, model)
+    if job.workers.attention_backend is not None and not model.attention_backends:
+        raise InvalidJob(
+            f"workers.attention_backend: {model.pipeline_class or model.name} does not ask diffusers for attention, so a backend would "
+            f"change nothing; leave it out (those that do: {', '.join(DISPATCHED)})"
+        )
     # expanded once and here: a worker's environment and folder may be others
     store = open_store(expand_env(job.output.path))
     job = job.model_copy(update={"output": job.output.model_copy(update={"path": store.url})})

@@ -90,5 +90,6 @@ def _workers(job: dict[str, Any], profile: dict[str, Any], offload: Offload) -> 
         device="cpu" if on_cpu else "auto",
         offload=offload,
         threads=profile.get("threads") or 1,
+        attention_backend=profile.get("attention_backend"),
         devices_per_worker=profile.get("devices") or 1,
     )

@@ -59,11 +59,6 @@ class WholeCall(LoadedPipeline):
         if hasattr(vae, "enable_slicing"):
             vae.enable_slicing()  # a batched VAE in bf16 gives other pixels
 
-    @property
-    def denoiser(self) -> torch.nn.Module:
-        found: torch.nn.Module = getattr(self.pipe, "transformer", None) or self.pipe.unet
-        return found
-
     # What a family says.
 
     def _guided(self, sample: Sample) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from renderfarm.config import ModelSpec, expand_env
 from renderfarm.errors import Fatal, InvalidJob
-from renderfarm.models.families import ALWAYS, FAMILIES, GENERIC, LCM, NEGATIVE, PLAIN, SHIFTED, Config, Family, Sizes
+from renderfarm.models.families import ALWAYS, DISPATCHED, FAMILIES, GENERIC, LCM, NEGATIVE, PLAIN, SHIFTED, Config, Family, Sizes
 from renderfarm.samplers import GLOBAL_STATE, SAMPLERS, Kind
 
 Task = Literal["text-to-image", "image-to-image", "inpainting"]
@@ -44,6 +44,8 @@ class ModelInfo:
     adapters: Mapping[str, str] = field(default_factory=dict)
     """LoRA adapters: their files, by name."""
     pipeline_class: str = ""
+    attention_backends: bool = False
+    """Whether `workers.attention_backend` means anything to it, as far as is known before it is loaded."""
     task: Task = "text-to-image"
     strength: float | None = None
     """The task's default, where it begins with an image."""
@@ -95,6 +97,7 @@ def describe(spec: ModelSpec) -> ModelInfo:
         sha256=spec.sha256,
         adapters=_adapters(spec, family),
         pipeline_class=class_name,
+        attention_backends=class_name in DISPATCHED or class_name not in FAMILIES,
         warnings=()
         if class_name in FAMILIES
         else (f"{class_name} was not compared with diffusers' own pixels here: exactness is not promised",),

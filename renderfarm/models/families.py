@@ -178,6 +178,8 @@ FAMILIES = {
     "IFPipeline": Family("deepfloyd:DeepFloyd", "diffusion", PLAIN, 100, 7.0, "unet", _of_pixels, _NO_VARIANCE, False, "calls", False),
 }
 SHIFTED = ("FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "QwenImagePipeline")  # whether the configuration says so or not
+# whose denoisers ask diffusers' dispatcher for attention; the others' call torch's, and setting a backend changes nothing
+DISPATCHED = ("FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "QwenImagePipeline", "ZImagePipeline")
 _TASKS = {
     "StableDiffusionPipeline": (ImageTask("StableDiffusionImg2ImgPipeline", 0.8), ImageTask("StableDiffusionInpaintPipeline", 1.0)),
     LCM: (ImageTask("LatentConsistencyModelImg2ImgPipeline", 0.8, least_strength="lcm"), None),

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 
 from renderfarm.adapters import parse
 from renderfarm.config import Workers, fixed_batch_size, several_devices
 from renderfarm.errors import Fatal
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.fingerprint import file_sha256, model_sha256, weight_hashes
-from renderfarm.models.torch_setup import describe_profile, prepare_torch
+from renderfarm.models.torch_setup import attention_packages, describe_profile, prepare_torch
 
 
 class LoadedPipeline(ABC):
@@ -37,8 +38,14 @@ class LoadedPipeline(ABC):
         self._on: str | None = None
         if info.adapters:
             self._load_adapters()
+        if workers.attention_backend is not None:
+            self._use_attention(workers.attention_backend)
         self._stage = ""
         self._place()
+
+    @property
+    def denoiser(self) -> Any:
+        return getattr(self.pipe, "transformer", None) or self.pipe.unet
 
     def _load(self, folder: str) -> Any:
         arguments: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, **self._load_arguments()}
@@ -100,6 +107,17 @@ class LoadedPipeline(ABC):
                 raise Fatal(f"model.adapters.{name}: {path} changes no layer of {type(self.pipe).__name__}; is it for another model?")
         self.pipe.disable_lora()
 
+    def _use_attention(self, backend: str) -> None:
+        """For this denoiser alone: diffusers makes it the process's default, too, and other models may be rendered here."""
+        try:
+            with attention_backend():  # afterwards the default is what it was
+                self.denoiser.set_attention_backend(backend)
+        except Exception as error:  # a package that is missing or too old
+            raise Fatal(f"workers.attention_backend {backend}: {error}") from error
+        processors = (getattr(module, "processor", None) for module in self.denoiser.modules())
+        if not any(getattr(processor, "_attention_backend", None) is not None for processor in processors):
+            raise Fatal(f"workers.attention_backend: {type(self.denoiser).__name__} does not ask diffusers for attention; leave it out")
+
     def use(self, adapters: str | None) -> None:
         """Turn these adapters on (`Sample.adapters`), and all others off."""
         if adapters == self._on:
@@ -122,6 +140,8 @@ class LoadedPipeline(ABC):
         own = {"text_length": self.text_length, "vae_slicing": True, "scheduler": scheduler, "safety_checker": self.info.safety_checker}
         if self.info.adapters:
             own |= {"adapters": {name: file_sha256(Path(path)) for name, path in self.info.adapters.items()}, "peft": version("peft")}
+        if self.workers.attention_backend is not None:
+            own |= {"attention_backend": self.workers.attention_backend, "attention_packages": attention_packages()}
         if (devices := several_devices(self.workers)) is not None:
             own["devices"] = devices
         return describe_profile(self.info, self.workers, self.device) | own | {"batch_size": self.batch_size}

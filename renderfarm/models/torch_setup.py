@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from collections.abc import Callable
 from functools import wraps
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -98,6 +99,15 @@ def describe_profile(info: ModelInfo, workers: Workers, device: str) -> dict[str
             name: version(name) for name in ("diffusers", "transformers", "tokenizers", "numpy", "scipy", "pillow")
         },  # LMS integrates with scipy
     }
+
+
+def attention_packages() -> dict[str, str]:
+    """Versions of the packages, of those that are installed, which diffusers' attention backends take their kernels from."""
+    found = {}
+    for name in ("flash_attn", "flash_attn_3", "sageattention", "xformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _decides_pixels(name: str) -> bool:
