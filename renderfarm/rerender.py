@@ -11,6 +11,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from renderfarm import commit
 from renderfarm.config import ModelSpec, Offload, Workers, model_spec
 from renderfarm.errors import InvalidJob
@@ -81,15 +83,15 @@ def _model_spec(job: dict[str, Any], model: str | None) -> ModelSpec:
 
 
 def _workers(job: dict[str, Any], profile: dict[str, Any], offload: Offload) -> Workers:
-    on_cpu = profile.get("device") == "cpu"
-    if on_cpu and offload != "none":
-        raise InvalidJob(f"--offload {offload} saves an accelerator's memory, and this output is of a CPU; leave it out")
-    return Workers(
-        batch_size=profile["batch_size"],
-        dtype=job["workers"]["dtype"],
-        device="cpu" if on_cpu else "auto",
-        offload=offload,
-        threads=profile.get("threads") or 1,
-        attention_backend=profile.get("attention_backend"),
-        devices_per_worker=profile.get("devices") or 1,
-    )
+    try:
+        return Workers(
+            batch_size=profile["batch_size"],
+            dtype=job["workers"]["dtype"],
+            device="cpu" if profile.get("device") == "cpu" else "auto",
+            offload=offload,
+            threads=profile.get("threads") or 1,
+            attention_backend=profile.get("attention_backend"),
+            devices_per_worker=profile.get("devices") or 1,
+        )
+    except ValidationError as error:  # the profile's values were valid once; what was asked for does not go with them
+        raise InvalidJob(f"cannot render it again so: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None

@@ -14,6 +14,7 @@ from typing import Any
 import accelerate
 import numpy as np
 import pytest
+import test_tasks
 import torch
 from oracle import CLASSES, LEGAL, Model, row
 from test_adapters import make_adapter
@@ -22,10 +23,10 @@ import renderfarm
 from renderfarm.config import ModelSpec, Workers, load_job
 from renderfarm.engines.ray import RayEngine
 from renderfarm.errors import Fatal, InvalidJob
-from renderfarm.models.catalog import describe
+from renderfarm.models.catalog import IMAGES_OF, describe, for_task
 from renderfarm.models.torch_setup import describe_profile, prepare_torch
 from renderfarm.preparation import prepare
-from renderfarm.records import Sample
+from renderfarm.records import InputImage, Sample
 from renderfarm.verification import Choice, verify
 from renderfarm.worker import WorkerSpec
 
@@ -136,7 +137,7 @@ def test_where_components_wait_is_no_part_of_job_or_profile(write_manifest: Writ
 
 def test_verify_offloads_as_told_but_not_on_a_cpu(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
     renderfarm.run(write_job(write_manifest({"prompt": ["a"]}), model="builtin:shapes", output={"part_rows": 1}), engine="inline")
-    with pytest.raises(InvalidJob, match="--offload model saves an accelerator's memory, and this output is of a CPU"):
+    with pytest.raises(InvalidJob, match="offload model saves an accelerator's memory, and device cpu has none"):
         verify(str(tmp_path / "out"), Choice(), offload="model")
 
 
@@ -209,6 +210,19 @@ def test_the_hooks_that_bring_components_to_the_device_move_no_pixel(name: str, 
     same_pixels(plain, one.render(rows))
     if how == "sequential":
         assert all(weights.is_meta for weights in one.denoiser.parameters())
+
+
+@pytest.mark.parametrize("how", ["model", "sequential"])
+@pytest.mark.parametrize(("name", "task"), test_tasks.CLASSES)
+def test_the_hooks_move_no_pixel_of_rows_with_images(name: str, task: Any, how: str, fresh: Callable[..., Model]) -> None:
+    one = fresh(name)
+    one.info = for_task(one.info, IMAGES_OF[task])
+    pictures = {"image": test_tasks.picture(), "mask_image": test_tasks.mask()}
+    given = {kind: InputImage(None, test_tasks.encoded(pictures[kind])) for kind in IMAGES_OF[task]}
+    rows = [replace(wanted, strength=0.8, num_inference_steps=4, **given) for wanted in some_rows(name)[:2]]
+    plain = one.render(rows)
+    offload(one, how)
+    same_pixels(plain, one.render(rows))
 
 
 @pytest.mark.parametrize("how", ["model", "sequential"])
