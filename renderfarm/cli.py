@@ -205,6 +205,15 @@ def _model_and_beside(models: list[str] | None) -> tuple[str | None, dict[str, s
     return (own[0] if own else None), beside
 
 
+class OffloadChoice(StrEnum):
+    none = "none"
+    model = "model"
+    sequential = "sequential"
+
+
+Offload = Annotated[OffloadChoice, typer.Option("--offload", help="As a job's workers.offload, to save this device's memory.")]
+
+
 @app.command()
 def verify(
     out: Annotated[str, typer.Argument(help="The output folder.", show_default=False)],
@@ -212,6 +221,7 @@ def verify(
     rows: Annotated[str | None, typer.Option(help="Render these rows again: 0-5,7.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Render everything again.")] = False,
     model: Models = None,
+    offload: Offload = OffloadChoice.none,
     as_json: AsJson = False,
 ) -> None:
     """Check every file against its table, and render some images again: the same bits must come out."""
@@ -220,7 +230,7 @@ def verify(
     from renderfarm.verification import Choice
     from renderfarm.verification import verify as verify_output
 
-    found = verify_output(out, Choice(all=all_, rows=rows, sample=sample), *_model_and_beside(model))
+    found = verify_output(out, Choice(all=all_, rows=rows, sample=sample), *_model_and_beside(model), offload.value)
     if as_json:
         _print_json({**asdict(found), "ok": found.ok})
     else:
@@ -265,6 +275,7 @@ def inspect(
     image: Annotated[str, typer.Argument(metavar="ROW[:K]", help="The row's ordinal, and which of its images.", show_default=False)],
     render: Annotated[Path | None, typer.Option(help="Render that image again, alone, into this PNG file, and compare.")] = None,
     model: Models = None,
+    offload: Offload = OffloadChoice.none,
     as_json: AsJson = False,
 ) -> None:
     """Show where one image comes from; with --render, make it again."""
@@ -277,7 +288,7 @@ def inspect(
     if not row.isdecimal() or not (k or "0").isdecimal() or len(image) > 30:
         raise InvalidJob(f"{image!r} is not ROW or ROW:K; the row's ordinal counts from 0, for example 12 or 12:3")
     found = inspect_image(out, int(row), int(k or 0))
-    again = render_to(found, render, *_model_and_beside(model)) if render else None
+    again = render_to(found, render, *_model_and_beside(model), offload.value) if render else None
     if as_json:
         shown = {"out": found.out, "part": found.part, "file": found.file, "record": found.record, "profile": found.profile}
         _print_json({**shown, "again": asdict(again) if again else None})

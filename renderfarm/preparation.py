@@ -9,10 +9,11 @@ from typing import Any
 
 from renderfarm import after, commit, weighting
 from renderfarm.adapters import parse, read_files, sha256, written
-from renderfarm.config import COMPANIONS, Companion, Job, expand_env
+from renderfarm.config import COMPANIONS, Companion, Job, expand_env, several_devices
 from renderfarm.errors import InvalidInput, InvalidJob
 from renderfarm.manifest import Manifest, open_manifest
 from renderfarm.models.catalog import ModelInfo, describe, for_task, shown_name, with_weights
+from renderfarm.models.families import DISPATCHED
 from renderfarm.models.networks import MAX_PIXELS
 from renderfarm.plan import Grid, where_row
 from renderfarm.records import PartReceipt
@@ -79,7 +80,12 @@ class Prepared:
             "seed_policy": job.seed_policy,
             # as absent where there is none, so that an output that was begun before they were known goes on
             "after": after.frozen(job.after) or None,
-            "workers": {"batch_size": job.workers.batch_size, "dtype": job.workers.dtype},
+            "workers": {
+                "batch_size": job.workers.batch_size,
+                "dtype": job.workers.dtype,
+                "attention_backend": job.workers.attention_backend,
+                "devices_per_worker": several_devices(job.workers),
+            },
             "output": {"layout": job.output.layout, "format": job.output.format, "part_rows": job.output.part_rows}
             | {"keep_originals": job.output.keep_originals or None},
         }
@@ -120,10 +126,20 @@ def prepare(job: Job) -> Prepared:
             f"manifest: {{columns: {{{refused[0]}: null}}}}"
         )
     _check_render(job, model)
+    if model.companions and several_devices(job.workers) is not None:
+        raise InvalidJob(
+            f"workers.devices_per_worker: model.{next(iter(model.companions))} cannot be spread over several devices here; "
+            "use 1, or workers.offload: model"
+        )
     steps, after_files = after.read_steps(job.after)
     if after_files and model.folder is None:
         raise InvalidJob("after: builtin:fake draws without torch, which a network needs; use builtin:shapes, or leave upscale out")
     _check_enlarged(job, model, after.scale(after_files, steps))
+    if job.workers.attention_backend is not None and not model.attention_backends:
+        raise InvalidJob(
+            f"workers.attention_backend: {model.pipeline_class or model.name} does not ask diffusers for attention, so a backend would "
+            f"change nothing; leave it out (those that do: {', '.join(DISPATCHED)})"
+        )
     # expanded once and here: a worker's environment and folder may be others
     store = open_store(expand_env(job.output.path))
     job = job.model_copy(update={"output": job.output.model_copy(update={"path": store.url}), "after": steps})

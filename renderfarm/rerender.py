@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from renderfarm import commit
 from renderfarm.after import Chain, thawed
-from renderfarm.config import COMPANIONS, ModelSpec, Workers, model_spec
+from renderfarm.config import COMPANIONS, ModelSpec, Offload, Workers, model_spec
 from renderfarm.errors import InvalidJob
 from renderfarm.models.base import SlotModel
 from renderfarm.models.catalog import describe, for_task, with_weights
@@ -30,9 +32,9 @@ from renderfarm.storage import Store
 class Renderer:
     """The output's model, set up as its profile says. `differences`: where this machine does not match that profile."""
 
-    def __init__(self, output: Output, model: str | None, beside: Mapping[str, str]) -> None:
-        """`model`: where a model lies that the job knew by a folder; `beside`: the same of a ControlNet and its kin. Raises
-        InvalidJob if one cannot be found."""
+    def __init__(self, output: Output, model: str | None, beside: Mapping[str, str], offload: Offload = "none") -> None:
+        """`model`: where a model lies that the job knew by a folder; `beside`: the same of a ControlNet and its kin; `offload`:
+        as a job's. Raises InvalidJob if one cannot be found."""
         profile = commit.read_profile(output.store)
         info = with_weights(describe(_model_spec(output.job, model, beside)), output.job["render"].get("prompt_weighting"))
         info = for_task(info, IMAGES_OF[output.job.get("task", "text-to-image")])
@@ -41,7 +43,7 @@ class Renderer:
         info = dataclasses.replace(info, adapters=_written(output, Path(self._adapters.name)))
         # the name that the output has for the model: whether it is the same one, the weights' hashes say
         info = dataclasses.replace(info, id=output.job["model"]["id"], revision=output.job["model"]["revision"])
-        workers, chain = _workers(output.job, profile), Chain(thawed(output.job.get("after") or ()))
+        workers, chain = _workers(output.job, profile, offload), Chain(thawed(output.job.get("after") or ()))
 
         def load() -> SlotModel:
             model = load_model(info, workers)
@@ -100,10 +102,16 @@ def _model_spec(job: dict[str, Any], model: str | None, beside: Mapping[str, str
     return ModelSpec.model_validate(spec.model_dump() | {"safety_checker": stored["safety_checker"]} | companions)
 
 
-def _workers(job: dict[str, Any], profile: dict[str, Any]) -> Workers:
-    return Workers(
-        batch_size=profile["batch_size"],
-        dtype=job["workers"]["dtype"],
-        device="cpu" if profile.get("device") == "cpu" else "auto",
-        threads=profile.get("threads") or 1,
-    )
+def _workers(job: dict[str, Any], profile: dict[str, Any], offload: Offload) -> Workers:
+    try:
+        return Workers(
+            batch_size=profile["batch_size"],
+            dtype=job["workers"]["dtype"],
+            device="cpu" if profile.get("device") == "cpu" else "auto",
+            offload=offload,
+            threads=profile.get("threads") or 1,
+            attention_backend=profile.get("attention_backend"),
+            devices_per_worker=profile.get("devices") or 1,
+        )
+    except ValidationError as error:  # the profile's values were valid once; what was asked for does not go with them
+        raise InvalidJob(f"cannot render it again so: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None

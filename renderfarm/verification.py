@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from renderfarm import commit
+from renderfarm.config import Offload
 from renderfarm.encode import encode, pixel_sha256
 from renderfarm.errors import Fatal, InvalidJob, RenderfarmError
 from renderfarm.manifest import ROW, parse_ranges
@@ -75,7 +76,9 @@ class Choice:
     sample: int = 8
 
 
-def verify(out: str, choice: Choice, model: str | None = None, beside: Mapping[str, str] | None = None) -> Verification:
+def verify(
+    out: str, choice: Choice, model: str | None = None, beside: Mapping[str, str] | None = None, offload: Offload = "none"
+) -> Verification:
     """Check every file against its table, then render the chosen samples again.
 
     Raises InvalidJob for what is no output, and for a choice that names no image.
@@ -107,7 +110,7 @@ def verify(out: str, choice: Choice, model: str | None = None, beside: Mapping[s
     if choice.rows is not None and not chosen.samples and found.ok:
         raise InvalidJob(f"rows {choice.rows}: no committed image; `renderfarm status {out}` shows what there is")
     if chosen.samples and commit.has_profile(output.store):
-        _render_again(found, output, sorted(chosen.samples, key=lambda sample: sample.key), Renderer(output, model, beside or {}))
+        _render_again(found, sorted(chosen.samples, key=lambda sample: sample.key), Renderer(output, model, beside or {}, offload))
     return found
 
 
@@ -229,7 +232,7 @@ def _damage(sample: StoredSample, key: str, size: tuple[int, int], said: dict[st
 # ---------------------------------------------------------------------------------------------- render again
 
 
-def _render_again(found: Verification, output: Output, samples: list[StoredSample], renderer: Renderer) -> None:
+def _render_again(found: Verification, samples: list[StoredSample], renderer: Renderer) -> None:
     found.profile_differences = renderer.differences
     try:
         for start in range(0, len(samples), GROUP):
@@ -306,14 +309,16 @@ def inspect(out: str, row: int, image_index: int) -> Provenance:
     raise InvalidJob(f"row {row} has no image {image_index}: {there}")
 
 
-def render_to(found: Provenance, path: Path, model: str | None = None, beside: Mapping[str, str] | None = None) -> Again:
+def render_to(
+    found: Provenance, path: Path, model: str | None = None, beside: Mapping[str, str] | None = None, offload: Offload = "none"
+) -> Again:
     """Render one image again, alone: filler takes the place of its batch mates. Writes a PNG file.
 
     Raises InvalidJob for an error row, and for a file that cannot be written.
     """
     if found.stored is None:
         raise InvalidJob(f"row {found.record['row']} has no image: it ended as {found.record['error_class']}")
-    renderer = Renderer(Output(found.out), model, beside or {})
+    renderer = Renderer(Output(found.out), model, beside or {}, offload)
     try:
         rendered = renderer.render([found.record])[0].result()
     finally:

@@ -29,7 +29,7 @@ from renderfarm.manifest import EXTRA, ROW
 from renderfarm.models.base import SlotModel
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.load import load_model
-from renderfarm.models.measure import best_batch_size, check_places, seconds_per_image
+from renderfarm.models.measure import best_batch_size, check_attention, check_places, seconds_per_image
 from renderfarm.pictures import shown
 from renderfarm.records import IMAGE_ARGUMENTS, Lease, Part, PartReceipt, Receipt, RowError, Sample, SampleKey, WorkerReady
 from renderfarm.samples import Usual, expand_rows, row_error
@@ -85,6 +85,8 @@ class Worker:
     def _load(self) -> SlotModel:
         model = load_model(self.spec.model, self.job.workers)
         self.chain.load(partial(commit.kept, self.store), model.device, self.job.workers.dtype)
+        if (backend := self.job.workers.attention_backend) is not None:
+            check_attention(model, self.spec.usual.sample, backend)
         if self.job.workers.batch_size == "auto" and not commit.has_profile(self.store):
             best_batch_size(model, self.spec.usual.sample)
         if self.job.output.part_rows == "auto" and not self.store.exists(commit.GRID):

@@ -311,6 +311,8 @@ def test_what_is_known_of_a_model_is_told_without_loading_it(copy: Path) -> None
     assert found["sha256"] == hashlib.sha256("".join(f"{path} {hashes[path]}\n" for path in sorted(hashes)).encode()).hexdigest()
     numbers = sum(tensor.size for path in copy.rglob("*.safetensors") for tensor in load_file(path).values())
     assert f"float32 {numbers * 4 / 2**20:,.0f} MiB" in found["weights in memory"]
+    largest = sum(tensor.size for tensor in load_file(copy / "unet/diffusion_pytorch_model.safetensors").values())
+    assert f"float32 {largest * 4 / 2**20:,.0f} MiB" in found["with workers.offload: model"]
 
 
 def test_a_flipped_byte_in_a_weight_file_stops_the_job_before_it_renders(

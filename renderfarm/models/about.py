@@ -35,10 +35,11 @@ def about(spec: ModelSpec) -> dict[str, Any]:
     folder = Path(info.folder)
     digest = model_sha256(weight_hashes(folder, safety_checker=False))
     parts = {name: size for name, size in weight_bytes(folder).items() if name != "safety_checker"}
-    stored = sum(parts.values())
+    stored, largest = sum(parts.values()), max(parts, key=lambda name: parts[name])
     return found | {
         "weights on disk": ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in sorted(parts.items(), key=lambda p: -p[1])),
-        "weights in memory": _in_memory(folder / max(parts, key=lambda name: parts[name]), stored),
+        "weights in memory": _in_memory(folder / largest, stored),
+        "with workers.offload: model": f"{_in_memory(folder / largest, parts[largest])} on the device",
         "sha256": digest,
     }
 

@@ -61,11 +61,6 @@ class WholeCall(LoadedPipeline):
         self.taken = inspect.signature(self.pipe.__call__).parameters
         set_up(self.pipe)
 
-    @property
-    def denoiser(self) -> torch.nn.Module:
-        found: torch.nn.Module = getattr(self.pipe, "transformer", None) or self.pipe.unet
-        return found
-
     # What a family says.
 
     def _guided(self, sample: Sample) -> bool:

@@ -16,6 +16,7 @@ from renderfarm.errors import Fatal, InvalidJob
 from renderfarm.models.families import (
     ALWAYS,
     CONTROL,
+    DISPATCHED,
     FAMILIES,
     GENERIC,
     IMAGES_OF,
@@ -55,6 +56,8 @@ class ModelInfo:
     adapters: Mapping[str, str] = field(default_factory=dict)
     """LoRA adapters: their files, by name."""
     pipeline_class: str = ""
+    attention_backends: bool = False
+    """Whether `workers.attention_backend` means anything to it, as far as is known before it is loaded."""
     task: Task = "text-to-image"
     strength: float | None = None
     """The task's default, where it begins with an image."""
@@ -124,6 +127,7 @@ def describe(spec: ModelSpec) -> ModelInfo:
         pipeline_class=class_name,
         companions=companions,
         super_resolution=spec.super_resolution.model_dump(exclude={"id", "revision"}) if spec.super_resolution else {},
+        attention_backends=class_name in DISPATCHED or class_name not in FAMILIES,
         warnings=()
         if class_name in FAMILIES
         else (f"{class_name} was not compared with diffusers' own pixels here: exactness is not promised",),

@@ -204,6 +204,8 @@ FAMILIES = {
     "IFPipeline": Family("deepfloyd:DeepFloyd", "diffusion", PLAIN, 100, 7.0, "unet", _of_pixels, _NO_VARIANCE, False, "calls", False),
 }
 SHIFTED = ("FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "QwenImagePipeline")  # whether the configuration says so or not
+# whose denoisers ask diffusers' dispatcher for attention; the others' call torch's, and setting a backend changes nothing
+DISPATCHED = ("FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "QwenImagePipeline", "ZImagePipeline")
 _TASKS: dict[str, dict[Task, ImageTask]] = {
     "StableDiffusionPipeline": {
         "image-to-image": ImageTask("StableDiffusionImg2ImgPipeline", 0.8),

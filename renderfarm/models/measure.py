@@ -1,6 +1,6 @@
-"""What a worker finds out on its device before its first lease: whether a sample's place in the batch decides its pixels,
-and, if it is the first, the B that gives most images per second (`batch_size: auto`) and how long an image takes
-(`part_rows: auto`). The last two are found once and then kept."""
+"""What a worker finds out on its device before its first lease: whether the job's attention backend works there, whether a
+sample's place in the batch decides its pixels, and, if it is the first, the B that gives most images per second
+(`batch_size: auto`) and how long an image takes (`part_rows: auto`). The last two are found once and then kept."""
 
 from __future__ import annotations
 
@@ -38,6 +38,16 @@ def check_places(model: SlotModel, sample: Sample) -> None:
             f"(at {sample.width}×{sample.height} pixels on this device), so rows would not keep their pixels; "
             "set another workers.batch_size (1 always works), or workers.threads: 1 on a CPU"
         )
+
+
+def check_attention(model: SlotModel, sample: Sample, backend: str) -> None:
+    """Raise Fatal where this backend cannot compute the model's attention: its dtypes, masks and head sizes, only a call tells."""
+    try:
+        model.places_that_differ(sample)
+    except OutOfMemory:
+        return  # as above
+    except Exception as error:  # each backend refuses in its own way
+        raise Fatal(f"workers.attention_backend {backend} cannot render this model here: {error}; give another one") from error
 
 
 def best_batch_size(model: SlotModel, sample: Sample) -> int:

@@ -77,6 +77,7 @@ class SlotPipeline(LoadedPipeline):
     @translated
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[Any]) -> list[Embedding]:
+        self.turn_to("texts")
         found: dict[Hashable, Embedding] = {}
         for adapters in dict.fromkeys(adapters for adapters, _ in texts):
             self.use(adapters)
@@ -135,6 +136,7 @@ class SlotPipeline(LoadedPipeline):
             # either do this, or fail
             state.latents = state.latents.to(self.dtype)
         self.use(states[0].sample.adapters)
+        self.turn_to("denoiser")
         conditional, unconditional = self._denoise(slots)
         for k, state in enumerate(states):
             predicted = conditional[k : k + 1]
@@ -151,12 +153,14 @@ class SlotPipeline(LoadedPipeline):
     def places_that_differ(self, sample: Sample) -> list[int]:
         state = self.start(sample, [self.encode_texts([text])[0] for text in self.texts(sample)])
         self.use(sample.adapters)
+        self.turn_to("denoiser")
         parts = [part for part in self._denoise([state] * self.batch_size) if part is not None]
         return [k for k in range(1, self.batch_size) if not all(torch.equal(part[k], part[0]) for part in parts)]
 
     @translated
     @torch.inference_mode()
     def decode(self, state: State) -> np.ndarray:
+        self.turn_to("autoencoder")
         vae = self.pipe.vae
         # one image at a time, as vae.enable_slicing() does: a batched VAE in bf16 gives other pixels
         image = vae.decode(self._unscaled(state.latents.to(vae.dtype), state.sample), return_dict=False)[0]
