@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Collection, Mapping
 
 from renderfarm.config import expand_env
@@ -45,20 +44,22 @@ def written(weights: Mapping[str, float]) -> str | None:
 
 def read_files(files: Mapping[str, str]) -> dict[str, bytes]:
     """The adapters' bytes. Raises InvalidJob where one cannot be an adapter."""
-    found = {}
-    for name, given in files.items():
-        path = expand_env(given)
-        if not path.endswith(".safetensors"):
-            raise InvalidJob(f"model.adapters.{name}: {path} is no .safetensors file; other formats may hold code, so convert it")
-        try:
-            with open(path, "rb") as file:
-                found[name] = file.read()
-        except OSError as error:
-            raise InvalidJob(f"model.adapters.{name}: {path} cannot be read: {error.strerror}; paths start at the job file") from None
-        size = int.from_bytes(found[name][:8], "little")
-        if found[name][8:9] != b"{" or 8 + size > os.path.getsize(path):
-            raise InvalidJob(f"model.adapters.{name}: {path} is damaged, or no safetensors file; fetch it again")
-    return found
+    return {name: read_weights(f"model.adapters.{name}", given) for name, given in files.items()}
+
+
+def read_weights(field: str, given: str) -> bytes:
+    """A `.safetensors` file's bytes. Raises InvalidJob, naming the job's `field`, where it can be none."""
+    path = expand_env(given)
+    if not path.endswith(".safetensors"):
+        raise InvalidJob(f"{field}: {path} is no .safetensors file; other formats may hold code, so convert it")
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+    except OSError as error:
+        raise InvalidJob(f"{field}: {path} cannot be read: {error.strerror}; paths start at the job file") from None
+    if data[8:9] != b"{" or 8 + int.from_bytes(data[:8], "little") > len(data):
+        raise InvalidJob(f"{field}: {path} is damaged, or no safetensors file; fetch it again")
+    return data
 
 
 def sha256(data: bytes) -> str:

@@ -30,8 +30,11 @@ ARGUMENTS: dict[str, str] = {
     "image": IMAGE,
     "mask_image": IMAGE,
     "strength": NUMBER,
-    # taken by no family here yet
     "control_image": IMAGE,
+    "controlnet_conditioning_scale": NUMBER,
+    "control_guidance_start": NUMBER,
+    "control_guidance_end": NUMBER,
+    "denoising_end": NUMBER,
 }
 PRESETS: dict[str, dict[str, str]] = {
     "diffusiondb": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -188,10 +189,33 @@ def status(out: Annotated[str, typer.Argument(help="The output folder.", show_de
         _print_pairs(found)
 
 
-Model = Annotated[str | None, typer.Option("--model", help="Where the model lies, if the job named a folder.")]
-Components = Annotated[
-    list[str] | None, typer.Option("--component", help="A component from elsewhere: vae=FOLDER or vae=org/name@COMMIT/SUBFOLDER.")
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model", help="Where the model lies, if the job named a folder; again as vae=FOLDER or controlnet=FOLDER for its parts."
+    ),
 ]
+Components = Annotated[
+    list[str] | None, typer.Option("--component", help="One from elsewhere: vae=FOLDER, vae=org/name@COMMIT/SUBFOLDER. May be repeated.")
+]
+
+
+def _model_and_parts(models: list[str] | None) -> tuple[str | None, dict[str, str]]:
+    """What stands alone, and what is named as NAME=PLACE."""
+    parts = {match[1]: match[2] for text in models or [] if (match := re.fullmatch(r"([a-z]\w*)=(.+)", text))}
+    own = [text for text in models or [] if not re.fullmatch(r"[a-z]\w*=.+", text)]
+    if len(own) > 1:
+        raise InvalidJob(f"--model is given twice ({' and '.join(own)}); name one, and its parts as NAME=FOLDER")
+    return (own[0] if own else None), parts
+
+
+class OffloadChoice(StrEnum):
+    none = "none"
+    model = "model"
+    sequential = "sequential"
+
+
+Offload = Annotated[OffloadChoice, typer.Option("--offload", help="As a job's workers.offload, to save this device's memory.")]
 
 
 @app.command()
@@ -200,8 +224,8 @@ def verify(
     sample: Annotated[int, typer.Option(min=0, help="So many images, spread at random, are rendered again; 0: files only.")] = 8,
     rows: Annotated[str | None, typer.Option(help="Render these rows again: 0-5,7.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Render everything again.")] = False,
-    model: Model = None,
-    components: Components = None,
+    model: Models = None,
+    offload: Offload = OffloadChoice.none,
     as_json: AsJson = False,
 ) -> None:
     """Check every file against its table, and render some images again: the same bits must come out."""
@@ -210,7 +234,7 @@ def verify(
     from renderfarm.verification import Choice
     from renderfarm.verification import verify as verify_output
 
-    found = verify_output(out, Choice(all=all_, rows=rows, sample=sample), model, components or ())
+    found = verify_output(out, Choice(all=all_, rows=rows, sample=sample), *_model_and_parts(model), offload.value)
     if as_json:
         _print_json({**asdict(found), "ok": found.ok})
     else:
@@ -254,8 +278,8 @@ def inspect(
     out: Annotated[str, typer.Argument(help="The output folder.", show_default=False)],
     image: Annotated[str, typer.Argument(metavar="ROW[:K]", help="The row's ordinal, and which of its images.", show_default=False)],
     render: Annotated[Path | None, typer.Option(help="Render that image again, alone, into this PNG file, and compare.")] = None,
-    model: Model = None,
-    components: Components = None,
+    model: Models = None,
+    offload: Offload = OffloadChoice.none,
     as_json: AsJson = False,
 ) -> None:
     """Show where one image comes from; with --render, make it again."""
@@ -268,7 +292,7 @@ def inspect(
     if not row.isdecimal() or not (k or "0").isdecimal() or len(image) > 30:
         raise InvalidJob(f"{image!r} is not ROW or ROW:K; the row's ordinal counts from 0, for example 12 or 12:3")
     found = inspect_image(out, int(row), int(k or 0))
-    again = render_to(found, render, model, components or ()) if render else None
+    again = render_to(found, render, *_model_and_parts(model), offload.value) if render else None
     if as_json:
         shown = {"out": found.out, "part": found.part, "file": found.file, "record": found.record, "profile": found.profile}
         _print_json({**shown, "again": asdict(again) if again else None})

@@ -6,10 +6,11 @@
     _renderfarm/profiles/…     others, by their SHA-256, if the job allows them
     _renderfarm/parts/…        one key a part, its counts in its name, so that one listing tells what is done;
                                derived: a missing entry costs one request, never an image
-    _renderfarm/inputs/…       files that rows and job gave (images, LoRA adapters), by their SHA-256
+    _renderfarm/inputs/…       files that rows and job gave (images, LoRA adapters, networks), by their SHA-256
     data/…, errors/…           the commit objects (see layouts)
+    originals/…                pictures before the job's `after`, if they are kept; like images, only those count that a table names
 
-Order of a part: images, commit object, error view, index entry. Whoever loses the create of the commit object reads
+Order of a part: images and originals, commit object, error view, index entry. Whoever loses the create of the commit object reads
 back what is stored and reports that, whether it is somebody else's or its own whose reply was lost.
 """
 

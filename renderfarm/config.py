@@ -11,12 +11,13 @@ import datetime as dt
 import difflib
 import os
 import re
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from renderfarm.errors import InvalidJob
 from renderfarm.seeds import MAX_SEED
@@ -64,6 +65,26 @@ class Quantization(Strict):
     of its configuration classes (`Int8WeightOnlyConfig`), and the others are that one's."""
 
 
+class Companion(Strict):
+    """A second model that is used beside the job's: a folder, or a hub id with its commit."""
+
+    id: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+
+
+def _by_id(value: Any) -> Any:
+    return {"id": value} if isinstance(value, str) else value
+
+
+class SuperResolution(Companion):
+    """A stage that enlarges the pictures of the stage before; its settings are the job's, not a row's."""
+
+    num_inference_steps: Annotated[int, Field(ge=1, le=998)] = 50
+    guidance_scale: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 4.0
+    noise_level: Annotated[int, Field(ge=0, le=999)] = 250
+    """How much noise the small picture gets before it is enlarged."""
+
+
 class ModelSpec(Strict):
     id: str
     """`builtin:shapes`, a folder in diffusers' format, a hub id `org/name`, or a store's URL (`s3://bucket/model`)."""
@@ -82,6 +103,12 @@ class ModelSpec(Strict):
     say which are on, and how strongly. Needs renderfarm[lora]."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """What `renderfarm models --model` prints: a model with another byte stops the job before it renders."""
+    controlnet: Annotated[Companion, BeforeValidator(_by_id, json_schema_input_type=Companion | str)] | None = None
+    """A ControlNet for Stable Diffusion or SDXL, in diffusers' format; each row gives its `control_image`."""
+    refiner: Annotated[Companion, BeforeValidator(_by_id, json_schema_input_type=Companion | str)] | None = None
+    """SDXL's refiner: it takes over where `denoising_end` says, with the noise that is left."""
+    super_resolution: Annotated[SuperResolution, BeforeValidator(_by_id, json_schema_input_type=SuperResolution | str)] | None = None
+    """DeepFloyd IF's second stage. Heights and widths are then those of its pictures."""
     safety_checker: bool = False
     """Run the model's own safety checker, if it has one; an image that it refuses ends as an error row."""
 
@@ -89,6 +116,9 @@ class ModelSpec(Strict):
     @classmethod
     def _component_ids(cls, value: Any) -> Any:
         return {name: {"id": one} if isinstance(one, str) else one for name, one in value.items()} if isinstance(value, dict) else value
+
+
+COMPANIONS = ("controlnet", "refiner", "super_resolution")
 
 
 class Render(Strict):
@@ -111,9 +141,21 @@ class Render(Strict):
     """Which of `model.adapters` are on for a row that says nothing, e.g. `detail:0.8, style`; a row's `none` turns them off."""
     strength: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     """How much of an input image is painted anew: 1 all of it. About that share of the steps runs."""
+    controlnet_conditioning_scale: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] | None = None
+    """How strongly a ControlNet steers; 1 if nothing says."""
+    control_guidance_start: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """The share of the steps before a ControlNet begins to steer; 0 if nothing says."""
+    control_guidance_end: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The share of the steps after which it steers no more; 1 if nothing says."""
+    denoising_end: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The share of the noise that SDXL removes before its refiner takes over; 0.8 if nothing says."""
     on_truncation: Literal["record", "error"] = "record"
     """What to do with a prompt that the model reads only a beginning of. record: render it, and say in the table what
     was cut off. error: the row ends as an error."""
+    prompt_weighting: Literal["a1111"] | None = None
+    """None: prompts are read as they are, up to the length that the model reads. a1111: weights as in A1111's web UI,
+    `(word:1.3)`, `((word))`, `[word]`, `BREAK`, and a long prompt is read whole, in chunks. For Stable Diffusion 1 and 2,
+    SDXL and latent consistency models. Needs renderfarm[weights]."""
     override: tuple[Literal["height", "width", "num_inference_steps", "guidance_scale", "sampler"], ...] = ()
     """Arguments for which the job's value wins over the row's column, e.g. `[height, width]`."""
 
@@ -135,8 +177,82 @@ class Render(Strict):
         return self
 
 
+class Upscale(Strict):
+    """A network of Real-ESRGAN's kinds (RRDBNet, SRVGGNetCompact), in `workers.dtype`; by how much is in its weights."""
+
+    weights: Annotated[str, Field(min_length=1)]
+    """A `.safetensors` file, relative to the job file."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """Of that file: another one stops the job before it renders."""
+    tile: Annotated[int, Field(ge=64, le=4096, multiple_of=8)] | None = 512
+    """Side in pixels of the overlapping squares in which the network sees a picture, so that a large one fits the device's
+    memory. null: the whole picture at once, without the faint differences at the edges of tiles."""
+
+
+class Colour(Strict):
+    """Pillow's enhancers, in this order; 1 changes nothing."""
+
+    saturation: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 1.0
+    """0: grey."""
+    contrast: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = 1.0
+    """Towards the picture's own mean, or away from it."""
+    brightness: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = 1.0
+
+    @model_validator(mode="after")
+    def _changes_something(self) -> Colour:
+        if self.saturation == self.contrast == self.brightness == 1:
+            raise ValueError("changes nothing; give saturation, contrast or brightness, or leave the step out")
+        return self
+
+
+class Watermark(Strict):
+    """Exactly one of `text` and `hook`."""
+
+    text: Annotated[str, Field(pattern=r"^[ -~©]*[!-~©][ -~©]*$", max_length=200)] | None = None
+    """White, outlined letters at the bottom right, in Pillow's own font: ASCII and ©."""
+    opacity: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Of the text."""
+    hook: Annotated[str, Field(min_length=1)] | None = None
+    """Name of an entry point in the group `renderfarm.watermarks` of a package that is installed on every worker: a function
+    that gives an H×W×3 uint8 array of the same shape for one, always the same. A job can name no other code."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Watermark:
+        if (self.text is None) == (self.hook is None):
+            raise ValueError("give either text or hook")
+        return self
+
+
+class Step(Strict):
+    """One of these."""
+
+    upscale: Upscale | None = None
+    colour: Colour | None = None
+    watermark: Watermark | None = None
+
+    @property
+    def kind(self) -> str:
+        return next(name for name, value in self if value is not None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_faces(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "restore_faces" in data:
+            raise ValueError(
+                "restore_faces is not there: besides a network for faces it needs a detector that finds them, and renderfarm has "
+                "neither; leave the step out"
+            )
+        return data
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Step:
+        if sum(value is not None for _, value in self) != 1:
+            raise ValueError("a step is one of upscale, colour, watermark; write each as an item of its own")
+        return self
+
+
 class Inputs(Strict):
-    """The images that rows give: `image`, `mask_image`."""
+    """The images that rows give: `image`, `mask_image`, `control_image`."""
 
     folder: str | None = None
     """Where relative paths start; no path may lead out of it. Default: the manifest's folder."""
@@ -160,6 +276,31 @@ class Inputs(Strict):
         return urls
 
 
+Offload = Literal["none", "model", "sequential"]
+# diffusers' AttentionBackendName, without those that fetch their code while they run
+AttentionBackend = Literal[
+    "native",
+    "_native_math",
+    "_native_flash",
+    "_native_efficient",
+    "_native_cudnn",
+    "_native_npu",
+    "_native_xla",
+    "flash",
+    "flash_varlen",
+    "_flash_3",
+    "_flash_varlen_3",
+    "flex",
+    "xformers",
+    "sage",
+    "sage_varlen",
+    "_sage_qk_int8_pv_fp8_cuda",
+    "_sage_qk_int8_pv_fp8_cuda_sm90",
+    "_sage_qk_int8_pv_fp16_cuda",
+    "_sage_qk_int8_pv_fp16_triton",
+]
+
+
 class Workers(Strict):
     min: Annotated[int, Field(ge=1)] = 1
     """The job starts with the first worker ready, and asks for at least so many."""
@@ -169,8 +310,22 @@ class Workers(Strict):
     """B: samples per denoiser call. Constant; part of the render profile, because it decides pixels. auto: the first
     worker measures what is fastest on its device, and the output keeps that."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is one, else cpu."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: cuda where there is one, else mps (Apple's GPUs; written for them, never run on one), else cpu."""
+    devices_per_worker: Annotated[float, Field(gt=0, le=64)] = 1
+    """Accelerators (GPUs) of each worker. A fraction shares one: 0.5 puts two workers on each, whose memory must hold both.
+    Ray shares them out; the inline engine's one worker has what it sees. A whole number above 1 spreads the pipeline's
+    components over so many (diffusers' `device_map: balanced`); no single component is split. That was never run on
+    several devices, so it is part of the render profile. Without a GPU, up to 1 means nothing."""
+    offload: Offload = "none"
+    """For models larger than the device's memory: where components are while they wait. none: on the device. model: in the
+    machine's memory; text encoders, denoiser and autoencoder take turns on the device. sequential: the same layer by
+    layer, for the smallest devices, and very slow. The same kernels compute the same numbers wherever
+    weights have waited, so it decides no pixel and may change from run to run. Its hooks were compared on a CPU only."""
+    attention_backend: AttentionBackend | None = None
+    """Who computes the denoiser's attention: one of diffusers' backends; those of other packages need the package. It decides
+    pixels, so it is part of the render profile. FLUX.1, FLUX.2, Qwen-Image and Z-Image take one; the other families call
+    torch's attention themselves. None: diffusers' default, native. Only native and _native_math were compared."""
     threads: Annotated[int, Field(ge=1, le=2)] = 1
     """Torch threads per worker on a CPU, 1 or 2; part of the render profile. 2 need an even batch_size, so that no sample
     is cut in two; from 3 on, torch may cut a batch in the middle of a vector register. In both cases a sample's pixels
@@ -186,6 +341,32 @@ class Workers(Strict):
             raise ValueError(f"workers.min ({self.min}) is larger than workers.max ({self.max})")
         return self
 
+    @field_validator("attention_backend", mode="before")
+    @classmethod
+    def _pinned_code(cls, name: Any) -> Any:
+        if isinstance(name, str) and name.endswith("_hub"):
+            raise ValueError(f"{name} fetches code from the hub and runs it, whichever is there that day; give a backend that is installed")
+        return name
+
+    @model_validator(mode="after")
+    def _whole_devices(self) -> Workers:
+        devices = self.devices_per_worker
+        if devices > 1 and not devices.is_integer():
+            raise ValueError(f"workers.devices_per_worker is {devices:g}; above 1 give a whole number, below 1 a share of one device")
+        if devices != 1 and self.device in ("cpu", "mps"):
+            raise ValueError(f"workers.devices_per_worker is {devices:g}, but {self.device} has nothing to share or add; leave it out")
+        if devices < 1 and self.batch_size == "auto":
+            raise ValueError("workers.batch_size auto measures as if the device were one worker's; with a share of it give a number")
+        return self
+
+    @model_validator(mode="after")
+    def _somewhere_to_offload_from(self) -> Workers:
+        if self.offload != "none" and self.device == "cpu":
+            raise ValueError(f"workers.offload {self.offload} saves an accelerator's memory, and device cpu has none; leave it out")
+        if self.offload != "none" and self.devices_per_worker > 1:
+            raise ValueError(f"workers.offload {self.offload} is for one device; leave it out, or give devices_per_worker 1")
+        return self
+
     @model_validator(mode="after")
     def _no_sample_is_cut(self) -> Workers:
         if (size := fixed_batch_size(self)) > 1 and size % self.threads:
@@ -194,6 +375,11 @@ class Workers(Strict):
                 f"that depend on its slot; use batch_size {size + 1}, or threads 1 and more workers"
             )
         return self
+
+
+def several_devices(workers: Workers) -> int | None:
+    """How many devices a worker's pipeline is spread over; None: it is on one, or shares one."""
+    return int(workers.devices_per_worker) if workers.devices_per_worker > 1 else None
 
 
 def fixed_batch_size(workers: Workers) -> int:
@@ -209,6 +395,8 @@ class Output(Strict):
     format: Literal["png"] = "png"
     part_rows: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = "auto"
     """Manifest rows per part (the unit of commit). auto: about half a minute of rendering, measured once by the first worker."""
+    keep_originals: bool = False
+    """Keep each picture as it was before the steps of `after`, too: a PNG in `originals/`, which the table names."""
 
 
 class Failure(Strict):
@@ -232,6 +420,8 @@ class Job(Strict):
     seed_policy: Literal["derive", "same"] = "derive"
     """derive: each row its own noise. same: every row uses the job's seed + k, as benchmark generators do."""
     inputs: Inputs = Inputs()
+    after: tuple[Step, ...] = ()
+    """What is done to each finished picture, in this order. The files then show what comes out at the end."""
     workers: Workers = Workers()
     output: Output
     failure: Failure = Failure()
@@ -244,13 +434,20 @@ class Job(Strict):
     @field_validator("model", mode="before", json_schema_input_type=ModelSpec | str)
     @classmethod
     def _model_id(cls, value: Any) -> Any:
-        return {"id": value} if isinstance(value, str) else value
+        return _by_id(value)
+
+    @model_validator(mode="after")
+    def _originals_differ(self) -> Job:
+        if self.output.keep_originals and not self.after:
+            raise ValueError("output.keep_originals: without `after`, pictures are kept as they were rendered; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _no_credentials(self) -> Job:
         paths = self.manifest.path if isinstance(self.manifest.path, list) else [self.manifest.path]
         places = [*(("manifest.path", path) for path in paths), ("output.path", self.output.path), ("model.id", self.model.id)]
         places += [(f"model.components.{name}", component.id) for name, component in self.model.components.items()]
+        places += [(f"model.{name}", given.id) for name in COMPANIONS if (given := getattr(self.model, name))]
         for place, text in places:
             # the secret may hold slashes, as AWS keys do; `host:9000/…@…` is a port and a path
             if re.match(r"^[a-z0-9+.-]+://[^/@:]*:(?!\d+/)[^@]*@", text, re.IGNORECASE):
@@ -394,8 +591,12 @@ def _explain(error: ValidationError, path: Path) -> str:
 def _nearest(location: tuple[int | str, ...]) -> str:
     model: Any = Job
     for step in location[:-1]:
-        model = model.model_fields[step].annotation if isinstance(step, str) and step in model.model_fields else None
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+        if isinstance(step, int):  # of a list; its items' model was found
+            continue
+        annotation = model.model_fields[step].annotation if step in model.model_fields else None
+        kinds = (annotation, *typing.get_args(annotation))
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if model is None:
             return ""
     names = list(model.model_fields)
     close = difflib.get_close_matches(str(location[-1]), names, n=1)
@@ -442,24 +643,34 @@ def _absolute(text: str, base: Path) -> str:
     return os.path.normpath(base / Path(text).expanduser())
 
 
-def _local_id(id_: str, base: Path) -> str:
-    return _absolute(id_, base) if id_.startswith((".", "/", "~")) else id_
+def _model_folder(model_id: str, base: Path) -> str:
+    """A hub id stays what it is."""
+    return _absolute(model_id, base) if model_id.startswith((".", "/", "~")) else model_id
 
 
 def _resolve(job: Job, base: Path) -> Job:
     paths = job.manifest.path if isinstance(job.manifest.path, list) else [job.manifest.path]
     absolute = [_absolute(path, base) for path in paths]
-    model_id, folder = job.model.id, job.inputs.folder
+    folder = job.inputs.folder
     adapters = {name: _absolute(path, base) for name, path in job.model.adapters.items()}
-    model_id = _local_id(model_id, base)
-    components = {
-        name: component.model_copy(update={"id": _local_id(component.id, base)}) for name, component in job.model.components.items()
+    companions = {name: getattr(job.model, name) for name in COMPANIONS}
+    resolved = {name: given and given.model_copy(update={"id": _model_folder(given.id, base)}) for name, given in companions.items()}
+    resolved["components"] = {
+        name: given.model_copy(update={"id": _model_folder(given.id, base)}) for name, given in job.model.components.items()
     }
     return job.model_copy(
         update={
             "manifest": job.manifest.model_copy(update={"path": absolute if len(absolute) > 1 else absolute[0]}),
-            "model": job.model.model_copy(update={"id": model_id, "components": components, "adapters": adapters}),
+            "model": job.model.model_copy(update={"id": _model_folder(job.model.id, base), "adapters": adapters, **resolved}),
             "output": job.output.model_copy(update={"path": _absolute(job.output.path, base)}),
             "inputs": job.inputs.model_copy(update={"folder": folder and _absolute(folder, base)}),
+            "after": tuple(_resolve_step(step, base) for step in job.after),
         }
     )
+
+
+def _resolve_step(step: Step, base: Path) -> Step:
+    if step.upscale is None:
+        return step
+    weights = _absolute(step.upscale.weights, base)
+    return step.model_copy(update={"upscale": step.upscale.model_copy(update={"weights": weights})})

@@ -112,7 +112,7 @@ class Driver:
             raise InvalidJob("manifest.where selects no row: its `row` lies outside the manifest; correct it")
         probe(self.store)
         commit.freeze_job(self.store, self.prepared.frozen())
-        for data in self.prepared.adapter_files.values():
+        for data in (*self.prepared.adapter_files.values(), *self.prepared.after_files.values()):
             commit.keep(self.store, data)
 
     def run(self, make_engine: Callable[[], Engine]) -> RunSummary:

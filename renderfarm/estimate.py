@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from renderfarm import commit
+from renderfarm.after import scale
 from renderfarm.preparation import Prepared
 from renderfarm.records import Part
 from renderfarm.report.live import duration
@@ -28,7 +29,9 @@ def estimate(prepared: Prepared) -> dict[str, Any]:
     if images_done:
         bytes_per_image = sum(receipt.bytes for receipt in committed.values()) / images_done
     else:
-        bytes_per_image = (job.render.height or model.height) * (job.render.width or model.width) * BYTES_PER_PIXEL
+        pixels = (job.render.height or model.height) * (job.render.width or model.width)
+        kept = 1 if job.output.keep_originals else 0
+        bytes_per_image = (pixels * scale(prepared.after_files, job.after) ** 2 + pixels * kept) * BYTES_PER_PIXEL
     rate = _last_rate(prepared)
     rows_decide = job.manifest.where is not None or "num_images_per_prompt" in prepared.manifest.columns
     return {

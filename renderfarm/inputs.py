@@ -28,7 +28,7 @@ from renderfarm.config import Inputs, is_url
 from renderfarm.errors import InvalidInput, RenderfarmError, Transient
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.pictures import decode, shown, sized
-from renderfarm.records import InputImage, Sample
+from renderfarm.records import IMAGE_ARGUMENTS, InputImage, Sample
 from renderfarm.samples import check_side
 from renderfarm.storage import Store
 
@@ -48,7 +48,7 @@ class Fetcher:
 
     def fetch(self, samples: Sequence[Sample]) -> list[Sample | RenderfarmError]:
         """Each sample with its images and its size, or why it cannot be rendered."""
-        wanted = {image for sample in samples for image in (sample.image, sample.mask_image) if image is not None}
+        wanted = {image for sample in samples for name in IMAGE_ARGUMENTS if (image := getattr(sample, name)) is not None}
         with ThreadPoolExecutor(FETCHED_AT_A_TIME, thread_name_prefix="fetch") as pool:
             found = dict(zip(wanted, pool.map(self._try_bytes, wanted), strict=True))
             return list(pool.map(lambda sample: self._with_images(sample, found), samples))
@@ -75,7 +75,7 @@ class Fetcher:
     def _with_images(self, sample: Sample, found: dict[InputImage, InputImage | RenderfarmError]) -> Sample | RenderfarmError:
         ready: dict[str, Any] = {}
         try:
-            for name in ("image", "mask_image"):
+            for name in IMAGE_ARGUMENTS:
                 if (image := getattr(sample, name)) is None:
                     continue
                 if isinstance(fetched := found[image], RenderfarmError):
@@ -91,15 +91,14 @@ class Fetcher:
         return replace(sample, **{name: replace(image, picture=sized(image.picture, sample)) for name, image in ready.items()})
 
     def _with_size(self, sample: Sample, sizes: dict[str, tuple[int, int]]) -> Sample:
-        width, height = sizes["image"]
-        if sizes.get("mask_image", (width, height)) != (width, height):
-            raise InvalidInput(
-                f"mask_image has {_pixels(sizes['mask_image'])} pixels and image {_pixels((width, height))}; make them one size"
-            )
+        (first, (width, height)), *others = sizes.items()
+        for name, size in others:
+            if size != (width, height):
+                raise InvalidInput(f"{name} has {_pixels(size)} pixels and {first} {_pixels((width, height))}; make them one size")
         wanted = sample.width or width, sample.height or height
         if sample.resize is None and wanted != (width, height):
             raise InvalidInput(
-                f"image has {_pixels((width, height))} pixels and the row asks for {_pixels(wanted)}; leave height and width out, "
+                f"{first} has {_pixels((width, height))} pixels and the row asks for {_pixels(wanted)}; leave height and width out, "
                 "resize it, or say in the job how: inputs.resize: crop or stretch"
             )
         check_side(wanted[1], "height (the image's)" if not sample.height else "height", self.model)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from renderfarm import commit
+from renderfarm import after, commit, weighting
 from renderfarm.adapters import parse, read_files, sha256, written
-from renderfarm.config import Job, expand_env
+from renderfarm.config import COMPANIONS, Companion, Job, expand_env, several_devices
 from renderfarm.errors import InvalidInput, InvalidJob
 from renderfarm.manifest import Manifest, open_manifest
-from renderfarm.models.catalog import ModelInfo, describe, for_task
+from renderfarm.models.catalog import ModelInfo, describe, for_task, shown_name, with_weights
+from renderfarm.models.families import DISPATCHED
+from renderfarm.models.networks import MAX_PIXELS
 from renderfarm.plan import Grid, where_row
 from renderfarm.records import PartReceipt
 from renderfarm.samplers import find_sampler
@@ -20,6 +22,8 @@ from renderfarm.samples import Usual, check_side, usual
 from renderfarm.storage import Store, open_store
 
 USUAL_ROWS = 32
+CONTROL = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "denoising_end")
+TAKEN_BY_SOME = ("negative_prompt", "true_cfg_scale", *CONTROL)
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,8 @@ class Prepared:
     model: ModelInfo
     manifest: Manifest
     store: Store
+    after_files: dict[str, bytes] = field(default_factory=dict)
+    """Weights that the steps of `after` need, by SHA-256."""
 
     @cached_property
     def adapter_files(self) -> dict[str, bytes]:
@@ -68,14 +74,23 @@ class Prepared:
                 "quantization": job.model.quantization and job.model.quantization.model_dump(mode="json"),
                 "safety_checker": job.model.safety_checker,
                 "adapters": {name: sha256(data) for name, data in self.adapter_files.items()},
+                **{name: _frozen(given) for name in COMPANIONS if (given := getattr(job.model, name))},
             },
             "task": self.model.task,
             "render": self._render_defaults(),
             "inputs": {"resize": job.inputs.resize},
             "seed": job.seed,
             "seed_policy": job.seed_policy,
-            "workers": {"batch_size": job.workers.batch_size, "dtype": job.workers.dtype},
-            "output": {"layout": job.output.layout, "format": job.output.format, "part_rows": job.output.part_rows},
+            # as absent where there is none, so that an output that was begun before they were known goes on
+            "after": after.frozen(job.after) or None,
+            "workers": {
+                "batch_size": job.workers.batch_size,
+                "dtype": job.workers.dtype,
+                "attention_backend": job.workers.attention_backend,
+                "devices_per_worker": several_devices(job.workers),
+            },
+            "output": {"layout": job.output.layout, "format": job.output.format, "part_rows": job.output.part_rows}
+            | {"keep_originals": job.output.keep_originals or None},
         }
 
     def _render_defaults(self) -> dict[str, Any]:
@@ -88,18 +103,24 @@ class Prepared:
         return defaults | {
             "sampler": find_sampler(given.sampler or self.model.sampler, self.model.kind, self.model.refused_samplers).name,
             "negative_prompt": given.negative_prompt,
-            "true_cfg_scale": given.true_cfg_scale,
+            **{name: getattr(given, name) for name in ("true_cfg_scale", *CONTROL)},
             "strength": given.strength,
             "adapters": written(parse(given.adapters, self.model.adapters)),
             "on_truncation": given.on_truncation,
+            "prompt_weighting": given.prompt_weighting,
             "num_images_per_prompt": given.num_images_per_prompt or 1,
             "override": sorted(given.override),
         }
 
 
+def _frozen(companion: Companion) -> dict[str, Any]:
+    """A local folder by its name, as a model's."""
+    return companion.model_dump() | {"id": shown_name(expand_env(companion.id))}
+
+
 def prepare(job: Job) -> Prepared:
     """Raises InvalidJob for everything that can be known now."""
-    model = describe(job.model)
+    model = with_weights(describe(job.model), job.render.prompt_weighting)
     manifest = open_manifest(job.manifest, model.arguments)
     model = for_task(model, manifest.columns)
     if refused := sorted(manifest.columns.keys() - model.arguments):
@@ -108,12 +129,26 @@ def prepare(job: Job) -> Prepared:
             f"manifest: {{columns: {{{refused[0]}: null}}}}"
         )
     _check_render(job, model)
+    if model.companions and several_devices(job.workers) is not None:
+        raise InvalidJob(
+            f"workers.devices_per_worker: model.{next(iter(model.companions))} cannot be spread over several devices here; "
+            "use 1, or workers.offload: model"
+        )
+    steps, after_files = after.read_steps(job.after)
+    if after_files and model.folder is None:
+        raise InvalidJob("after: builtin:fake draws without torch, which a network needs; use builtin:shapes, or leave upscale out")
+    _check_enlarged(job, model, after.scale(after_files, steps))
+    if job.workers.attention_backend is not None and not model.attention_backends:
+        raise InvalidJob(
+            f"workers.attention_backend: {model.pipeline_class or model.name} does not ask diffusers for attention, so a backend would "
+            f"change nothing; leave it out (those that do: {', '.join(DISPATCHED)})"
+        )
     # expanded once and here: a worker's environment and folder may be others
     store = open_store(expand_env(job.output.path))
-    job = job.model_copy(update={"output": job.output.model_copy(update={"path": store.url})})
-    if model.task != "text-to-image":
+    job = job.model_copy(update={"output": job.output.model_copy(update={"path": store.url}), "after": steps})
+    if model.images:
         job = job.model_copy(update={"inputs": job.inputs.model_copy(update={"folder": _inputs_folder(job, manifest)})})
-    return Prepared(job, model, manifest, store)
+    return Prepared(job, model, manifest, store, after_files)
 
 
 def _inputs_folder(job: Job, manifest: Manifest) -> str:
@@ -126,15 +161,24 @@ def _inputs_folder(job: Job, manifest: Manifest) -> str:
     return os.path.abspath(folder)
 
 
+def _check_enlarged(job: Job, model: ModelInfo, scale: int) -> None:
+    """A size that `after` makes too large for every row that gives none is better known now."""
+    height, width = (job.render.height or model.height) * scale, (job.render.width or model.width) * scale
+    if height * width > MAX_PIXELS:
+        raise InvalidJob(f"after: pictures would become {width}×{height}; the limit is {MAX_PIXELS:,} pixels: upscale less")
+
+
 def _check_render(job: Job, model: ModelInfo) -> None:
     """The job's own defaults must be renderable, or every row would fail."""
     try:
         find_sampler(job.render.sampler or model.sampler, model.kind, model.refused_samplers)
-        for name in ("negative_prompt", "true_cfg_scale"):
+        for name in TAKEN_BY_SOME:
             if getattr(job.render, name) is not None and name not in model.arguments:
                 raise InvalidInput(f"{name} is not an argument of this model; leave it out")
         parse(job.render.adapters, model.adapters)
-        if job.render.strength is not None and model.task == "text-to-image":
+        if job.render.prompt_weighting and job.render.negative_prompt:
+            weighting.parse(job.render.negative_prompt, "negative_prompt")
+        if job.render.strength is not None and "image" not in model.images:
             raise InvalidInput("strength is for rows with an image; leave it out, or give the manifest a column image")
         for name in ("height", "width"):
             if (value := getattr(job.render, name)) is not None:

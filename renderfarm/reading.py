@@ -33,6 +33,11 @@ class StoredSample:
         """Decoded on first use, as PIL does. Raises KeyError for a file that is gone, OSError for a damaged one."""
         return Image.open(io.BytesIO(self.store.read(self.key)))
 
+    def original(self) -> Image.Image | None:
+        """The picture before the job's `after`, where the output keeps it. Raises as `image` does."""
+        key = self.record.get("original_file")
+        return None if key is None else Image.open(io.BytesIO(self.store.read(key)))
+
 
 class Output:
     """An output of `renderfarm run`. Iterates (PIL image, record) in manifest order; a record is the table's row."""

@@ -18,6 +18,9 @@ class SampleKey:
     image_index: int
 
 
+IMAGE_ARGUMENTS = ("image", "mask_image", "control_image")
+
+
 @dataclass(frozen=True)
 class InputImage:
     """An image that a row gives. `source`: the path or URL as the manifest has it, None where it is embedded.
@@ -64,6 +67,11 @@ class Sample:
     resize: str | None = None
     image: InputImage | None = None
     mask_image: InputImage | None = None
+    control_image: InputImage | None = None
+    controlnet_conditioning_scale: float | None = None
+    control_guidance_start: float | None = None
+    control_guidance_end: float | None = None
+    denoising_end: float | None = None
 
 
 @dataclass(frozen=True)

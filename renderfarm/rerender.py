@@ -5,19 +5,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from renderfarm import commit
-from renderfarm.config import ComponentSpec, ModelSpec, Quantization, Workers, component_specs, is_url, model_spec
+from renderfarm.after import Chain, thawed
+from renderfarm.config import COMPANIONS, ModelSpec, Offload, Workers, is_url, model_spec
 from renderfarm.errors import InvalidJob
-from renderfarm.models.catalog import IMAGES_OF, describe, for_task
+from renderfarm.models.base import SlotModel
+from renderfarm.models.catalog import describe, for_task, with_weights
+from renderfarm.models.families import IMAGES_OF
 from renderfarm.models.load import load_model
 from renderfarm.reading import Output
-from renderfarm.records import InputImage, Sample, SampleKey
+from renderfarm.records import IMAGE_ARGUMENTS, InputImage, Sample, SampleKey
 from renderfarm.slots import Rendered, SlotLoop
 from renderfarm.storage import Store
 
@@ -25,17 +32,26 @@ from renderfarm.storage import Store
 class Renderer:
     """The output's model, set up as its profile says. `differences`: where this machine does not match that profile."""
 
-    def __init__(self, output: Output, model: str | None = None, components: Sequence[str] = ()) -> None:
-        """`model`, `components` (NAME=FOLDER): where those lie that the job knew by a folder. Raises InvalidJob if one cannot be found."""
+    def __init__(self, output: Output, model: str | None, beside: Mapping[str, str], offload: Offload = "none") -> None:
+        """`model`: where a model lies that the job knew by a folder; `beside`: the same of a component from elsewhere, or of a
+        ControlNet and its kin; `offload`: as a job's. Raises InvalidJob if one cannot be found."""
         profile = commit.read_profile(output.store)
-        info = for_task(describe(_model_spec(output.job, model, components)), IMAGES_OF[output.job.get("task", "text-to-image")])
+        info = with_weights(describe(_model_spec(output.job, model, beside)), output.job["render"].get("prompt_weighting"))
+        info = for_task(info, IMAGES_OF[output.job.get("task", "text-to-image")])
         self._store = output.store
         self._adapters = tempfile.TemporaryDirectory(prefix="renderfarm-")
         info = dataclasses.replace(info, adapters=_written(output, Path(self._adapters.name)))
         # the name that the output has for the model: whether it is the same one, the weights' hashes say
         info = dataclasses.replace(info, id=output.job["model"]["id"], revision=output.job["model"]["revision"])
-        self._slots = SlotLoop(lambda: load_model(info, _workers(output.job, profile)))
-        mine = json.loads(commit.to_json(self._slots.ready.result().profile()))
+        workers, chain = _workers(output.job, profile, offload), Chain(thawed(output.job.get("after") or ()))
+
+        def load() -> SlotModel:
+            model = load_model(info, workers)
+            chain.load(partial(commit.kept, output.store), model.device, workers.dtype)
+            return model
+
+        self._slots = SlotLoop(load, after=lambda pixels: chain.beside(chain.in_render_thread(pixels)))
+        mine = json.loads(commit.to_json(self._slots.ready.result().profile() | chain.profile()))
         self.differences = commit.differences(profile, mine)
         self.profile_sha256 = commit.profile_sha256(mine)
 
@@ -54,10 +70,10 @@ class Renderer:
 
 def sample_of(record: dict[str, Any], store: Store | None = None) -> Sample:
     """The sample that a row of the image table is about; its images are those that the output's `store` keeps."""
-    names = {field.name for field in dataclasses.fields(Sample)} - {"key", "image", "mask_image"}
+    names = {field.name for field in dataclasses.fields(Sample)} - {"key", *IMAGE_ARGUMENTS}
     images: dict[str, Any] = {
         name: InputImage(record[f"init_{name}"], commit.kept(store, record[f"init_{name}_sha256"]))
-        for name in ("image", "mask_image")
+        for name in IMAGE_ARGUMENTS
         if store is not None and record.get(f"init_{name}_sha256") is not None
     }
     return Sample(key=SampleKey(record["row"], record["image_index"]), **{n: record[n] for n in names if n in record}, **images)
@@ -71,39 +87,39 @@ def _written(output: Output, folder: Path) -> dict[str, str]:
     return {name: str(file) for name, file in files.items()}
 
 
-def _model_spec(job: dict[str, Any], model: str | None, components: Sequence[str]) -> ModelSpec:
+def _model_spec(job: dict[str, Any], model: str | None, beside: Mapping[str, str]) -> ModelSpec:
     stored = job["model"]
     if model is None and _was_a_folder(stored):
         raise InvalidJob(f"the output was rendered with a model in a folder named {stored['id']!r}; say where it is: --model FOLDER")
     spec = model_spec(model) if model else ModelSpec(id=stored["id"], revision=stored["revision"])
-    quantization = stored.get("quantization")
-    stated: dict[str, Any] = {
-        "safety_checker": stored["safety_checker"],
-        "variant": stored.get("variant"),
-        "components": _components(stored, components),
-        "quantization": quantization and Quantization.model_validate(quantization),
-    }
-    return spec.model_copy(update=stated)
+    parts = {name: stored[name] for name in COMPANIONS if name in stored} | (stored.get("components") or {})
+    if unknown := beside.keys() - parts.keys():
+        raise InvalidJob(f"--model {min(unknown)}=…: the output was rendered with no such part from elsewhere; leave it out")
+    for name, one in parts.items():
+        if name not in beside and _was_a_folder(one):
+            raise InvalidJob(
+                f"the output was rendered with a {name} in a folder named {one['id']!r}; say where it is: --model {name}=FOLDER"
+            )
+    parts |= {name: one | {"id": os.path.abspath(beside[name])} for name, one in parts.items() if name in beside}
+    stated: dict[str, Any] = {name: stored.get(name) for name in ("safety_checker", "variant", "quantization")}
+    stated |= {"components": {name: parts.pop(name) for name in stored.get("components") or {}}}
+    return ModelSpec.model_validate(spec.model_dump() | stated | parts)
 
 
 def _was_a_folder(stored: dict[str, Any]) -> bool:
     return stored["revision"] is None and not stored["id"].startswith("builtin:") and not is_url(stored["id"])
 
 
-def _components(stored: dict[str, Any], given: Sequence[str]) -> dict[str, ComponentSpec]:
-    wanted, found = stored.get("components") or {}, component_specs(given)
-    for name, where in wanted.items():
-        if name not in found and _was_a_folder(where):
-            raise InvalidJob(f"its {name} came from a folder or file named {where['id']!r}; say where it is: --component {name}=PLACE")
-    if others := found.keys() - wanted.keys():
-        raise InvalidJob(f"--component {min(others)}: the output was rendered with the model's own")
-    return {name: found.get(name) or ComponentSpec(**where) for name, where in wanted.items()}
-
-
-def _workers(job: dict[str, Any], profile: dict[str, Any]) -> Workers:
-    return Workers(
-        batch_size=profile["batch_size"],
-        dtype=job["workers"]["dtype"],
-        device="cpu" if profile.get("device") == "cpu" else "auto",
-        threads=profile.get("threads") or 1,
-    )
+def _workers(job: dict[str, Any], profile: dict[str, Any], offload: Offload) -> Workers:
+    try:
+        return Workers(
+            batch_size=profile["batch_size"],
+            dtype=job["workers"]["dtype"],
+            device="cpu" if profile.get("device") == "cpu" else "auto",
+            offload=offload,
+            threads=profile.get("threads") or 1,
+            attention_backend=profile.get("attention_backend"),
+            devices_per_worker=profile.get("devices") or 1,
+        )
+    except ValidationError as error:  # the profile's values were valid once; what was asked for does not go with them
+        raise InvalidJob(f"cannot render it again so: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None

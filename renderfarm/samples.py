@@ -13,11 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from renderfarm import adapters
+from renderfarm import adapters, weighting
 from renderfarm.config import Job, Render
 from renderfarm.errors import InvalidInput, RenderfarmError
 from renderfarm.manifest import EXTRA, ROW
-from renderfarm.models.catalog import IMAGES_OF, ModelInfo
+from renderfarm.models.catalog import ModelInfo
 from renderfarm.pictures import blank
 from renderfarm.records import InputImage, RowError, Sample, SampleKey
 from renderfarm.samplers import find_sampler
@@ -107,7 +107,7 @@ def usual(rows: pa.Table, job: Job, model: ModelInfo) -> Usual:
     good = [row.samples for row in expand_rows(rows, job, model) if row.samples]
     if not good:  # then whatever the model does by itself
         plain = job.model_copy(update={"render": Render(), "seed": 0})
-        any_row = {ROW: 0, "prompt": "a picture", "image": "any", "mask_image": "any", "strength": 1.0}
+        any_row = {ROW: 0, "prompt": "a picture", "strength": 1.0, **dict.fromkeys(model.images, "any")}
         good = [expand_row(any_row, plain, model).samples]
     samples = sorted((samples[0] for samples in good), key=lambda s: s.height * s.width * s.num_inference_steps)
     return Usual(_with_any_image(samples[len(samples) // 2], model), sum(map(len, good)) / len(good))
@@ -115,11 +115,12 @@ def usual(rows: pa.Table, job: Job, model: ModelInfo) -> Usual:
 
 def _with_any_image(sample: Sample, model: ModelInfo) -> Sample:
     """What an image shows does not matter for how long it takes; nothing is fetched for it."""
-    if model.task == "text-to-image":
+    if not model.images:
         return sample
     height, width = sample.height or model.height, sample.width or model.width
     image = blank(height, width)
-    return replace(sample, height=height, width=width, image=image, mask_image=image if model.task == "inpainting" else None)
+    images: dict[str, Any] = dict.fromkeys(model.images, image)
+    return replace(sample, height=height, width=width, **images)
 
 
 def row_error(key: SampleKey, row_id: str, prompt: Any, error: RenderfarmError) -> RowError:
@@ -161,6 +162,8 @@ def _samples(values: dict[str, Any], ordinal: int, row_id: str, count: int, job:
     if true_cfg is not None and not 0 <= true_cfg <= 1000:
         raise InvalidInput(f"true_cfg_scale is {true_cfg}; it must be between 0 and 1000")
     texts: dict[str, Any] = {name: _text(values, name) for name in ("prompt_2", "prompt_3", "negative_prompt_2", "negative_prompt_3")}
+    if model.prompt_weighting is not None:
+        _check_weights({"prompt": prompt, "negative_prompt": negative, **texts})
     for k in range(count):
         yield Sample(
             key=SampleKey(ordinal, k),
@@ -181,6 +184,7 @@ def _samples(values: dict[str, Any], ordinal: int, row_id: str, count: int, job:
             resize=job.inputs.resize if images else None,
             **texts,
             **images,
+            **_control(values, job, model),
         )
 
 
@@ -188,14 +192,14 @@ def _size(values: dict[str, Any], job: Job, model: ModelInfo) -> tuple[int, int]
     """Height and width; 0 where the row's image is to say them."""
     sides = []
     for name in ("height", "width"):
-        side = _choose(_integer, values, name, job, None if model.task != "text-to-image" else getattr(model, name))
+        side = _choose(_integer, values, name, job, None if model.images else getattr(model, name))
         sides.append(0 if side is None else check_side(side, name, model))
     return sides[0], sides[1]
 
 
 def _images_given(values: dict[str, Any], model: ModelInfo) -> dict[str, Any]:
     found = {}
-    for name in IMAGES_OF[model.task]:
+    for name in model.images:
         value = _cell(values, name)
         if isinstance(value, dict):
             value = value["path"] if value["bytes"] is None else value["bytes"]
@@ -206,7 +210,7 @@ def _images_given(values: dict[str, Any], model: ModelInfo) -> dict[str, Any]:
 
 
 def _strength(values: dict[str, Any], steps: int, job: Job, model: ModelInfo) -> float | None:
-    if model.task == "text-to-image":
+    if "image" not in model.images:
         return None
     strength = _number(values, "strength")
     strength = strength if strength is not None else job.render.strength if job.render.strength is not None else model.strength
@@ -221,6 +225,31 @@ def _strength(values: dict[str, Any], steps: int, job: Job, model: ModelInfo) ->
             f"num_inference_steps, {steps}; give fewer steps or a higher strength"
         )
     return strength
+
+
+# what they are where neither row nor job says, and the call's own limits
+SHARES = {"control_guidance_start": 0.0, "control_guidance_end": 1.0, "denoising_end": 0.8}
+
+
+def _control(values: dict[str, Any], job: Job, model: ModelInfo) -> dict[str, Any]:
+    """The numbers that a ControlNet and a refiner take."""
+    found = {name: _choose(_number, values, name, job, default) for name, default in SHARES.items() if name in model.arguments}
+    for name, share in found.items():
+        if not 0 <= share <= 1:
+            raise InvalidInput(f"{name} is {share}; it is a share of the whole, between 0 and 1")
+    if found.get("denoising_end") in (0, 1):
+        raise InvalidInput(f"denoising_end is {found['denoising_end']}; it must leave work to the model and to its refiner: 0.8 is usual")
+    if "control_image" not in model.images:
+        return found
+    if found["control_guidance_start"] >= found["control_guidance_end"]:
+        raise InvalidInput(
+            f"control_guidance_start is {found['control_guidance_start']} and control_guidance_end {found['control_guidance_end']}; "
+            "the start must come before the end"
+        )
+    scale = _choose(_number, values, "controlnet_conditioning_scale", job, 1.0)
+    if not 0 <= scale <= 10:
+        raise InvalidInput(f"controlnet_conditioning_scale is {scale}; it must be between 0 and 10")
+    return found | {"controlnet_conditioning_scale": scale}
 
 
 def _choose(read: Any, values: dict[str, Any], name: str, job: Job, default: Any) -> Any:
@@ -257,6 +286,12 @@ def _prompt(values: dict[str, Any]) -> str:
     if not prompt.strip():
         raise InvalidInput("prompt is empty; give the row a prompt or leave the row out")
     return prompt
+
+
+def _check_weights(texts: dict[str, str | None]) -> None:
+    parts = {name: weighting.parse(text, name) for name, text in texts.items() if text is not None}
+    if not weighting.words(parts["prompt"]).strip():
+        raise InvalidInput("prompt has marks of weights, but no words; give the row a prompt or leave the row out")
 
 
 def _number(values: dict[str, Any], name: str) -> float | None:

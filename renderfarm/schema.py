@@ -34,7 +34,8 @@ IMAGE_COLUMNS = pa.schema(
         pa.field("pixel_sha256", pa.string(), nullable=False),
     ]
 )
-# Arguments that only some families take. A table has such a column if the manifest or the job gives the argument.
+# Arguments that only some families take, and what the job's `after` adds. A table has such a column if the manifest or
+# the job gives the argument.
 ARGUMENT_COLUMNS = pa.schema(
     [
         pa.field("prompt_2", pa.string()),
@@ -51,17 +52,41 @@ ARGUMENT_COLUMNS = pa.schema(
         pa.field("init_image_sha256", pa.string()),
         pa.field("init_mask_image", pa.string()),
         pa.field("init_mask_image_sha256", pa.string()),
+        pa.field("init_control_image", pa.string()),
+        pa.field("init_control_image_sha256", pa.string()),
+        pa.field("controlnet_conditioning_scale", pa.float64()),
+        pa.field("control_guidance_start", pa.float64()),
+        pa.field("control_guidance_end", pa.float64()),
+        pa.field("denoising_end", pa.float64()),
+        pa.field("file_height", pa.int32()),
+        pa.field("file_width", pa.int32()),
+        pa.field("original_pixel_sha256", pa.string()),
+        pa.field("original_file", pa.string()),
+        pa.field("original_bytes", pa.int64()),
+        pa.field("original_file_sha256", pa.string()),
     ]
 )
-# Which argument makes a column of ARGUMENT_COLUMNS appear, where it is not the one of its name. `image` is what readers
-# of datasets call the picture that was painted.
+# Which argument, or which part of the job, makes a column of ARGUMENT_COLUMNS appear, where it is not the one of its name.
+# `image` is what readers of datasets call the picture that was painted.
 GIVEN_BY = {
     "strength": "image",
-    "resize": "image",
+    "resize": "images",
     "init_image": "image",
     "init_image_sha256": "image",
     "init_mask_image": "mask_image",
     "init_mask_image_sha256": "mask_image",
+    "init_control_image": "control_image",
+    "init_control_image_sha256": "control_image",
+    "controlnet_conditioning_scale": "control_image",
+    "control_guidance_start": "control_image",
+    "control_guidance_end": "control_image",
+    "denoising_end": "refiner",
+    "file_height": "after",
+    "file_width": "after",
+    "original_pixel_sha256": "after",
+    "original_file": "keep_originals",
+    "original_bytes": "keep_originals",
+    "original_file_sha256": "keep_originals",
 }
 ERROR_COLUMNS = pa.schema(
     [

@@ -1,6 +1,6 @@
 """The slot loop: B places, one denoiser call a step, samples come and go; no engine, no files, no torch.
 
-    submit(samples) ─▶ queue per slot group ─▶ [ slot 0 | slot 1 | … | slot B-1 ] ─▶ decode ─▶ future
+    submit(samples) ─▶ queue per slot group ─▶ [ slot 0 | slot 1 | … | slot B-1 ] ─▶ decode ─▶ after ─▶ future
 
 One thread, started here, does all work on the model, because a second torch thread slows the first. Loops in one
 process take turns, a model's loading or one step each: loading changes what torch gives every thread (the default
@@ -55,10 +55,12 @@ _TURNS = _Turns()
 
 @dataclass(frozen=True)
 class Rendered:
-    """A finished sample: H×W×3 uint8 pixels, and what the model read of its prompts."""
+    """A finished sample: H×W×3 uint8 pixels, what the model read of its prompts, and the pixels as they were before
+    `after`: the same ones where nothing is done to them."""
 
     pixels: np.ndarray
     counted: Counted
+    original: np.ndarray
 
 
 @dataclass
@@ -89,10 +91,15 @@ class _Group:
 
 
 class SlotLoop:
-    """Owns the model and the one thread that touches it."""
+    """Owns the model and the one thread that touches it. `after`: what that thread does to a picture that is decoded."""
 
-    def __init__(self, load: Callable[[], SlotModel], on_truncation: Literal["record", "error"] = "record") -> None:
-        self.on_truncation = on_truncation
+    def __init__(
+        self,
+        load: Callable[[], SlotModel],
+        on_truncation: Literal["record", "error"] = "record",
+        after: Callable[[np.ndarray], np.ndarray] = lambda pixels: pixels,
+    ) -> None:
+        self.on_truncation, self._after = on_truncation, after
         self.counters = Counters()
         self.ready: Future[SlotModel] = Future()
         self._inbox: queue.SimpleQueue[list[_Job] | None] = queue.SimpleQueue()
@@ -238,7 +245,7 @@ class SlotLoop:
                         "the picture is wholly black, as an overflow or a hidden filter leaves it; "
                         "try workers.dtype: float32, or another seed or prompt"
                     )
-                job.future.set_result(Rendered(pixels, job.counted))
+                job.future.set_result(Rendered(self._after(pixels), job.counted, pixels))
             except Exception as error:  # as above, for one sample
                 _fail([job], error)
 

@@ -7,7 +7,7 @@ import io
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +17,13 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from renderfarm import commit
+from renderfarm.config import Offload
 from renderfarm.encode import encode, pixel_sha256
 from renderfarm.errors import Fatal, InvalidJob, RenderfarmError
 from renderfarm.manifest import ROW, parse_ranges
 from renderfarm.reading import Output, StoredSample
 from renderfarm.rerender import Renderer
+from renderfarm.slots import Rendered
 
 READERS = 8
 GROUP = 256  # samples submitted together: enough to keep slots full, few enough to hold their pixels
@@ -74,7 +76,9 @@ class Choice:
     sample: int = 8
 
 
-def verify(out: str, choice: Choice, model: str | None = None, components: Sequence[str] = ()) -> Verification:
+def verify(
+    out: str, choice: Choice, model: str | None = None, beside: Mapping[str, str] | None = None, offload: Offload = "none"
+) -> Verification:
     """Check every file against its table, then render the chosen samples again.
 
     Raises InvalidJob for what is no output, and for a choice that names no image.
@@ -106,7 +110,7 @@ def verify(out: str, choice: Choice, model: str | None = None, components: Seque
     if choice.rows is not None and not chosen.samples and found.ok:
         raise InvalidJob(f"rows {choice.rows}: no committed image; `renderfarm status {out}` shows what there is")
     if chosen.samples and commit.has_profile(output.store):
-        _render_again(found, sorted(chosen.samples, key=lambda sample: sample.key), Renderer(output, model, components))
+        _render_again(found, sorted(chosen.samples, key=lambda sample: sample.key), Renderer(output, model, beside or {}, offload))
     return found
 
 
@@ -192,24 +196,35 @@ def _check_profiles(found: Verification, output: Output, named: set[str]) -> Non
 
 
 def _file_problem(sample: StoredSample) -> str | None:
-    """What is wrong with a sample's file, or None."""
-    record, name = sample.record, f"row {sample.record['row']}, image {sample.record['image_index']} ({sample.key})"
+    """What is wrong with a sample's files, or None."""
+    record = sample.record
+    size = (record.get("file_height") or record["height"], record.get("file_width") or record["width"])
+    problem = _damage(sample, sample.key, size, record)
+    if problem is not None or record.get("original_file") is None:
+        return problem
+    said = {name: record[f"original_{name}"] for name in ("bytes", "file_sha256", "pixel_sha256")}
+    return _damage(sample, record["original_file"], (record["height"], record["width"]), said)
+
+
+def _damage(sample: StoredSample, key: str, size: tuple[int, int], said: dict[str, Any]) -> str | None:
+    """How the file under `key` is not the one of that height, width, and hashes."""
+    name = f"row {sample.record['row']}, image {sample.record['image_index']} ({key})"
     try:
-        data = sample.store.read(sample.key)
+        data = sample.store.read(key)
     except KeyError:
         return f"{name}: the file is missing"
-    if len(data) != record["bytes"]:
-        return f"{name}: has {len(data):,} bytes, the table says {record['bytes']:,}"
-    if hashlib.sha256(data).hexdigest() != record["file_sha256"]:
+    if len(data) != said["bytes"]:
+        return f"{name}: has {len(data):,} bytes, the table says {said['bytes']:,}"
+    if hashlib.sha256(data).hexdigest() != said["file_sha256"]:
         return f"{name}: its bytes are not those that were written (SHA-256 differs)"
     try:
         with Image.open(io.BytesIO(data)) as image:
             pixels = np.asarray(image)
     except (UnidentifiedImageError, OSError, ValueError) as error:
         return f"{name}: cannot be decoded: {error}"
-    if pixels.shape != (record["height"], record["width"], 3):
-        return f"{name}: is {pixels.shape[1]}×{pixels.shape[0]}, the table says {record['width']}×{record['height']}"
-    if pixel_sha256(pixels) != record["pixel_sha256"]:
+    if pixels.shape != (*size, 3):
+        return f"{name}: is {pixels.shape[1]}×{pixels.shape[0]}, the table says {size[1]}×{size[0]}"
+    if pixel_sha256(pixels) != said["pixel_sha256"]:
         return f"{name}: its pixels are not those that were rendered (pixel SHA-256 differs)"
     return None
 
@@ -224,17 +239,22 @@ def _render_again(found: Verification, samples: list[StoredSample], renderer: Re
             group = samples[start : start + GROUP]
             for sample, future in zip(group, renderer.render(sample.record for sample in group), strict=True):
                 try:
-                    found.again.append(compare(sample, future.result().pixels, exact=renderer.promises(sample.record)))
+                    found.again.append(compare(sample, future.result(), exact=renderer.promises(sample.record)))
                 except RenderfarmError as error:
                     found.again.append(_again(sample, f"{type(error).__name__}: {error}", None, ok=False))
     finally:
         renderer.close()
 
 
-def compare(sample: StoredSample, pixels: np.ndarray, *, exact: bool) -> Again:
+def compare(sample: StoredSample, rendered: Rendered, *, exact: bool) -> Again:
     """`exact`: the profile is the same, so anything but equal bits is a difference; else the pictures must look alike."""
+    pixels = rendered.pixels
+    before = sample.record.get("original_pixel_sha256")
+    same_before = before == pixel_sha256(rendered.original)
     if pixel_sha256(pixels) == sample.record["pixel_sha256"]:
-        return _again(sample, "identical", None, ok=True)
+        if same_before or before is None:
+            return _again(sample, "identical", None, ok=True)
+        return _again(sample, "identical, but the picture before `after` is not the table's", None, ok=not exact)
     try:
         stored = np.asarray(sample.image(), dtype=np.float64)
         error = float(((stored - pixels) ** 2).mean())
@@ -242,7 +262,7 @@ def compare(sample: StoredSample, pixels: np.ndarray, *, exact: bool) -> Again:
         return _again(sample, "differs from the table, and the file cannot be read", None, ok=False)
     if not error:
         return _again(sample, "differs from the table, but not from the file", None, ok=False)
-    other = "" if exact else " (another profile: bits are not promised)"
+    other = (", identical before `after`" if same_before else "") + ("" if exact else " (another profile: bits are not promised)")
     psnr = 10 * math.log10(255**2 / error)
     values = int((stored != pixels).sum())
     return _again(sample, f"differs in {values:,} of {stored.size:,} values{other}", psnr, ok=not exact and psnr >= SAME_PICTURE_DB)
@@ -289,20 +309,22 @@ def inspect(out: str, row: int, image_index: int) -> Provenance:
     raise InvalidJob(f"row {row} has no image {image_index}: {there}")
 
 
-def render_to(found: Provenance, path: Path, model: str | None = None, components: Sequence[str] = ()) -> Again:
+def render_to(
+    found: Provenance, path: Path, model: str | None = None, beside: Mapping[str, str] | None = None, offload: Offload = "none"
+) -> Again:
     """Render one image again, alone: filler takes the place of its batch mates. Writes a PNG file.
 
     Raises InvalidJob for an error row, and for a file that cannot be written.
     """
     if found.stored is None:
         raise InvalidJob(f"row {found.record['row']} has no image: it ended as {found.record['error_class']}")
-    renderer = Renderer(Output(found.out), model, components)
+    renderer = Renderer(Output(found.out), model, beside or {}, offload)
     try:
-        pixels = renderer.render([found.record])[0].result().pixels
+        rendered = renderer.render([found.record])[0].result()
     finally:
         renderer.close()
     try:
-        path.write_bytes(encode(pixels, "png").data)
+        path.write_bytes(encode(rendered.pixels, "png").data)
     except OSError as error:
         raise InvalidJob(f"{path}: cannot be written: {error.strerror}; give another file") from None
-    return compare(found.stored, pixels, exact=renderer.promises(found.record))
+    return compare(found.stored, rendered, exact=renderer.promises(found.record))

@@ -1,4 +1,4 @@
-"""One lease, start to end: rows → samples → pixels → files → one commit per part.
+"""One lease, start to end: rows → samples → pixels → pictures → files → one commit per part.
 
 A worker holds one `SlotLoop` and a small pool of threads that encode and put images beside it. Several leases may be
 in `render` at once (each in a thread of its own), so that the slots stay full while one part is being published.
@@ -12,13 +12,16 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from renderfarm import commit
+from renderfarm.after import Chain
 from renderfarm.config import Job
-from renderfarm.encode import encode
+from renderfarm.encode import encode, pixel_sha256
 from renderfarm.errors import RenderfarmError, WorkerCrashed
 from renderfarm.inputs import Fetcher
 from renderfarm.layouts import files
@@ -26,15 +29,16 @@ from renderfarm.manifest import EXTRA, ROW
 from renderfarm.models.base import SlotModel
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.load import load_model
-from renderfarm.models.measure import best_batch_size, check_places, seconds_per_image
+from renderfarm.models.measure import best_batch_size, check_attention, check_places, seconds_per_image
 from renderfarm.pictures import shown
-from renderfarm.records import Lease, Part, PartReceipt, Receipt, RowError, Sample, SampleKey, WorkerReady
+from renderfarm.records import IMAGE_ARGUMENTS, Lease, Part, PartReceipt, Receipt, RowError, Sample, SampleKey, WorkerReady
 from renderfarm.samples import Usual, expand_rows, row_error
 from renderfarm.schema import ARGUMENT_COLUMNS, ERROR_COLUMNS, GIVEN_BY, IMAGE_COLUMNS, output_name
 from renderfarm.slots import Rendered, SlotLoop
 from renderfarm.storage import open_store
 
 ENCODERS = 2
+ORIGINALS = "png"  # of whatever format the dataset is: without loss
 LEASES_IN_FLIGHT = 3
 KILLER = "the workers that rendered this row died each time; look at its arguments, or at the device's memory"
 
@@ -56,17 +60,19 @@ class Worker:
         self.spec, self.job = spec, spec.job
         self.store = open_store(self.job.output.path)
         self.started = time.monotonic()
-        self.slots = SlotLoop(self._load, self.job.render.on_truncation)
+        self.chain = Chain(self.job.after)
+        self.slots = SlotLoop(self._load, self.job.render.on_truncation, self.chain.in_render_thread)
         self.encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
         self.profile_sha256 = ""
         self.seconds_per_image: float | None = None
 
     def ready(self) -> WorkerReady:
         """Wait until the pipeline is loaded and publish or match the render profile."""
-        model = self.slots.ready.result()
+        model, after = self.slots.ready.result(), self.chain.profile()
         if self.job.workers.batch_size == "auto":  # of workers that measured at the same time, the first one's B counts
-            model.batch_size = commit.first_profile(self.store, model.profile())["batch_size"]
-        self.profile_sha256 = commit.publish_profile(self.store, model.profile(), record_others=self.job.workers.other_profiles == "record")
+            model.batch_size = commit.first_profile(self.store, model.profile() | after)["batch_size"]
+        record_others = self.job.workers.other_profiles == "record"
+        self.profile_sha256 = commit.publish_profile(self.store, model.profile() | after, record_others=record_others)
         return WorkerReady(
             worker=self.spec.name,
             profile_sha256=self.profile_sha256,
@@ -78,10 +84,13 @@ class Worker:
 
     def _load(self) -> SlotModel:
         model = load_model(self.spec.model, self.job.workers)
+        self.chain.load(partial(commit.kept, self.store), model.device, self.job.workers.dtype)
+        if (backend := self.job.workers.attention_backend) is not None:
+            check_attention(model, self.spec.usual.sample, backend)
         if self.job.workers.batch_size == "auto" and not commit.has_profile(self.store):
             best_batch_size(model, self.spec.usual.sample)
         if self.job.output.part_rows == "auto" and not self.store.exists(commit.GRID):
-            self.seconds_per_image = seconds_per_image(model, self.spec.usual.sample)
+            self.seconds_per_image = seconds_per_image(model, self.spec.usual.sample, self.chain.in_render_thread)
         check_places(model, self.spec.usual.sample)
         return model
 
@@ -134,7 +143,7 @@ class Worker:
 
     def _with_images(self, samples: list[Sample]) -> tuple[list[Sample], list[RowError]]:
         """Samples with their images; errors for those whose images are of no use."""
-        if self.spec.model.task == "text-to-image":
+        if not self.spec.model.images:
             return samples, []
         found = list(zip(samples, Fetcher(self.job.inputs, self.spec.model, self.store).fetch(samples), strict=True))
         unusable = [row_error(s.key, s.row_id, s.prompt, error) for s, error in found if isinstance(error, RenderfarmError)]
@@ -158,30 +167,31 @@ class Worker:
                 yield outcome
 
     def _put_when_rendered(self, part: Part, sample: Sample, rendered: Future[Rendered]) -> Future[dict[str, Any] | RowError]:
-        """Encode and put the image in the pool as soon as its pixels are there."""
+        """Finish, encode and put the image in the pool as soon as its pixels are there."""
         outcome: Future[dict[str, Any] | RowError] = Future()
 
         def finish() -> None:
             try:
-                outcome.set_result(self._put_image(part, sample, rendered.result()))
-            except RenderfarmError as error:
-                if rendered.exception() is error:  # the sample's own end; a store's error is the lease's
+                try:
+                    picture = self.chain.beside(rendered.result().pixels)
+                except RenderfarmError as error:  # the sample's own end; a store's error, below, is the lease's
                     outcome.set_result(row_error(sample.key, sample.row_id, sample.prompt, error))
-                else:
-                    outcome.set_exception(error)
+                    return
+                outcome.set_result(self._put_image(part, sample, picture, rendered.result()))
             except BaseException as error:  # must reach the lease: an unset future would wait for ever
                 outcome.set_exception(error)
 
         rendered.add_done_callback(lambda _: self.encoders.submit(finish))
         return outcome
 
-    def _put_image(self, part: Part, sample: Sample, rendered: Rendered) -> dict[str, Any]:
+    def _put_image(self, part: Part, sample: Sample, picture: np.ndarray, rendered: Rendered) -> dict[str, Any]:
+        """`picture`: what `after` has made of what was rendered."""
         format_ = self.job.output.format
-        image = encode(rendered.pixels, format_)
+        image = encode(picture, format_)
         name = files.image_name(sample.key, image, format_)
         self.store.put(files.image_key(part, name), image.data)
         return {
-            **{f.name: getattr(sample, f.name) for f in dataclasses.fields(sample) if f.name not in ("key", "image", "mask_image")},
+            **{f.name: getattr(sample, f.name) for f in dataclasses.fields(sample) if f.name not in ("key", *IMAGE_ARGUMENTS)},
             **_inputs(sample),
             "row": sample.key.row,
             "image_index": sample.key.image_index,
@@ -197,12 +207,27 @@ class Worker:
             "bytes": len(image.data),
             "file_sha256": image.file_sha256,
             "pixel_sha256": image.pixel_sha256,
+            "file_height": picture.shape[0],
+            "file_width": picture.shape[1],
+            **self._original(part, sample, rendered.original),
         }
+
+    def _original(self, part: Part, sample: Sample, pixels: np.ndarray) -> dict[str, Any]:
+        """The columns about a picture as it was before `after`; with `keep_originals` they name its file."""
+        if not self.job.output.keep_originals:
+            return {"original_pixel_sha256": pixel_sha256(pixels)} if self.job.after else {}
+        image = encode(pixels, ORIGINALS)
+        key = files.original_key(part, files.image_name(sample.key, image, ORIGINALS))
+        self.store.put(key, image.data)
+        columns = {"bytes": len(image.data), "file_sha256": image.file_sha256, "pixel_sha256": image.pixel_sha256}
+        return {"original_file": key, **{f"original_{name}": value for name, value in columns.items()}}
 
     def _image_table(self, records: list[dict[str, Any]], rows: pa.Table) -> pa.Table:
         """Our columns, sorted by sample, then the manifest's own for each row."""
         records = sorted(records, key=lambda record: (record["row"], record["image_index"]))
-        named = {*rows.column_names, *(name for name, value in self.job.render if value is not None)}
+        named = {*rows.column_names, *(name for name, value in self.job.render if value is not None), *self.spec.model.companions}
+        parts = {"images": self.spec.model.images, "after": self.job.after, "keep_originals": self.job.output.keep_originals}
+        named |= {name for name, there in parts.items() if there}
         given = [field for field in ARGUMENT_COLUMNS if GIVEN_BY.get(field.name, field.name) in named]
         table = pa.Table.from_pylist(records, schema=pa.schema([*IMAGE_COLUMNS, *given]))
         place = {ordinal: index for index, ordinal in enumerate(rows.column(ROW).to_pylist())}
@@ -214,7 +239,7 @@ class Worker:
 
 
 def _inputs(sample: Sample) -> dict[str, str | None]:
-    given = {name: image for name in ("image", "mask_image") if (image := getattr(sample, name)) is not None}
+    given = {name: image for name in IMAGE_ARGUMENTS if (image := getattr(sample, name)) is not None}
     sources = {f"init_{name}": image.source and shown(image.source) for name, image in given.items()}
     return sources | {f"init_{name}_sha256": image.sha256 for name, image in given.items()}
 

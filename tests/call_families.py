@@ -179,20 +179,36 @@ def sana() -> diffusers.SanaPipeline:
     return diffusers.SanaPipeline(tokenizer, transformers.Gemma2Model(config), decoder, transformer, scheduler)
 
 
-def deepfloyd() -> diffusers.IFPipeline:
-    """Draws pixels, not latents, and noise at every step."""
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=32, layers_per_block=1, block_out_channels=(32, 64), in_channels=3, out_channels=6, norm_num_groups=8,
-        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), cross_attention_dim=32, encoder_hid_dim=32,
-        attention_head_dim=32, addition_embed_type="text", addition_embed_type_num_heads=2, cross_attention_norm="group_norm",
-        resnet_time_scale_shift="scale_shift", act_fn="gelu",
-    )  # fmt: skip
-    scheduler = diffusers.DDPMScheduler(
+def pixel_unet(**changes: Any) -> diffusers.UNet2DConditionModel:
+    config: dict[str, Any] = {
+        "sample_size": 32, "layers_per_block": 1, "block_out_channels": (32, 64), "in_channels": 3, "out_channels": 6, "norm_num_groups": 8,
+        "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"), "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"), "cross_attention_dim": 32, "encoder_hid_dim": 32,
+        "attention_head_dim": 32, "addition_embed_type": "text", "addition_embed_type_num_heads": 2, "cross_attention_norm": "group_norm",
+        "resnet_time_scale_shift": "scale_shift", "act_fn": "gelu",
+    }  # fmt: skip
+    return diffusers.UNet2DConditionModel(**config | changes)
+
+
+def pixel_scheduler() -> diffusers.DDPMScheduler:
+    return diffusers.DDPMScheduler(
         beta_schedule="squaredcos_cap_v2", variance_type="learned_range", thresholding=True, dynamic_thresholding_ratio=0.95,
         sample_max_value=1.5,
     )  # fmt: skip
-    return diffusers.IFPipeline(t5_tokenizer(), t5(), unet, scheduler, None, None, None, requires_safety_checker=False)
+
+
+def deepfloyd() -> diffusers.IFPipeline:
+    """Draws pixels, not latents, and noise at every step."""
+    return diffusers.IFPipeline(t5_tokenizer(), t5(), pixel_unet(), pixel_scheduler(), None, None, None, requires_safety_checker=False)
+
+
+def deepfloyd_second() -> diffusers.IFSuperResolutionPipeline:
+    """Twice as large as the first stage's pictures; as published, with a text encoder of its own that nobody needs."""
+    denoiser = pixel_unet(sample_size=64, in_channels=6, class_embed_type="timestep")
+    noising = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    return diffusers.IFSuperResolutionPipeline(
+        t5_tokenizer(), t5(), denoiser, pixel_scheduler(), noising, None, None, None, requires_safety_checker=False
+    )
 
 
 BUILDERS: dict[str, Callable[[], Any]] = {
@@ -204,5 +220,6 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "pixart-sigma": pixart_sigma,
     "sana": sana,
     "deepfloyd": deepfloyd,
+    "deepfloyd-second": deepfloyd_second,
     "generic": pixart_alpha,
 }

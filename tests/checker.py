@@ -22,17 +22,23 @@ def image_rows(out: Path) -> list[dict[str, Any]]:
     rows = []
     for table in tables(out):
         for row in pq.read_table(table).to_pylist():
-            path = table.parent / row["file_name"]
-            data = path.read_bytes()
-            assert len(data) == row["bytes"], path
-            assert hashlib.sha256(data).hexdigest() == row["file_sha256"], path
-            with Image.open(path) as image:
-                assert image.size == (row["width"], row["height"]), path
-                assert image.mode == "RGB", path
-                assert hashlib.sha256(np.asarray(image).tobytes()).hexdigest() == row["pixel_sha256"], path
+            check_file(table.parent / row["file_name"], (row.get("file_width", row["width"]), row.get("file_height", row["height"])), row)
             assert row["pixel_sha256"][:8] in row["file_name"]
+            if "original_file" in row:
+                said = {name: row[f"original_{name}"] for name in ("bytes", "file_sha256", "pixel_sha256")}
+                check_file(out / row["original_file"], (row["width"], row["height"]), said)
             rows.append(row)
     return rows
+
+
+def check_file(path: Path, size: tuple[int, int], said: dict[str, Any]) -> None:
+    data = path.read_bytes()
+    assert len(data) == said["bytes"], path
+    assert hashlib.sha256(data).hexdigest() == said["file_sha256"], path
+    with Image.open(path) as image:
+        assert image.size == size, path
+        assert image.mode == "RGB", path
+        assert hashlib.sha256(np.asarray(image).tobytes()).hexdigest() == said["pixel_sha256"], path
 
 
 def error_rows(out: Path) -> list[dict[str, Any]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,28 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 COLOURS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "cyan")
+
+
+# By pipeline class: whether each comparison with diffusers' own pixels passed, as the tests name them by `record_property`.
+COMPARED: dict[str, list[bool]] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", metavar="FILE", help="write which classes gave diffusers' own pixels, and with which versions")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" or report.failed:
+        for name, class_name in report.user_properties:
+            if name == "compared":
+                COMPARED.setdefault(str(class_name), []).append(report.passed)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if file := session.config.getoption("--record"):
+        classes = {name: len(passed) for name, passed in sorted(COMPARED.items()) if all(passed)}
+        versions = {name: version(name).partition("+")[0] for name in ("torch", "diffusers", "transformers")}
+        Path(file).write_text(json.dumps([{"device": "cpu", **versions, "comparisons": classes}], indent=2) + "\n")
 
 
 @pytest.fixture(scope="session")

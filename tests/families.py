@@ -174,6 +174,31 @@ def flux_schnell() -> diffusers.FluxPipeline:
     return flux(False, shift=1.0)
 
 
+def controlnet(denoiser: UNet2DConditionModel) -> diffusers.ControlNetModel:
+    """With a UNet's own shape, as they are trained."""
+    return diffusers.ControlNetModel.from_unet(denoiser, conditioning_embedding_out_channels=(16, 32), load_weights_from_unet=False)
+
+
+def sd_controlnet() -> diffusers.ControlNetModel:
+    return controlnet(stable_diffusion().unet)
+
+
+def sdxl_controlnet() -> diffusers.ControlNetModel:
+    return controlnet(stable_diffusion_xl().unet)
+
+
+def sdxl_refiner() -> diffusers.StableDiffusionXLImg2ImgPipeline:
+    """One text encoder, the second; and a score for looks among its conditions."""
+    conditioned = unet(
+        cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=32,
+        transformer_layers_per_block=1, projection_class_embeddings_input_dim=32 * 5 + 32, use_linear_projection=True,
+    )  # fmt: skip
+    return diffusers.StableDiffusionXLImg2ImgPipeline(
+        vae(), None, clip(True), None, clip_tokenizer(), conditioned, diffusers.EulerDiscreteScheduler(**SCALED_LINEAR),
+        requires_aesthetics_score=True, force_zeros_for_empty_prompt=False, add_watermarker=False,
+    )  # fmt: skip
+
+
 BUILDERS: dict[str, Callable[[], Any]] = {
     "sd": stable_diffusion,
     "sd-odd-width": odd_width,
@@ -185,13 +210,18 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "sd3-dynamic": stable_diffusion_3_dynamic,
     "flux-dev": flux_dev,
     "flux-schnell": flux_schnell,
+    # what is used beside one of these
+    "sd-controlnet": sd_controlnet,
+    "sdxl-controlnet": sdxl_controlnet,
+    "sdxl-refiner": sdxl_refiner,
 }
 
 
 def save(pipe: Any, folder: Path) -> Path:
     """Random weights of a seed, drawn wide enough that texts and sizes show in the pixels."""
     generator = torch.Generator().manual_seed(0)
-    modules = [part for name, part in sorted(pipe.components.items()) if isinstance(part, torch.nn.Module) and name != "safety_checker"]
+    parts = {"": pipe} if isinstance(pipe, torch.nn.Module) else pipe.components
+    modules = [part for name, part in sorted(parts.items()) if isinstance(part, torch.nn.Module) and name != "safety_checker"]
     with torch.no_grad():
         for weights in (parameter for part in modules for parameter in part.parameters()):
             if weights.ndim > 1:

@@ -5,6 +5,7 @@ Its tables of classes and samplers are written apart from the package's.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -84,6 +85,11 @@ AS_ASKED: dict[Any, dict[str, Any]] = {
     diffusers.SanaPipeline: {"use_resolution_binning": False, "clean_caption": False, "complex_human_instruction": None},
     diffusers.IFPipeline: {"clean_caption": False},
 }
+NUMBERS = (
+    *("height", "width", "guidance_scale", "true_cfg_scale", "strength"),
+    *("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"),
+)
+BY_IMAGE = ("height", "width")  # which some calls take from the image that they are given
 FLOW_REFERENCE: dict[str, tuple[Any, dict[str, Any]]] = {
     "flow-euler": (diffusers.FlowMatchEulerDiscreteScheduler, {}),
     "flow-dpm++2m": (diffusers.DPMSolverMultistepScheduler, {**FLOW, "algorithm_type": "dpmsolver++"}),
@@ -172,10 +178,10 @@ class Model:
         return self.known[wanted]
 
 
-def plain_pipeline(class_: Any, folder: Any, dtype: str = "float32", threads: int = 1, **more: Any) -> Any:
+def plain_pipeline(class_: Any, folder: Any, dtype: str = "float32", threads: int = 1, **parts: Any) -> Any:
     """diffusers' own pipeline, as a user would load it; slicing decodes image by image."""
     torch.set_num_threads(threads)
-    pipe = class_.from_pretrained(folder, dtype=getattr(torch, dtype), **more)
+    pipe = class_.from_pretrained(folder, dtype=getattr(torch, dtype), **parts)
     pipe.set_progress_bar_config(disable=True)
     if hasattr(pipe, "vae"):
         pipe.vae.enable_slicing()
@@ -183,31 +189,32 @@ def plain_pipeline(class_: Any, folder: Any, dtype: str = "float32", threads: in
     return pipe
 
 
-def reference(pipe: Any, wanted: Sample, batch_size: int = B) -> np.ndarray:
-    """Image 0 of diffusers' pipeline called with B copies of the row."""
+def reference(
+    pipe: Any, wanted: Sample, batch_size: int = B, embeddings: dict[str, torch.Tensor] | None = None, **images: Any
+) -> np.ndarray:
+    """Image 0 of diffusers' pipeline called with B copies of the row. `embeddings`: given to the call instead of its texts;
+    `images`: Pillow images by the call's argument names."""
     kind, changes = (REFERENCE | FLOW_REFERENCE)[wanted.sampler]
     if changes.get("use_flow_sigmas") and "shift" in pipe.original_config:
         changes = {**changes, "flow_shift": pipe.original_config["shift"]}
     pipe.scheduler = kind.from_config(pipe.original_config, **changes)
     texts = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "prompt_3", "negative_prompt_3")
-    arguments = {name: [getattr(wanted, name)] * batch_size for name in texts if getattr(wanted, name) is not None}
-    if wanted.true_cfg_scale is not None:
-        arguments["true_cfg_scale"] = wanted.true_cfg_scale
+    arguments: dict[str, Any] = {name: [getattr(wanted, name)] * batch_size for name in texts if getattr(wanted, name) is not None}
+    arguments = arguments if embeddings is None else dict(embeddings)
+    arguments |= {name: getattr(wanted, name) for name in NUMBERS if getattr(wanted, name) is not None}
     arguments |= AS_ASKED.get(type(pipe), {})
+    arguments |= {name: [image] * batch_size for name, image in images.items()}
     if "negative_prompt" in arguments and isinstance(pipe, diffusers.Flux2KleinPipeline):
         arguments["negative_prompt_embeds"] = pipe.encode_prompt(arguments.pop("negative_prompt"))[0]
-    if isinstance(pipe, diffusers.QwenImagePipeline):
+    if type(pipe).__name__.startswith("QwenImage"):
         arguments |= padded_texts(pipe, {name: arguments.pop(name) for name in ("prompt", "negative_prompt") if name in arguments})
-    if not isinstance(pipe, diffusers.QwenImagePipeline):
-        arguments["guidance_scale"] = wanted.guidance_scale
-    images = pipe(
-        **arguments,
-        height=wanted.height,
-        width=wanted.width,
+        del arguments["guidance_scale"]  # of another model of this class
+    made = pipe(
+        **{name: value for name, value in arguments.items() if name not in BY_IMAGE or name in inspect.signature(pipe.__call__).parameters},
         num_inference_steps=wanted.num_inference_steps,
         generator=[torch.Generator("cpu").manual_seed(wanted.seed) for _ in range(batch_size)],
     ).images
-    return np.asarray(images[0])
+    return np.asarray(made[0])
 
 
 def padded_texts(pipe: Any, texts: dict[str, list[str]]) -> dict[str, torch.Tensor]:

@@ -60,7 +60,10 @@ def test_the_samplers_compared_here_are_those_offered(name: str, model: Models) 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "sampler"), [(name, sampler) for name, samplers in LEGAL.items() for sampler in samplers])
-def test_pixels_equal_those_of_diffusers_own_pipeline(name: str, sampler: str, dtype: str, model: Models) -> None:
+def test_pixels_equal_those_of_diffusers_own_pipeline(
+    name: str, sampler: str, dtype: str, model: Models, record_property: Callable[[str, str], None]
+) -> None:
+    record_property("compared", CLASSES[name].__name__)
     one = model(name, dtype)
     wanted = row(sampler=sampler)
     np.testing.assert_array_equal(one.render([wanted])[0], one.reference(wanted))
@@ -68,7 +71,10 @@ def test_pixels_equal_those_of_diffusers_own_pipeline(name: str, sampler: str, d
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_mixed_batch_gives_each_row_the_pixels_that_diffusers_gives_it_alone(name: str, dtype: str, model: Models) -> None:
+def test_a_mixed_batch_gives_each_row_the_pixels_that_diffusers_gives_it_alone(
+    name: str, dtype: str, model: Models, record_property: Callable[[str, str], None]
+) -> None:
+    record_property("compared", CLASSES[name].__name__)
     one, rows = model(name, dtype), mixed_rows(name)
     for wanted, ours in zip(rows, one.render(rows), strict=True):
         np.testing.assert_array_equal(ours, one.reference(wanted), err_msg=str(wanted))

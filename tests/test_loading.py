@@ -200,11 +200,11 @@ def test_a_job_with_a_component_from_elsewhere_is_verified_with_it_and_refused_w
     path = write_job(write_manifest({"prompt": ["a", "b"]}), model=model, render=USUAL, workers={"batch_size": B}, output={"part_rows": 1})
     assert renderfarm.run(load_job(path), engine="inline").images == 2
     assert json.loads((tmp_path / "out/_renderfarm/job.json").read_text())["model"]["components"]["vae"]["id"] == "my-vae"
-    with pytest.raises(InvalidJob, match=r"its vae came from a folder or file named 'my-vae'; say where it is: --component vae=PLACE"):
+    with pytest.raises(InvalidJob, match=r"rendered with a vae in a folder named 'my-vae'; say where it is: --model vae=FOLDER"):
         verify(str(tmp_path / "out"), Choice(), str(folder))
-    with pytest.raises(InvalidJob, match=r"--component unet: the output was rendered with the model's own"):
-        verify(str(tmp_path / "out"), Choice(), str(folder), [f"vae={tmp_path}/my-vae", f"unet={folder}/unet"])
-    verified = verify(str(tmp_path / "out"), Choice(), str(folder), [f"vae={tmp_path}/my-vae"])
+    with pytest.raises(InvalidJob, match=r"--model unet=…: the output was rendered with no such part from elsewhere"):
+        verify(str(tmp_path / "out"), Choice(), str(folder), {"vae": f"{tmp_path}/my-vae", "unet": f"{folder}/unet"})
+    verified = verify(str(tmp_path / "out"), Choice(), str(folder), {"vae": f"{tmp_path}/my-vae"})
     assert [again.result for again in verified.again] == ["identical"] * 2
     with pytest.raises(InvalidJob, match=r"model\.components"):
         renderfarm.run(write_job(tmp_path / "prompts.parquet", model={"id": str(folder)}, render=USUAL, workers={"batch_size": B},

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from renderfarm.errors import Fatal, Filtered, InvalidInput, InvalidJob
 from renderfarm.models import catalog
 from renderfarm.models.about import about
 from renderfarm.models.catalog import describe
-from renderfarm.models.families import FAMILIES, families_markdown
+from renderfarm.models.families import FAMILIES, compared, families_markdown
 from renderfarm.models.load import load_model
 from renderfarm.plan import Grid, leases
 from renderfarm.preparation import prepare
@@ -289,6 +290,15 @@ def test_the_table_of_families_is_the_codes_and_each_family_in_it_was_compared_w
     assert {kind.__name__ for kind in CLASSES.values()} == set(FAMILIES)
 
 
+def test_the_record_of_comparisons_is_of_the_versions_that_are_tested() -> None:
+    """Of other ones nothing is known: `pytest --record renderfarm/models/compared.json tests/test_families.py tests/test_tasks.py`."""
+    (cpu,) = compared()
+    pins = dict(line.split("==") for line in (Path(__file__).parent.parent / "constraints.txt").read_text().splitlines() if "==" in line)
+    for name in ("torch", "diffusers", "transformers"):
+        assert cpu[name] == pins[name] == version(name).partition("+")[0]
+    assert {kind.__name__ for kind in CLASSES.values()} <= set(cpu["comparisons"])
+
+
 def test_what_is_known_of_a_model_is_told_without_loading_it(copy: Path) -> None:
     found = about(ModelSpec(id=str(copy)))
     assert (found["class"], found["default size"]) == ("StableDiffusionPipeline", "64 high, 64 wide; multiples of 8, at most 256")
@@ -299,6 +309,8 @@ def test_what_is_known_of_a_model_is_told_without_loading_it(copy: Path) -> None
     assert found["sha256"] == hashlib.sha256("".join(f"{path} {hashes[path]}\n" for path in sorted(hashes)).encode()).hexdigest()
     numbers = sum(tensor.size for path in copy.rglob("*.safetensors") for tensor in load_file(path).values())
     assert f"float32 {numbers * 4 / 2**20:,.0f} MiB" in found["weights in memory"]
+    largest = sum(tensor.size for tensor in load_file(copy / "unet/diffusion_pytorch_model.safetensors").values())
+    assert f"float32 {largest * 4 / 2**20:,.0f} MiB" in found["with workers.offload: model"]
 
 
 def test_a_flipped_byte_in_a_weight_file_stops_the_job_before_it_renders(

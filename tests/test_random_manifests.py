@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from oracle import DTYPES, LEGAL, Model
 
+import renderfarm
 from renderfarm import commit
 from renderfarm.config import Job, ModelSpec
 from renderfarm.models.catalog import describe
@@ -89,26 +90,36 @@ def usual_samplers(one: Model) -> list[str]:
     return [name for name in LEGAL[one.name] if SAMPLERS[name].min_steps <= 2]
 
 
-def render(one: Model, rows: dict[str, Row], workers: int, part_rows: int, order: Random) -> Images:
-    """Render rows with so many workers in this process, leases in any order; the image table by (id, index)."""
+def render(one: Model, rows: dict[str, Row], workers: int, part_rows: int, order: Random | None) -> Images:
+    """Render rows with so many workers in this process, leases in this order; None: by Ray. The image table by (id, index)."""
     with tempfile.TemporaryDirectory() as folder:
         columns = {name: pa.array([row[name] for row in rows.values()], TYPES.get(name)) for name in next(iter(rows.values()))}
         pq.write_table(pa.table({"id": list(rows), **columns}), f"{folder}/m.parquet")
         job = {
             "name": "t", "manifest": f"{folder}/m.parquet", "model": str(one.folder), "seed": 5,
-            "workers": {"batch_size": one.batch_size, "dtype": one.dtype, "threads": one.threads},
+            "workers": {"max": workers, "batch_size": one.batch_size, "dtype": one.dtype, "threads": one.threads},
             "output": {"path": f"{folder}/out", "part_rows": part_rows},
         }  # fmt: skip
-        prepared = prepare(Job.model_validate(job))
-        commit.freeze_job(prepared.store, prepared.frozen())
-        handed_out = list(leases(prepared.manifest, prepared.grid_of(part_rows), lambda index: False))
-        order.shuffle(handed_out)
-        shares: list[list[Lease]] = [[] for _ in range(workers)]
-        for lease in handed_out:
-            order.choice(shares).append(lease)
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(lambda k: work(WorkerSpec(f"w{k}", prepared.job, prepared.model, prepared.usual), shares[k]), range(workers)))
+        if order is None:
+            renderfarm.run(Job.model_validate(job), engine="ray")
+        else:
+            work_in_order(Job.model_validate(job), order)
         return {(record["row_id"], record["image_index"]): record for record in image_rows(Path(folder) / "out")}
+
+
+def work_in_order(job: Job, order: Random) -> None:
+    """The job's leases, dealt to its workers and worked off in an order that no engine would choose."""
+    prepared = prepare(job)
+    assert isinstance(job.output.part_rows, int)
+    commit.freeze_job(prepared.store, prepared.frozen())
+    handed_out = list(leases(prepared.manifest, prepared.grid_of(job.output.part_rows), lambda index: False))
+    order.shuffle(handed_out)
+    shares: list[list[Lease]] = [[] for _ in range(job.workers.max)]
+    for lease in handed_out:
+        order.choice(shares).append(lease)
+    with ThreadPoolExecutor(job.workers.max) as pool:
+        specs = [WorkerSpec(f"w{k}", prepared.job, prepared.model, prepared.usual) for k in range(job.workers.max)]
+        list(pool.map(work, specs, shares))
 
 
 def work(spec: WorkerSpec, share: list[Lease]) -> None:
@@ -122,18 +133,19 @@ def work(spec: WorkerSpec, share: list[Lease]) -> None:
         worker.close()
 
 
-def keeps_their_pixels(one: Model, examples: int) -> None:
+def keeps_their_pixels(one: Model, examples: int, ray: bool = False) -> None:
     """Random, and drawn the same each time (the seed is the case's own); which thread is first is left to the machine."""
 
     @seed(zlib.crc32(f"{one.name} {one.dtype} {one.threads}".encode()))
     @settings(max_examples=examples, database=None, suppress_health_check=list(HealthCheck))
     @given(st.data())
     def try_one(data: st.DataObject) -> None:
-        def again(rows: dict[str, Row]) -> Images:
-            return render(one, rows, data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3)), data.draw(st.randoms()))
+        def again(rows: dict[str, Row], ray: bool = False) -> Images:
+            workers, part_rows, order = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 3)), data.draw(st.randoms())
+            return render(one, rows, workers, part_rows, None if ray else order)
 
         rows = data.draw(rows_of(one))
-        first = again(rows)
+        first = again(rows, ray)
         assert set(first) == {(name, k) for name, row in rows.items() for k in range(row["num_images_per_prompt"] or 1)}
         torch.set_num_threads(one.threads)
         for record in first.values():
@@ -169,3 +181,11 @@ def test_rows_of_shapes_keep_their_pixels_whatever_happens_around_them() -> None
 @pytest.mark.parametrize("name", FAMILIES)
 def test_rows_of_every_family_keep_their_pixels(name: str, dtype: str, threads: int, tiny_model: Callable[[str], Path]) -> None:
     keeps_their_pixels(Model(name, tiny_model(name), dtype, threads, batch_size=2 + threads), examples=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "dtype"), [(name, DTYPES[number % 2]) for number, name in enumerate(FAMILIES)])
+def test_rows_of_every_family_keep_their_pixels_through_ray(
+    name: str, dtype: str, tiny_model: Callable[[str], Path], local_ray: None
+) -> None:
+    keeps_their_pixels(Model(name, tiny_model(name), dtype, threads=2, batch_size=4), examples=1, ray=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import os
 import re
 import time
@@ -20,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from checker import check_complete, error_rows, image_rows
-from oracle import DTYPES, LEGAL, REFERENCE, B, pixels, plain_pipeline, row
+from oracle import DTYPES, LEGAL, B, pixels, plain_pipeline, reference, row
+from pictures_given import encoded, mask, picture
 from PIL import Image
 
 import renderfarm
@@ -40,6 +39,7 @@ from renderfarm.verification import Choice, verify
 
 Write = Callable[..., Path]
 
+TASKS = ("image-to-image", "inpainting")
 CLASSES: dict[tuple[str, str], Any] = {
     ("sd", "image-to-image"): diffusers.StableDiffusionImg2ImgPipeline,
     ("sd", "inpainting"): diffusers.StableDiffusionInpaintPipeline,
@@ -57,61 +57,12 @@ CLASSES: dict[tuple[str, str], Any] = {
 }
 
 
-def picture(number: int = 0, size: tuple[int, int] = (32, 32), mode: str = "RGB") -> Image.Image:
-    noise = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize(size, Image.Resampling.NEAREST).convert(mode)
-
-
-def mask(size: tuple[int, int] = (32, 32)) -> Image.Image:
-    found = Image.new("L", size)
-    found.paste(255, (8, 8, 24, 24))
-    return found
-
-
-def encoded(image: Image.Image, format_: str = "PNG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format_, **options)
-    return file.getvalue()
-
-
-def reference(pipe: Any, wanted: Sample, given: dict[str, Image.Image]) -> np.ndarray:
-    """Image 0 of diffusers' own pipeline called with B copies of the row, as one of its users would call it."""
-    if wanted.sampler in REFERENCE:
-        kind, changes = REFERENCE[wanted.sampler]
-        pipe.scheduler = kind.from_config(pipe.original_config, **changes)
-    arguments: dict[str, Any] = {"prompt": [wanted.prompt] * B, "guidance_scale": wanted.guidance_scale}
-    if isinstance(pipe, diffusers.QwenImageImg2ImgPipeline | diffusers.QwenImageInpaintPipeline):
-        embeds, _ = pipe.encode_prompt(arguments.pop("prompt"))
-        del arguments["guidance_scale"]
-        more = 64 - embeds.shape[1] % 64
-        arguments["prompt_embeds"] = torch.cat([embeds, embeds.new_zeros(B, more, embeds.shape[2])], dim=1)
-        arguments["prompt_embeds_mask"] = torch.cat([torch.ones(embeds.shape[:2]), torch.zeros(B, more)], dim=1).long()
-    elif wanted.negative_prompt is not None:
-        arguments["negative_prompt"] = [wanted.negative_prompt] * B
-    if wanted.true_cfg_scale is not None:
-        arguments["true_cfg_scale"] = wanted.true_cfg_scale
-    if not isinstance(
-        pipe,
-        diffusers.StableDiffusionImg2ImgPipeline
-        | diffusers.StableDiffusionXLImg2ImgPipeline
-        | diffusers.LatentConsistencyModelImg2ImgPipeline,
-    ):
-        arguments |= {"height": wanted.height, "width": wanted.width}
-    images = pipe(
-        **arguments,
-        **{name: [image] * B for name, image in given.items()},
-        strength=wanted.strength,
-        num_inference_steps=wanted.num_inference_steps,
-        generator=[torch.Generator("cpu").manual_seed(wanted.seed) for _ in range(B)],
-    ).images
-    return np.asarray(images[0])
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "task"), CLASSES)
 def test_each_row_gets_the_pixels_that_diffusers_gives_it_alone(
-    name: str, task: str, dtype: str, tiny_model: Callable[[str], Path]
+    name: str, task: str, dtype: str, tiny_model: Callable[[str], Path], record_property: Callable[[str, str], None]
 ) -> None:
+    record_property("compared", CLASSES[name, task].__name__)
     folder, inpaint = tiny_model(name), task == "inpainting"
     info = for_task(describe(ModelSpec(id=str(folder))), ("image", "mask_image") if inpaint else ("image",))
     assert (info.task, info.pipeline_class) == (task, CLASSES[name, task].__name__)
@@ -122,10 +73,8 @@ def test_each_row_gets_the_pixels_that_diffusers_gives_it_alone(
         values |= {"num_inference_steps": 4, "guidance_scale": (4.0, 1.0)[number % 2], "sampler": samplers[number * 3 % len(samplers)]}
         if name != "lcm" and number % 4 == 0:
             values["negative_prompt"] = "a square"
-        if name == "flux-dev":
-            values["true_cfg_scale"] = (1.0, 2.0)[number % 2]
-        if name == "qwen-image":
-            values |= {"negative_prompt": None, "true_cfg_scale": 1.0}
+        if name in ("flux-dev", "qwen-image"):
+            values["true_cfg_scale"] = (2.0, 1.0)[number % 3 % 2]
         size = (32, 40) if number > 5 else (32, 32)
         images = {"image": picture(number, size), **({"mask_image": mask(size)} if inpaint else {})}
         given = {kind: InputImage(None, encoded(image)) for kind, image in images.items()}
@@ -138,7 +87,7 @@ def test_each_row_gets_the_pixels_that_diffusers_gives_it_alone(
     absent = {"safety_checker": None} if name in ("sd", "lcm") else {}
     pipe = plain_pipeline(CLASSES[name, task], folder, dtype, **absent)
     for (wanted, images), made in zip(rows, ours, strict=True):
-        np.testing.assert_array_equal(made, reference(pipe, wanted, images), err_msg=str(wanted))
+        np.testing.assert_array_equal(made, reference(pipe, wanted, **images), err_msg=str(wanted))
     assert len({made.tobytes() for made in ours}) == len(rows)
 
 
@@ -269,9 +218,7 @@ def test_images_are_turned_as_their_files_say_and_resized_as_the_job_says(job: C
 
 
 def test_the_classes_compared_here_are_those_of_the_table() -> None:
-    offered = {
-        task.pipeline_class for family in FAMILIES.values() for task in (family.image_to_image, family.inpainting) if task is not None
-    }
+    offered = {how.pipeline_class for family in FAMILIES.values() for name, how in family.tasks.items() if name in TASKS}
     assert offered == {kind.__name__ for kind in CLASSES.values()}
 
 

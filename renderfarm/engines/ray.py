@@ -57,7 +57,11 @@ class RayEngine:
         gpu = _uses_gpu(self.job)
         if gpu is None:
             raise Fatal("workers.device is cuda, but no node of this Ray has a GPU; use device: auto or cpu")
-        self._options = {"num_gpus": 1, "num_cpus": 1} if gpu else {"num_gpus": 0, "num_cpus": self.job.workers.threads}
+        self._options: dict[str, float] = (
+            {"num_gpus": self.job.workers.devices_per_worker, "num_cpus": 1}
+            if gpu
+            else {"num_gpus": 0, "num_cpus": self.job.workers.threads}
+        )
         self._check_room()
 
     def _connect(self, address: str | None) -> None:
@@ -79,12 +83,16 @@ class RayEngine:
             raise Fatal(f"cannot start or join Ray at {address or 'local'}: {error}; is the address right?") from error
 
     def _check_room(self) -> None:
-        have = ray.cluster_resources()
-        for name, key in (("num_cpus", "CPU"), ("num_gpus", "GPU")):
-            if self._options[name] > have.get(key, 0):
-                raise Fatal(
-                    f"a worker needs {self._options[name]} {key}, but this Ray has {have.get(key, 0):g}; lower workers.threads or add nodes"
-                )
+        """A worker is on one node, so one of them must have room for it; what all have together does not help."""
+        nodes: list[dict[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        needs = {"GPU": self._options["num_gpus"], "CPU": self._options["num_cpus"]}
+        if not any(all(node.get(key, 0) >= value for key, value in needs.items()) for node in nodes):
+            best = max(nodes, key=lambda node: (node.get("GPU", 0), node.get("CPU", 0)))
+            wanted, have = (", ".join(f"{place.get(key, 0):g} {key}" for key in needs) for place in (needs, best))
+            raise Fatal(
+                f"a worker needs {wanted} on one node, but no node of this Ray has them (the largest: {have}); "
+                "lower workers.devices_per_worker or workers.threads, or add nodes"
+            )
 
     def start_worker(self, name: str) -> None:
         actor_class: Any = ray.remote(_Actor)

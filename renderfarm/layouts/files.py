@@ -41,6 +41,11 @@ def image_key(part: Part, file_name: str) -> str:
     return f"data/{part.name}/{file_name}"
 
 
+def original_key(part: Part, file_name: str) -> str:
+    """Not in `data`, where readers take every image for one of the dataset."""
+    return f"originals/{part.name}/{file_name}"
+
+
 def table_bytes(images: pa.Table, errors: pa.Table) -> bytes:
     """The commit object. Same tables, same bytes."""
     if len(errors):

@@ -20,12 +20,11 @@ def about(spec: ModelSpec) -> dict[str, Any]:
     """Class, tasks, defaults, sizes, the memory of its weights, and its hash. Raises InvalidJob as `describe` does."""
     info = describe(spec)
     family = FAMILIES.get(info.pipeline_class, GENERIC)
-    tasks = {"text-to-image": True, "image-to-image": family.image_to_image, "inpainting": family.inpainting}
     found: dict[str, Any] = {
         "model": info.name,
         "class": info.pipeline_class or None,
         "rendered by": family.batching,
-        "tasks": ", ".join(task for task, there in tasks.items() if there),
+        "tasks": ", ".join(["text-to-image", *family.tasks]),
         "columns": ", ".join(sorted(info.arguments)),
         "default size": f"{info.height} high, {info.width} wide; multiples of {info.factor}, at most {info.max_side}",
         "default steps": info.num_inference_steps,
@@ -41,11 +40,13 @@ def about(spec: ModelSpec) -> dict[str, Any]:
         raise Fatal(str(error)) from error
     digest = model_sha256(weight_hashes(folder, spec.variant, safety_checker=False))
     parts = weight_bytes(folder, spec.variant)
-    largest = folder / max(parts, key=lambda name: parts[name])
-    in_memory = {} if any(largest.glob("*.gguf")) else {"weights in memory": _in_memory(largest, spec.variant, sum(parts.values()))}
+    largest = max(parts, key=lambda name: parts[name])
+    if not any((folder / largest).glob("*.gguf")):  # which keep their few bits
+        in_memory = _in_memory(folder / largest, spec.variant, sum(parts.values()))
+        alone = _in_memory(folder / largest, spec.variant, parts[largest])
+        found |= {"weights in memory": in_memory, "with workers.offload: model": f"{alone} on the device"}
     return found | {
         "weights on disk": ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in sorted(parts.items(), key=lambda p: -p[1])),
-        **in_memory,
         "sha256": digest,
     }
 

@@ -22,15 +22,21 @@ from renderfarm.errors import NonFiniteOutput, RenderFailed
 from renderfarm.models.base import Counted
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.common import NOT_FINITE, count_in_template, count_tokens, generator_of, slerp, to_uint8
-from renderfarm.models.loaded import LoadedPipeline
+from renderfarm.models.loaded import LoadedPipeline, set_up
 from renderfarm.models.torch_setup import translated
 from renderfarm.pictures import decode, sized
-from renderfarm.records import Sample
+from renderfarm.records import IMAGE_ARGUMENTS, Sample
 from renderfarm.samplers import SAMPLERS, make_scheduler
 
 # Of the calls that would otherwise do more than they are asked: a size is rendered as it is, not at the nearest trained one and
 # resized, and a prompt is read as it is, neither cleaned nor written anew.
 AS_ASKED: dict[str, Any] = {"use_resolution_binning": False, "clean_caption": False, "complex_human_instruction": None}
+CONTROL = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
+# What a call takes once for all its rows.
+TAKEN_ONCE = (
+    *("height", "width", "num_inference_steps", "guidance_scale", "true_cfg_scale", "sampler", "strength", "adapters"),
+    *(*CONTROL, "denoising_end"),
+)
 
 
 @dataclass
@@ -53,16 +59,7 @@ class WholeCall(LoadedPipeline):
         self.pipeline = getattr(diffusers, info.pipeline_class)
         super().__init__(info, workers)
         self.taken = inspect.signature(self.pipe.__call__).parameters
-        self.pipe.set_progress_bar_config(disable=True)
-        self.own_scheduler = self.pipe.scheduler
-        vae: Any = getattr(self.pipe, "vae", None)
-        if hasattr(vae, "enable_slicing"):
-            vae.enable_slicing()  # a batched VAE in bf16 gives other pixels
-
-    @property
-    def denoiser(self) -> torch.nn.Module:
-        found: torch.nn.Module = getattr(self.pipe, "transformer", None) or self.pipe.unet
-        return found
+        set_up(self.pipe)
 
     # What a family says.
 
@@ -82,13 +79,21 @@ class WholeCall(LoadedPipeline):
         }
         if self._guided(samples[0]) and "negative_prompt" in self.info.arguments:
             arguments["negative_prompt"] = [sample.negative_prompt or "" for sample in samples]
-        if samples[0].image is not None:
-            arguments |= {name: pictures for name in ("image", "mask_image") if (pictures := _pictures(samples, name))}
-            arguments["strength"] = samples[0].strength
+        arguments |= self._images(samples)
         arguments |= AS_ASKED
         # not all calls take all of these; some that take an image take its size from it
         optional = {"height", "width", *AS_ASKED}
         return {name: value for name, value in arguments.items() if name in self.taken or name not in optional}
+
+    def _images(self, samples: Sequence[Sample]) -> dict[str, Any]:
+        found: dict[str, Any] = {name: pictures for name in IMAGE_ARGUMENTS if (pictures := _pictures(samples, name))}
+        if samples[0].strength is not None:
+            found["strength"] = samples[0].strength
+        if "control_image" in found:
+            found |= {name: getattr(samples[0], name) for name in CONTROL}
+            if "control_image" not in self.taken:  # where it is the only image, the call names it so
+                found["image"] = found.pop("control_image")
+        return found
 
     def _group_of_texts(self, sample: Sample) -> Hashable:
         """What of its texts decides the shape of a denoiser call."""
@@ -104,8 +109,7 @@ class WholeCall(LoadedPipeline):
     # The protocol.
 
     def slot_group(self, sample: Sample) -> Hashable:
-        names = ("height", "width", "num_inference_steps", "guidance_scale", "true_cfg_scale", "sampler", "strength", "adapters")
-        return *(getattr(sample, name) for name in names), self._guided(sample), self._group_of_texts(sample)
+        return *(getattr(sample, name) for name in TAKEN_ONCE), self._guided(sample), self._group_of_texts(sample)
 
     def texts(self, sample: Sample) -> tuple[Hashable, ...]:
         return ()
@@ -166,14 +170,15 @@ class WholeCall(LoadedPipeline):
         """B×H×W×3 floats 0..1 of 1 to B states; empty slots repeat the first."""
         slots = [*states, *[states[0]] * (self.batch_size - len(states))]
         self.use(slots[0].sample.adapters)
-        name = slots[0].sample.sampler
-        self.pipe.scheduler = (
-            type(self.own_scheduler).from_config(self.own_scheduler.config)
-            if name == "default"
-            else make_scheduler(name, self.own_scheduler.config)
-        )
+        self.pipe.scheduler = self._scheduler(slots[0].sample, self.pipe.own_scheduler)
         with self._first_noise([slot.sample for slot in slots]) as generators:
-            pictures: np.ndarray = self.pipe(**self._arguments(slots), generator=generators, output_type="np").images
+            return self._render(slots, generators)
+
+    def _scheduler(self, sample: Sample, own: Any) -> Any:
+        return type(own).from_config(own.config) if sample.sampler == "default" else make_scheduler(sample.sampler, own.config)
+
+    def _render(self, slots: Sequence[State], generators: list[torch.Generator]) -> np.ndarray:
+        pictures: np.ndarray = self.pipe(**self._arguments(slots), generator=generators, output_type="np").images
         return pictures
 
     @contextlib.contextmanager

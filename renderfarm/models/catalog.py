@@ -9,14 +9,26 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from renderfarm.config import ModelSpec, expand_env
+from renderfarm.config import COMPANIONS, ModelSpec, expand_env
 from renderfarm.errors import Fatal, InvalidJob, Transient
-from renderfarm.models.families import ALWAYS, FAMILIES, GENERIC, LCM, NEGATIVE, PLAIN, SHIFTED, Config, Family, Sizes
-from renderfarm.models.sources import find_model, read_index, read_json
+from renderfarm.models.families import (
+    ALWAYS,
+    CONTROL,
+    DISPATCHED,
+    FAMILIES,
+    GENERIC,
+    IMAGES_OF,
+    LCM,
+    NEGATIVE,
+    PLAIN,
+    SHIFTED,
+    Config,
+    Family,
+    Sizes,
+    Task,
+)
+from renderfarm.models.sources import find_beside, find_model, read_index, read_json
 from renderfarm.samplers import GLOBAL_STATE, SAMPLERS, Kind
-
-Task = Literal["text-to-image", "image-to-image", "inpainting"]
-IMAGES_OF: dict[Task, tuple[str, ...]] = {"text-to-image": (), "image-to-image": ("image",), "inpainting": ("image", "mask_image")}
 
 
 @dataclass(frozen=True)
@@ -45,35 +57,54 @@ class ModelInfo:
     adapters: Mapping[str, str] = field(default_factory=dict)
     """LoRA adapters: their files, by name."""
     pipeline_class: str = ""
+    attention_backends: bool = False
+    """Whether `workers.attention_backend` means anything to it, as far as is known before it is loaded."""
     task: Task = "text-to-image"
     strength: float | None = None
     """The task's default, where it begins with an image."""
+    companions: Mapping[str, str] = field(default_factory=dict)
+    """The folders of models that are used beside this one: `controlnet`, `refiner`, `super_resolution`."""
+    super_resolution: Mapping[str, Any] = field(default_factory=dict)
+    """That stage's arguments of the call."""
     least_strength: Literal["floor", "ceil", "lcm"] = "floor"
     """How strength and steps must fit (`ImageTask`)."""
     source: ModelSpec | None = None
     """Where its files are to be had, on whatever machine."""
+    prompt_weighting: Literal["a1111"] | None = None
+    """How weights are written in texts; None: not at all."""
     warnings: tuple[str, ...] = ()
     """What a user of the dataset should know of the model's rendering."""
 
     @property
+    def images(self) -> tuple[str, ...]:
+        """The images that every row must give."""
+        return IMAGES_OF[self.task]
+
+    @property
     def name(self) -> str:
-        """The id as tables and profile show it."""
-        return shown(self.id)
+        """The id as tables and profile show it: a local folder by its name, since its place decides no pixel."""
+        return shown_name(self.id)
 
     @property
     def components(self) -> dict[str, dict[str, str | None]] | None:
         """Where parts of it come from that took others' place, as job.json has it; None: it is as it was published."""
         others = self.source.components if self.source else {}
-        return {name: {**given.model_dump(), "id": shown(given.id)} for name, given in others.items()} or None
+        return {name: {**given.model_dump(), "id": shown_name(given.id)} for name, given in others.items()} or None
 
 
-def shown(id_: str) -> str:
-    """A local folder by its name, since its place decides no pixel."""
-    return os.path.basename(id_) if os.path.isabs(id_) else id_
+def shown_name(model_id: str) -> str:
+    return os.path.basename(model_id) if os.path.isabs(model_id) else model_id
 
 
 def describe(spec: ModelSpec) -> ModelInfo:
     """Find the model (fetching its configurations if it is a hub model that is not in the cache) and read what it is."""
+    try:
+        return _described(spec)
+    except Transient as error:  # nothing is left to try it again
+        raise Fatal(str(error)) from error
+
+
+def _described(spec: ModelSpec) -> ModelInfo:
     model_id = expand_env(spec.id)
     if model_id == "builtin:fake":
         if spec.components:
@@ -81,10 +112,7 @@ def describe(spec: ModelSpec) -> ModelInfo:
         if spec.safety_checker:
             raise InvalidJob(f"model {model_id}: it has no safety checker; leave model.safety_checker out")
         return ModelInfo(model_id, "fake:Fake", "diffusion", None, None, 8, 64, 64, 4096, 20, 5.0, "euler", PLAIN)
-    try:
-        folder = find_model(spec, weights=False)
-    except Transient as error:  # nothing is left to try it again
-        raise Fatal(str(error)) from error
+    folder = find_model(spec, weights=False)
     index = read_index(folder, model_id)
     class_name = index.get("_class_name", "")
     family = FAMILIES.get(str(class_name)) or _generic(class_name, folder, model_id)
@@ -98,24 +126,28 @@ def describe(spec: ModelSpec) -> ModelInfo:
     if class_name == LCM and denoiser.get("time_cond_proj_dim") is None:
         raise InvalidJob(f"model {model_id}: its UNet takes no guidance embedding (time_cond_proj_dim), so {LCM} cannot run it")
     builtin = model_id == "builtin:shapes"
+    companions = _companions(spec, class_name, denoiser)
     return ModelInfo(
         id=model_id,
-        adapter=family.adapter,
+        adapter="refiner:WithRefiner" if "refiner" in companions else family.adapter,
         kind=family.kind,
         folder=str(folder),
         source=_expanded(spec),
         revision=spec.revision,
-        **asdict(_sizes(family, denoiser, vae, model_id)),
+        **asdict(_sizes(family, denoiser, vae, model_id).times(_enlarged(companions, denoiser))),
         num_inference_steps=20 if builtin else family.num_inference_steps,
         guidance_scale=5.0 if builtin else family.guidance_scale,
         sampler=_default_sampler(index, family.kind),
-        arguments=(family.arguments | _of_tasks(family)) - _unread(denoiser, index),
+        arguments=(family.arguments | _of_tasks(family, spec)) - _unread(denoiser, index),
         safety_checker=spec.safety_checker,
         refused_samplers={**family.refused_samplers, **refused_by_configuration(class_name, scheduler)},
         variant=spec.variant,
         sha256=spec.sha256,
         adapters=_adapters(spec, family),
         pipeline_class=class_name,
+        companions=companions,
+        super_resolution=spec.super_resolution.model_dump(exclude={"id", "revision"}) if spec.super_resolution else {},
+        attention_backends=class_name in DISPATCHED or class_name not in FAMILIES,
         warnings=()
         if class_name in FAMILIES
         else (f"{class_name} was not compared with diffusers' own pixels here: exactness is not promised",),
@@ -124,8 +156,13 @@ def describe(spec: ModelSpec) -> ModelInfo:
 
 def _expanded(spec: ModelSpec) -> ModelSpec:
     """The driver's environment decides, not a worker's."""
-    others = {name: given.model_copy(update={"id": expand_env(given.id)}) for name, given in spec.components.items()}
-    return spec.model_copy(update={"id": expand_env(spec.id), "components": others})
+
+    def expanded(given: Any) -> Any:
+        return given and given.model_copy(update={"id": expand_env(given.id)})
+
+    beside = {name: expanded(getattr(spec, name)) for name in COMPANIONS}
+    others = {name: expanded(given) for name, given in spec.components.items()}
+    return spec.model_copy(update={"id": expand_env(spec.id), "components": others, **beside})
 
 
 def _adapters(spec: ModelSpec, family: Family) -> dict[str, str]:
@@ -134,22 +171,79 @@ def _adapters(spec: ModelSpec, family: Family) -> dict[str, str]:
     return {name: expand_env(path) for name, path in spec.adapters.items()}
 
 
-def _of_tasks(family: Family) -> frozenset[str]:
-    taken = {"image", "strength"} if family.image_to_image else set()
-    return frozenset(taken | ({"mask_image"} if family.inpainting else set()))
+def _of_tasks(family: Family, spec: ModelSpec) -> frozenset[str]:
+    taken = {image for task in family.tasks for image in IMAGES_OF[task]} | ({"strength"} if family.tasks else set())
+    found = frozenset(taken - CONTROL | (CONTROL if spec.controlnet else frozenset()))
+    return found | {"denoising_end"} if spec.refiner else found
+
+
+@dataclass(frozen=True)
+class _CompanionOf:
+    """Which pipeline classes take a companion, the file that names its class, and the class that it must be."""
+
+    classes: tuple[str, ...]
+    file: str
+    class_name: str
+
+
+_COMPANIONS = {
+    "controlnet": _CompanionOf(
+        tuple(name for name, family in FAMILIES.items() if "controlled text-to-image" in family.tasks), "config.json", "ControlNetModel"
+    ),
+    "refiner": _CompanionOf(("StableDiffusionXLPipeline",), "model_index.json", "StableDiffusionXLImg2ImgPipeline"),
+    "super_resolution": _CompanionOf(("IFPipeline",), "model_index.json", "IFSuperResolutionPipeline"),
+}
+
+
+def _companions(spec: ModelSpec, class_name: str, denoiser: Config) -> dict[str, str]:
+    """The folders of the models beside this one. Raises InvalidJob where one does not fit."""
+    found = {}
+    for name, rule in _COMPANIONS.items():
+        if (given := getattr(spec, name)) is None:
+            continue
+        if class_name not in rule.classes:
+            raise InvalidJob(f"model.{name}: {class_name} takes none here ({', '.join(rule.classes)} does); leave it out")
+        companion_id = expand_env(given.id)
+        folder = find_beside(companion_id, given.revision, f"model.{name}", weights=False)
+        config = read_json(folder / rule.file, f"model.{name}: {companion_id} is not in diffusers' format")
+        if config.get("_class_name") != rule.class_name:
+            raise InvalidJob(f"model.{name}: {companion_id} is a {config.get('_class_name')}, and must be a {rule.class_name}")
+        if name == "controlnet" and config.get("cross_attention_dim") != denoiser.get("cross_attention_dim"):
+            raise InvalidJob(
+                f"model.controlnet: {companion_id} was made for another kind of model: its cross_attention_dim is "
+                f"{config.get('cross_attention_dim')}, the model's {denoiser.get('cross_attention_dim')}"
+            )
+        found[name] = str(folder)
+    return found
+
+
+def _enlarged(companions: Mapping[str, str], denoiser: Config) -> int:
+    """How many times larger a second stage's pictures are than the model's own."""
+    if "super_resolution" not in companions:
+        return 1
+    unet = read_json(Path(companions["super_resolution"]) / "unet/config.json", "model.super_resolution: unet/config.json is damaged")
+    ratio: int = unet["sample_size"] // denoiser["sample_size"]
+    return ratio
 
 
 def for_task(info: ModelInfo, given: Collection[str]) -> ModelInfo:
-    """The model as it renders rows with these arguments: with an image it is image-to-image, with a mask inpainting."""
-    if "image" not in given and "mask_image" not in given:
-        return replace(info, arguments=info.arguments - {"image", "mask_image", "strength"})
-    if "image" not in given:
+    """The model as it renders rows with these arguments: with an image it is image-to-image, with a mask inpainting, and
+    either, or none of them, may be controlled by a third."""
+    images = {name for name in IMAGES_OF["controlled inpainting"] if name in given}
+    if "mask_image" in images and "image" not in images:
         raise InvalidJob("manifest: mask_image needs an image beside it; give both columns")
-    name: Task = "inpainting" if "mask_image" in given else "image-to-image"
-    family = FAMILIES.get(info.pipeline_class)
-    task = None if family is None else family.inpainting if name == "inpainting" else family.image_to_image
+    if "controlnet" in info.companions and "control_image" not in images:
+        raise InvalidJob("model.controlnet needs an image in each row: give the manifest a column control_image, or leave it out")
+    unused = {"image", "mask_image", "strength"} - images - ({"strength"} if "image" in images else set())
+    info = replace(info, arguments=info.arguments - unused)
+    if not images:
+        return info
+    name = next(task for task, needed in IMAGES_OF.items() if set(needed) == images)
+    task = FAMILIES[info.pipeline_class].tasks.get(name) if info.pipeline_class in FAMILIES else None
     if task is None:
         raise InvalidJob(f"model {info.id}: {info.pipeline_class or 'it'} has no {name} here; drop the columns, or choose another model")
+    if "refiner" in info.companions:
+        raise InvalidJob(f"model.refiner: is for text-to-image, and the manifest's images make this {name}; leave it out")
     if info.safety_checker:
         raise InvalidJob(f"model {info.id}: its safety checker is not run for {name} here; leave model.safety_checker out")
     flows = ("flow-dpm++2m", "flow-unipc") if info.kind == "flow" else ()
@@ -161,9 +255,20 @@ def for_task(info: ModelInfo, given: Collection[str]) -> ModelInfo:
         task=name,
         strength=task.strength,
         least_strength=task.least_strength,
-        arguments=info.arguments - {"seed_b", "blend"},
+        arguments=info.arguments - ({"seed_b", "blend"} if "image" in images else set()),
         refused_samplers={**info.refused_samplers, **dict.fromkeys(flows, reason)},
     )
+
+
+def with_weights(info: ModelInfo, syntax: Literal["a1111"] | None) -> ModelInfo:
+    """The model as it reads texts with weights, before it is given a task."""
+    family = FAMILIES.get(info.pipeline_class)
+    if syntax is not None and (family is None or not family.prompt_weighting):
+        having = ", ".join(name for name, family in FAMILIES.items() if family.prompt_weighting)
+        raise InvalidJob(f"model {info.id}: render.prompt_weighting is for {having}; leave it out, or choose another model")
+    if syntax is not None and "refiner" in info.companions:
+        raise InvalidJob("render.prompt_weighting and model.refiner do not go together here; leave one of them out")
+    return replace(info, prompt_weighting=syntax)
 
 
 def _generic(class_name: Any, folder: Path, model_id: str) -> Family:

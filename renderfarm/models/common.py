@@ -41,12 +41,12 @@ def slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
     """Spherical interpolation (Shoemake 1985): a mean of two noises would be too weak, a point on the arc between them is not."""
     if t in (0.0, 1.0):
         return b if t else a
-    x, y = a.double(), b.double()
+    x, y = a.cpu().double(), b.cpu().double()  # on the CPU, as they were drawn; not all devices have doubles
     cosine = (x * y).sum() / (x.norm() * y.norm())
     angle = torch.arccos(cosine.clamp(-1, 1))
     if angle.abs() < 1e-3:
-        return torch.lerp(x, y, t).to(a.dtype)
-    return ((torch.sin((1 - t) * angle) * x + torch.sin(t * angle) * y) / torch.sin(angle)).to(a.dtype)
+        return torch.lerp(x, y, t).to(a)
+    return ((torch.sin((1 - t) * angle) * x + torch.sin(t * angle) * y) / torch.sin(angle)).to(a)
 
 
 def count_tokens(tokenizer: Any, prompt: str, length: int) -> tuple[int, str | None]:

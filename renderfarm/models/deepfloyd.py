@@ -1,15 +1,62 @@
-"""DeepFloyd IF, first stage: a UNet over pixels, with T5."""
+"""DeepFloyd IF: draws pixels, no latents; by itself its first stage (64×64 in the published one), or with the second one, which
+enlarges its pictures."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from renderfarm.models.calls import WholeCall
+import numpy as np
+import torch
+from diffusers import IFSuperResolutionPipeline
+
+from renderfarm.config import Workers
+from renderfarm.models.calls import State, WholeCall
+from renderfarm.models.catalog import ModelInfo
+
+NO_CHECKER: dict[str, Any] = {"safety_checker": None, "watermarker": None}
 
 
 class DeepFloyd(WholeCall):
     text_length = 77
     draws_with = "prepare_intermediate_images"
 
+    def __init__(self, info: ModelInfo, workers: Workers) -> None:
+        super().__init__(info, workers)
+        self.second = None
+        if "super_resolution" in info.companions:
+            # the first stage reads the texts for both
+            absent = {"text_encoder": None, "tokenizer": None, **NO_CHECKER}
+            self.second = self._load_companion(IFSuperResolutionPipeline, "super_resolution", **absent)
+            self.ratio = self.second.unet.config.sample_size // self.pipe.unet.config.sample_size
+
     def _load_arguments(self) -> dict[str, Any]:
-        return {"safety_checker": None, "watermarker": None}
+        return NO_CHECKER
+
+    def _render(self, slots: Sequence[State], generators: list[torch.Generator]) -> np.ndarray:
+        if self.second is None:
+            return super()._render(slots, generators)
+        samples, settings = [slot.sample for slot in slots], self.info.super_resolution
+        first = self._arguments(slots) | {side: getattr(samples[0], side) // self.ratio for side in ("height", "width")}
+        small = self.pipe(**first, generator=generators, output_type="pt").images
+        negatives = [sample.negative_prompt or "" for sample in samples]
+        texts = self.pipe.encode_prompt([sample.prompt for sample in samples], negative_prompt=negatives, device=self.device)
+        self.second.scheduler = type(self.second.own_scheduler).from_config(self.second.own_scheduler.config)
+        pictures: np.ndarray = self.second(
+            image=small,
+            prompt_embeds=texts[0],
+            negative_prompt_embeds=texts[1],
+            height=samples[0].height,
+            width=samples[0].width,
+            **settings,
+            generator=generators,
+            output_type="np",
+        ).images
+        return pictures
+
+    def profile(self) -> dict[str, Any]:
+        if self.second is None:
+            return super().profile()
+        config = self.second.own_scheduler.config
+        scheduler = {name: value for name, value in config.items() if not name.startswith("_")}
+        return super().profile() | {"super_resolution": dict(self.info.super_resolution) | {"scheduler": scheduler}}

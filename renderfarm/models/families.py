@@ -5,9 +5,11 @@ Adding a family: one module beside this one, one line in FAMILIES. Nothing here 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from renderfarm.samplers import NOTHING, SAMPLERS, Kind
@@ -30,6 +32,9 @@ class Sizes:
     width: int
     factor: int
     max_side: int
+
+    def times(self, ratio: int) -> Sizes:
+        return Sizes(self.height * ratio, self.width * ratio, self.factor * ratio, self.max_side * ratio)
 
 
 def _of_unet(unet: Config, vae: Config) -> Sizes:
@@ -89,9 +94,28 @@ def _vae_scale(vae: Config) -> int:
     return scale
 
 
+Task = Literal[
+    "text-to-image",
+    "image-to-image",
+    "inpainting",
+    "controlled text-to-image",
+    "controlled image-to-image",
+    "controlled inpainting",
+]
+IMAGES_OF: dict[Task, tuple[str, ...]] = {
+    "text-to-image": (),
+    "image-to-image": ("image",),
+    "inpainting": ("image", "mask_image"),
+    "controlled text-to-image": ("control_image",),
+    "controlled image-to-image": ("image", "control_image"),
+    "controlled inpainting": ("image", "mask_image", "control_image"),
+}
+CONTROL = frozenset({"control_image", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end"})
+
+
 @dataclass(frozen=True)
 class ImageTask:
-    """diffusers' class for a task that begins with an image, who renders it, and that class's default strength.
+    """diffusers' class for a task that takes images, who renders it, and that class's default strength; None: it has none.
 
     `least_strength`: how many of n steps run at strength s, by that class's `get_timesteps`: `int(n·s)`, of which one at
     least must be left (floor); `n·s` rounded up (ceil); or all, of the `int(50·s)` that a consistency model was distilled
@@ -99,7 +123,7 @@ class ImageTask:
     """
 
     pipeline_class: str
-    strength: float
+    strength: float | None
     adapter: str = "tasks:WithImages"
     least_strength: Literal["floor", "ceil", "lcm"] = "floor"
 
@@ -109,7 +133,8 @@ class Family:
     """A pipeline class: who renders it (`module:class` in this package), what rows may say, and the pipeline's own defaults.
 
     `refused_samplers`: of its kind, and yet not to be used, with the reason. `batching`: what rows must share to be
-    rendered together: slots, little; calls, all that diffusers' `__call__` takes once.
+    rendered together: slots, little; calls, all that diffusers' `__call__` takes once. `prompt_weighting`: whether its texts
+    may be weighted and long (`models.weighted`).
     """
 
     adapter: str
@@ -123,8 +148,9 @@ class Family:
     safety_checker: bool = False
     batching: Literal["slots", "calls"] = "slots"
     vae: bool = True
-    image_to_image: ImageTask | None = None
-    inpainting: ImageTask | None = None
+    tasks: Mapping[Task, ImageTask] = field(default_factory=dict)
+    """Besides text-to-image."""
+    prompt_weighting: bool = False
 
 
 NEGATIVE = frozenset({"negative_prompt", "negative_prompt_2", "negative_prompt_3"})
@@ -178,51 +204,65 @@ FAMILIES = {
     "IFPipeline": Family("deepfloyd:DeepFloyd", "diffusion", PLAIN, 100, 7.0, "unet", _of_pixels, _NO_VARIANCE, False, "calls", False),
 }
 SHIFTED = ("FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "QwenImagePipeline")  # whether the configuration says so or not
-_TASKS = {
-    "StableDiffusionPipeline": (ImageTask("StableDiffusionImg2ImgPipeline", 0.8), ImageTask("StableDiffusionInpaintPipeline", 1.0)),
-    LCM: (ImageTask("LatentConsistencyModelImg2ImgPipeline", 0.8, least_strength="lcm"), None),
-    "StableDiffusionXLPipeline": (
-        ImageTask("StableDiffusionXLImg2ImgPipeline", 0.3),
-        ImageTask("StableDiffusionXLInpaintPipeline", 0.9999),
-    ),
-    "StableDiffusion3Pipeline": (
-        ImageTask("StableDiffusion3Img2ImgPipeline", 0.6, least_strength="ceil"),
-        ImageTask("StableDiffusion3InpaintPipeline", 0.6, least_strength="ceil"),
-    ),
-    "FluxPipeline": (
-        ImageTask("FluxImg2ImgPipeline", 0.6, least_strength="ceil"),
-        ImageTask("FluxInpaintPipeline", 0.6, least_strength="ceil"),
-    ),
-    "QwenImagePipeline": (
-        ImageTask("QwenImageImg2ImgPipeline", 0.6, "qwen_image:QwenImage", "ceil"),
-        ImageTask("QwenImageInpaintPipeline", 0.6, "qwen_image:QwenImage", "ceil"),
-    ),
-    "ZImagePipeline": (
-        ImageTask("ZImageImg2ImgPipeline", 0.6, "z_image:ZImage", "ceil"),
-        ImageTask("ZImageInpaintPipeline", 1.0, "z_image:ZImage", "ceil"),
-    ),
+# whose denoisers ask diffusers' dispatcher for attention; the others' call torch's, and setting a backend changes nothing
+DISPATCHED = ("FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "QwenImagePipeline", "ZImagePipeline")
+_TASKS: dict[str, dict[Task, ImageTask]] = {
+    "StableDiffusionPipeline": {
+        "image-to-image": ImageTask("StableDiffusionImg2ImgPipeline", 0.8),
+        "inpainting": ImageTask("StableDiffusionInpaintPipeline", 1.0),
+        "controlled text-to-image": ImageTask("StableDiffusionControlNetPipeline", None),
+        "controlled image-to-image": ImageTask("StableDiffusionControlNetImg2ImgPipeline", 0.8),
+        "controlled inpainting": ImageTask("StableDiffusionControlNetInpaintPipeline", 1.0),
+    },
+    LCM: {"image-to-image": ImageTask("LatentConsistencyModelImg2ImgPipeline", 0.8, least_strength="lcm")},
+    "StableDiffusionXLPipeline": {
+        "image-to-image": ImageTask("StableDiffusionXLImg2ImgPipeline", 0.3),
+        "inpainting": ImageTask("StableDiffusionXLInpaintPipeline", 0.9999),
+        "controlled text-to-image": ImageTask("StableDiffusionXLControlNetPipeline", None),
+        "controlled image-to-image": ImageTask("StableDiffusionXLControlNetImg2ImgPipeline", 0.8),
+        "controlled inpainting": ImageTask("StableDiffusionXLControlNetInpaintPipeline", 0.9999),
+    },
+    "StableDiffusion3Pipeline": {
+        "image-to-image": ImageTask("StableDiffusion3Img2ImgPipeline", 0.6, least_strength="ceil"),
+        "inpainting": ImageTask("StableDiffusion3InpaintPipeline", 0.6, least_strength="ceil"),
+    },
+    "FluxPipeline": {
+        "image-to-image": ImageTask("FluxImg2ImgPipeline", 0.6, least_strength="ceil"),
+        "inpainting": ImageTask("FluxInpaintPipeline", 0.6, least_strength="ceil"),
+    },
+    "QwenImagePipeline": {
+        "image-to-image": ImageTask("QwenImageImg2ImgPipeline", 0.6, "qwen_image:QwenImage", "ceil"),
+        "inpainting": ImageTask("QwenImageInpaintPipeline", 0.6, "qwen_image:QwenImage", "ceil"),
+    },
+    "ZImagePipeline": {
+        "image-to-image": ImageTask("ZImageImg2ImgPipeline", 0.6, "z_image:ZImage", "ceil"),
+        "inpainting": ImageTask("ZImageInpaintPipeline", 1.0, "z_image:ZImage", "ceil"),
+    },
 }
-FAMILIES = {
-    name: replace(family, image_to_image=_TASKS[name][0], inpainting=_TASKS[name][1]) if name in _TASKS else family
-    for name, family in FAMILIES.items()
-}
+_WEIGHTED = ("StableDiffusionPipeline", LCM, "StableDiffusionXLPipeline")  # all their texts are CLIP's
+FAMILIES = {name: replace(family, tasks=_TASKS.get(name, {}), prompt_weighting=name in _WEIGHTED) for name, family in FAMILIES.items()}
 GENERIC = Family("generic:Generic", "own", PLAIN, 50, 5.0, "", _of_any, {}, False, "calls", False)
+
+
+def compared() -> list[dict[str, Any]]:
+    """Which classes gave diffusers' own pixels in every comparison of the tests, by device and versions: what `pytest --record` wrote."""
+    found: list[dict[str, Any]] = json.loads(Path(__file__).with_name("compared.json").read_text(encoding="utf-8"))
+    return found
 
 
 def families_markdown() -> str:
     """FAMILIES as a table for people. Tests compare it with the file, and the families with those that they measured."""
     lines = [
-        "| pipeline class | batching | tasks | arguments besides the common ones | legal samplers | exact |",
-        "|---|---|---|---|---|---|",
+        "| pipeline class | batching | tasks | arguments besides the common ones | prompt weights | legal samplers | exact on |",
+        "|---|---|---|---|---|---|---|",
     ]
+    records = compared()
     for name, family in FAMILIES.items():
         more = ", ".join(f"`{argument}`" for argument in sorted(family.arguments - ALWAYS)) or "none"
         legal = [s.name for s in SAMPLERS.values() if s.kind == family.kind and s.name not in family.refused_samplers]
         samplers = ", ".join(f"`{sampler}`" for sampler in legal) if len(legal) < 5 else f"all {len(legal)} of kind {family.kind}"
-        tasks = [
-            "text-to-image",
-            *(["image-to-image"] if family.image_to_image else []),
-            *(["inpainting"] if family.inpainting else []),
-        ]
-        lines.append(f"| `{name}` | {family.batching} | {', '.join(tasks)} | {more} | {samplers} | yes |")
+        tasks = {"text-to-image": name} | {task: how.pipeline_class for task, how in family.tasks.items()}
+        exact = ", ".join(record["device"] for record in records if set(tasks.values()) <= set(record["comparisons"])) or "nothing yet"
+        weights = "yes" if family.prompt_weighting else "no"
+        lines.append(f"| `{name}` | {family.batching} | {', '.join(tasks)} | {more} | {weights} | {samplers} | {exact} |")
     return "\n".join(lines) + "\n"

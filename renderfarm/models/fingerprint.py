@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 
 from renderfarm.errors import Fatal
-from renderfarm.models.files import INDEX, QUANTISED, listed, read_files
+from renderfarm.models.files import INDEX, QUANTISED, listed, read_files, read_of_component
 
 WORTH_REMEMBERING = 1 << 20  # bytes; smaller files are hashed each time
 SETTLED_NS = 2_000_000_000  # a file written just now may change again without another size or time
@@ -28,6 +28,13 @@ def weight_hashes(folder: Path, variant: str | None = None, *, safety_checker: b
     if not any(path.startswith(("unet/", "transformer/")) and path.endswith((".safetensors", QUANTISED)) for path in found):
         raise Fatal(f"model {folder}: its denoiser has no .safetensors file; give a model in diffusers' format")
     return found
+
+
+def companion_hashes(folder: Path) -> dict[str, str]:
+    """The same of a second model: a pipeline, or a single component."""
+    if (folder / "model_index.json").is_file():
+        return weight_hashes(folder, safety_checker=False)
+    return {name: file_sha256(folder / name) for name in sorted(read_of_component([path.name for path in folder.iterdir()], None))}
 
 
 def model_sha256(hashes: dict[str, str]) -> str:

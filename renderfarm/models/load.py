@@ -13,7 +13,7 @@ from renderfarm.models.base import SlotModel
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.files import SAFETY
 from renderfarm.models.fingerprint import damaged_blobs, model_sha256, weight_hashes
-from renderfarm.models.sources import find_model
+from renderfarm.models.sources import find_beside, find_model
 
 
 def load_model(info: ModelInfo, workers: Workers) -> SlotModel:
@@ -27,7 +27,9 @@ def load_model(info: ModelInfo, workers: Workers) -> SlotModel:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # read when diffusers is imported: a model is data, never code
     if info.source is not None:
-        info = replace(info, folder=str(find_model(info.source, weights=True)))
+        beside = {name: getattr(info.source, name) for name in info.companions}
+        found = {name: str(find_beside(given.id, given.revision, f"model.{name}", weights=True)) for name, given in beside.items()}
+        info = replace(info, folder=str(find_model(info.source, weights=True)), companions=found)
         _check_files(info)
     module, _, name = info.adapter.partition(":")
     model: SlotModel = getattr(importlib.import_module(f"renderfarm.models.{module}"), name)(info, workers)

@@ -11,18 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 
 from renderfarm.adapters import parse
-from renderfarm.config import Workers, fixed_batch_size
+from renderfarm.config import Workers, fixed_batch_size, several_devices
 from renderfarm.errors import Fatal
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.fingerprint import file_sha256
 from renderfarm.models.quantization import from_gguf, load_arguments, quantization_profile
-from renderfarm.models.torch_setup import describe_profile, prepare_torch
+from renderfarm.models.torch_setup import attention_packages, describe_profile, prepare_torch
+from renderfarm.models.weighted import WeightedTexts
+
+
+def set_up(pipe: Any) -> None:
+    """A pipeline that is called as a whole: silent, image by image through its autoencoder, its scheduler kept."""
+    pipe.set_progress_bar_config(disable=True)
+    pipe.own_scheduler = pipe.scheduler
+    vae: Any = getattr(pipe, "vae", None)
+    if hasattr(vae, "enable_slicing"):
+        vae.enable_slicing()  # a batched VAE in bf16 gives other pixels
 
 
 class LoadedPipeline(ABC):
-    """`pipeline`: diffusers' class. `text_length`: positions that the longest text encoder reads."""
+    """`pipeline`: diffusers' class. `text_length`: positions that the longest text encoder reads at once. `weighted`: reads
+    the texts instead of the pipeline, where the job says `prompt_weighting`."""
 
     pipeline: Any
     text_length: int
@@ -31,26 +43,69 @@ class LoadedPipeline(ABC):
         self.info, self.workers, self.batch_size = info, workers, fixed_batch_size(workers)
         self.device = prepare_torch(workers)
         self.dtype: torch.dtype = getattr(torch, workers.dtype)
-        quantised = load_arguments(info) | from_gguf(info, self.dtype)
-        try:
-            self.pipe = self.pipeline.from_pretrained(
-                info.folder,
-                dtype=self.dtype,
-                variant=info.variant,
-                use_safetensors=True,
-                local_files_only=True,
-                **self._load_arguments(),
-                **quantised,
-            ).to(self.device)
-        except Exception as error:  # damaged weights raise many kinds; none of them is the row's fault
-            raise Fatal(f"model {info.id}: cannot be loaded from {info.folder}: {error}") from error
+        assert info.folder is not None
+        self.pipe = self._load(info.folder)
         self.scheduler_config = dict(self.pipe.scheduler.config)  # samplers take the scheduler's place later
         self._on: str | None = None
         if info.adapters:
             self._load_adapters()
+        self.weighted = WeightedTexts(self.pipe) if info.prompt_weighting else None
+        if workers.attention_backend is not None:
+            self._use_attention(workers.attention_backend)
+        self._stage = ""
+        self._place(self.pipe)
+
+    @property
+    def denoiser(self) -> Any:
+        return getattr(self.pipe, "transformer", None) or self.pipe.unet
+
+    def _load(self, folder: str) -> Any:
+        arguments: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "variant": self.info.variant}
+        arguments |= self._load_arguments() | load_arguments(self.info) | from_gguf(self.info, self.dtype)
+        if several_devices(self.workers) is not None:
+            arguments["device_map"] = "balanced"  # over all devices that the worker sees
+        try:
+            return self.pipeline.from_pretrained(folder, dtype=self.dtype, **arguments)
+        except Exception as error:  # damaged weights raise many kinds; none of them is the row's fault
+            raise Fatal(f"model {self.info.id}: cannot be loaded from {folder}: {error}") from error
+
+    def _place(self, pipe: Any) -> None:
+        """Onto the device: at once, or part by part when they are called."""
+        try:
+            if self.workers.offload == "model":
+                pipe.enable_model_cpu_offload(device=self.device)
+            elif self.workers.offload == "sequential":
+                pipe.enable_sequential_cpu_offload(device=self.device)
+            elif several_devices(self.workers) is None:  # else it is where the map put it
+                pipe.to(self.device)
+        except Exception as error:  # the device's memory, or a class that diffusers cannot offload
+            raise Fatal(
+                f"model {self.info.id}: cannot be put on {self.device} (workers.offload: {self.workers.offload}): {error}; "
+                "model and sequential need less memory there than none"
+            ) from error
+
+    def turn_to(self, stage: str) -> None:
+        """With `offload: model`, what the last stage called leaves the device. diffusers moves components out in the order
+        of its own call, texts to picture; in slots, these stages come in any order."""
+        if stage != self._stage:
+            for hook in getattr(self.pipe, "_all_hooks", ()):
+                hook.offload()
+            self._stage = stage
 
     def _load_arguments(self) -> dict[str, Any]:
         return {}
+
+    def _load_companion(self, kind: Any, name: str, **arguments: Any) -> Any:
+        """Another pipeline of the job's, or a part that the pipeline takes, from its own folder."""
+        folder = self.info.companions[name]
+        try:
+            loaded = kind.from_pretrained(folder, dtype=self.dtype, use_safetensors=True, local_files_only=True, **arguments)
+        except Exception as error:  # as for the model
+            raise Fatal(f"model.{name}: cannot be loaded from {folder}: {error}") from error
+        if hasattr(loaded, "scheduler"):  # else it is a part of the pipeline, which is put on the device as one
+            set_up(loaded)
+            self._place(loaded)
+        return loaded
 
     def _load_adapters(self) -> None:
         if importlib.util.find_spec("peft") is None:
@@ -67,6 +122,17 @@ class LoadedPipeline(ABC):
                 raise Fatal(f"model.adapters.{name}: {path} changes no layer of {type(self.pipe).__name__}; is it for another model?")
         self.pipe.disable_lora()
 
+    def _use_attention(self, backend: str) -> None:
+        """For this denoiser alone: diffusers makes it the process's default, too, and other models may be rendered here."""
+        try:
+            with attention_backend():  # afterwards the default is what it was
+                self.denoiser.set_attention_backend(backend)
+        except Exception as error:  # a package that is missing or too old
+            raise Fatal(f"workers.attention_backend {backend}: {error}") from error
+        processors = (getattr(module, "processor", None) for module in self.denoiser.modules())
+        if not any(getattr(processor, "_attention_backend", None) is not None for processor in processors):
+            raise Fatal(f"workers.attention_backend: {type(self.denoiser).__name__} does not ask diffusers for attention; leave it out")
+
     def use(self, adapters: str | None) -> None:
         """Turn these adapters on (`Sample.adapters`), and all others off."""
         if adapters == self._on:
@@ -80,8 +146,8 @@ class LoadedPipeline(ABC):
         self._on = adapters
 
     def synchronize(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        if self.device != "cpu":
+            torch.accelerator.synchronize()
 
     def profile(self) -> dict[str, Any]:
         # names with `_` are diffusers' own notes, one of them a list in hash order
@@ -90,4 +156,10 @@ class LoadedPipeline(ABC):
         own |= quantization_profile(self.info)
         if self.info.adapters:
             own |= {"adapters": {name: file_sha256(Path(path)) for name, path in self.info.adapters.items()}, "peft": version("peft")}
+        if self.weighted is not None:
+            own |= {"prompt_weighting": self.weighted.profile()}
+        if self.workers.attention_backend is not None:
+            own |= {"attention_backend": self.workers.attention_backend, "attention_packages": attention_packages()}
+        if (devices := several_devices(self.workers)) is not None:
+            own["devices"] = devices
         return describe_profile(self.info, self.workers, self.device) | own | {"batch_size": self.batch_size}

@@ -1,13 +1,16 @@
-"""What a worker finds out on its device before its first lease: whether a sample's place in the batch decides its pixels,
-and, if it is the first, the B that gives most images per second (`batch_size: auto`) and how long an image takes
-(`part_rows: auto`). The last two are found once and then kept."""
+"""What a worker finds out on its device before its first lease: whether the job's attention backend works there, whether a
+sample's place in the batch decides its pixels, and, if it is the first, the B that gives most images per second
+(`batch_size: auto`) and how long an image takes (`part_rows: auto`). The last two are found once and then kept."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from renderfarm.errors import Fatal, OutOfMemory, RenderfarmError
 from renderfarm.models.base import SlotModel
@@ -37,6 +40,16 @@ def check_places(model: SlotModel, sample: Sample) -> None:
         )
 
 
+def check_attention(model: SlotModel, sample: Sample, backend: str) -> None:
+    """Raise Fatal where this backend cannot compute the model's attention: its dtypes, masks and head sizes, only a call tells."""
+    try:
+        model.places_that_differ(sample)
+    except OutOfMemory:
+        return  # as above
+    except Exception as error:  # each backend refuses in its own way
+        raise Fatal(f"workers.attention_backend {backend} cannot render this model here: {error}; give another one") from error
+
+
 def best_batch_size(model: SlotModel, sample: Sample) -> int:
     """Try candidates from small to large until one is not worth it or does not fit. Leaves the model at the best one."""
     best, best_rate = CANDIDATES[0], 0.0
@@ -55,14 +68,15 @@ def best_batch_size(model: SlotModel, sample: Sample) -> int:
     return best
 
 
-def seconds_per_image(model: SlotModel, sample: Sample) -> float | None:
-    """With every slot full: its share of all its denoiser calls, and its decoding. None where there is no room for it."""
+def seconds_per_image(model: SlotModel, sample: Sample, after: Callable[[np.ndarray], object] = lambda pixels: pixels) -> float | None:
+    """With every slot full: its share of all its denoiser calls, its decoding, and what comes `after` that in the same
+    thread. None where there is no room for it."""
     try:
         seconds, state = _step_for_a_while(model, sample)
         for _ in range(2):  # the first decoding warms up
             started = time.perf_counter()
             with contextlib.suppress(RenderfarmError):  # it is not finished: a filter or a check may well refuse it
-                model.decode(state)
+                after(model.decode(state))
             decoding = time.perf_counter() - started
     except TOO_MUCH:
         return None

@@ -57,20 +57,27 @@ class SlotPipeline(LoadedPipeline):
     def __init__(self, info: ModelInfo, workers: Workers) -> None:
         super().__init__(info, workers)
         encoders = (getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
+        if self.weighted is not None:
+            self.cached_texts = 256  # longer ones
         self.mixes_texts = all(fills_vectors(encoder) for encoder in encoders if encoder is not None)
 
     def slot_group(self, sample: Sample) -> Hashable:
-        return sample.height, sample.width, self._guided(sample), sample.adapters
+        chunks = None if self.weighted is None else self.weighted.padded(self._texts(sample))[0].chunks
+        return sample.height, sample.width, self._guided(sample), sample.adapters, chunks
 
     def texts(self, sample: Sample) -> tuple[Hashable, ...]:
         """(adapters, text) each: a LoRA may change text encoders, too."""
+        texts = self._texts(sample)
+        return tuple((sample.adapters, text) for text in (texts if self.weighted is None else self.weighted.padded(texts)))
+
+    def _texts(self, sample: Sample) -> tuple[Hashable, ...]:
         negative = self._negative(sample) if self._guided(sample) else None
-        texts = (self._positive(sample),) if negative is None else (self._positive(sample), negative)
-        return tuple((sample.adapters, text) for text in texts)
+        return (self._positive(sample),) if negative is None else (self._positive(sample), negative)
 
     @translated
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[Any]) -> list[Embedding]:
+        self.turn_to("texts")
         found: dict[Hashable, Embedding] = {}
         for adapters in dict.fromkeys(adapters for adapters, _ in texts):
             self.use(adapters)
@@ -79,6 +86,8 @@ class SlotPipeline(LoadedPipeline):
         return [found[text] for text in texts]
 
     def _encode_alike(self, texts: Sequence[Any]) -> list[Embedding]:
+        if self.weighted is not None:
+            return self.weighted.encode(texts)
         if not self.mixes_texts:
             return [tuple(part[0] for part in self._encode([text] * self.batch_size)) for text in texts]
         padded = [*texts, *[texts[0]] * (self.batch_size - len(texts))]
@@ -90,6 +99,8 @@ class SlotPipeline(LoadedPipeline):
         return Counted(tokens, cut_off, None if negative is None else self._count(negative)[1])
 
     def _count(self, texts: Hashable) -> tuple[int, str | None]:
+        if self.weighted is not None:
+            return self.weighted.count(texts), None
         return count_texts(texts if isinstance(texts, tuple) else (texts,), self._readers())
 
     @torch.inference_mode()
@@ -125,6 +136,7 @@ class SlotPipeline(LoadedPipeline):
             # either do this, or fail
             state.latents = state.latents.to(self.dtype)
         self.use(states[0].sample.adapters)
+        self.turn_to("denoiser")
         conditional, unconditional = self._denoise(slots)
         for k, state in enumerate(states):
             predicted = conditional[k : k + 1]
@@ -141,12 +153,14 @@ class SlotPipeline(LoadedPipeline):
     def places_that_differ(self, sample: Sample) -> list[int]:
         state = self.start(sample, [self.encode_texts([text])[0] for text in self.texts(sample)])
         self.use(sample.adapters)
+        self.turn_to("denoiser")
         parts = [part for part in self._denoise([state] * self.batch_size) if part is not None]
         return [k for k in range(1, self.batch_size) if not all(torch.equal(part[k], part[0]) for part in parts)]
 
     @translated
     @torch.inference_mode()
     def decode(self, state: State) -> np.ndarray:
+        self.turn_to("autoencoder")
         vae = self.pipe.vae
         # one image at a time, as vae.enable_slicing() does: a batched VAE in bf16 gives other pixels
         image = vae.decode(self._unscaled(state.latents.to(vae.dtype), state.sample), return_dict=False)[0]

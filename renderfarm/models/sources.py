@@ -20,6 +20,7 @@ from renderfarm.models.files import (
     INDEX,
     QUANTISED,
     Place,
+    check_component,
     check_configuration,
     check_index,
     check_name,
@@ -28,6 +29,7 @@ from renderfarm.models.files import (
     holds_weights,
     local,
     read_files,
+    read_of_component,
 )
 from renderfarm.models.fingerprint import cache_folder
 from renderfarm.models.hub import on_hub
@@ -63,6 +65,19 @@ def find_model(spec: ModelSpec, *, weights: bool) -> Path:
     if folders:
         folder = _assembled(folder, index, folders, spec)
     _check_configurations(folder, index, model)
+    return folder
+
+
+def find_beside(id_: str, revision: str | None, what: str, *, weights: bool) -> Path:
+    """The same of a model that is used beside another: a whole pipeline, or one component. `what`: the field of the job."""
+    place = _place(id_, revision, what, pinned=False)
+    if INDEX in place.files:
+        return find_model(ModelSpec(id=id_, revision=revision), weights=weights)
+    files = [file for file in place.files if "/" not in file]
+    check_component(files, None, what)
+    folder = place.get(read_of_component(files, None) if weights else filter(_is_configuration, files))
+    if (config := folder / "config.json").is_file():
+        check_configuration(read_json(config, f"{what}: config.json is damaged"), "config.json", id_)
     return folder
 
 

@@ -21,8 +21,12 @@ class StableDiffusionXL(UNetPipeline):
     def __init__(self, info: ModelInfo, workers: Workers) -> None:
         super().__init__(info, workers)
         self.text_length = self.pipe.tokenizer.model_max_length
-        if self.dtype == torch.float16 and self.pipe.vae.config.force_upcast:
-            self.pipe.vae.to(torch.float32)  # the pipeline does so for each call: in float16 this autoencoder overflows
+
+    def _load(self, folder: str) -> Any:
+        pipe = super()._load(folder)
+        if self.dtype == torch.float16 and pipe.vae.config.force_upcast:
+            pipe.vae.to(torch.float32)  # the pipeline does so for each call: in float16 this autoencoder overflows
+        return pipe
 
     def _load_arguments(self) -> dict[str, Any]:
         # the pipeline marks its pictures where a package for that happens to be installed; pixels must not depend on it

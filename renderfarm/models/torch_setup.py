@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from collections.abc import Callable
 from functools import wraps
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -14,10 +15,10 @@ import diffusers
 import torch
 import transformers
 
-from renderfarm.config import Workers
+from renderfarm.config import Workers, several_devices
 from renderfarm.errors import Fatal, OutOfMemory
 from renderfarm.models.catalog import ModelInfo
-from renderfarm.models.fingerprint import weight_hashes
+from renderfarm.models.fingerprint import companion_hashes, weight_hashes
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,19 +34,15 @@ def translated(function: Callable[P, R]) -> Callable[P, R]:
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(
                 "the device has too little memory for this size at the job's batch size; lower workers.batch_size "
-                "(in a new output: it decides pixels), height or width, or use workers.dtype: bfloat16"
+                "(in a new output: it decides pixels), height or width, or use workers.dtype: bfloat16 or workers.offload: model"
             ) from error
 
     return inner
 
 
 def prepare_torch(workers: Workers) -> str:
-    """Set every flag that exactness needs, one by one, and return the device ("cpu" or "cuda")."""
-    device = workers.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise Fatal("workers.device is cuda, but torch finds no GPU here (or is built without CUDA); use device: auto or cpu")
+    """Set every flag that exactness needs, one by one, and return the device ("cuda", "mps" or "cpu")."""
+    device = _find_device(workers)
     torch.set_num_threads(workers.threads)
     torch.set_default_dtype(torch.float32)  # tables of timesteps and sigmas are made with it
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -61,23 +58,38 @@ def prepare_torch(workers: Workers) -> str:
     return device
 
 
+def _find_device(workers: Workers) -> str:
+    """The device that the job asks for, or the best there is. Raises Fatal where torch does not find it."""
+    is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    device = next(name for name, there in is_there.items() if there) if workers.device == "auto" else workers.device
+    if not is_there[device]:
+        kind, build = {"cuda": ("GPU", "CUDA"), "mps": ("GPU of Apple's", "MPS")}[device]
+        raise Fatal(f"workers.device is {device}, but torch finds no {kind} here (or is built without {build}); use device: auto or cpu")
+    if workers.offload != "none" and device == "cpu":
+        raise Fatal(f"workers.offload {workers.offload} saves an accelerator's memory, and torch finds none here; leave it out on a CPU")
+    devices = several_devices(workers)
+    if devices is not None and torch.cuda.device_count() < devices:
+        raise Fatal(f"workers.devices_per_worker is {devices}, but torch finds {torch.cuda.device_count()} of them here; lower it")
+    return device
+
+
 def describe_profile(info: ModelInfo, workers: Workers, device: str) -> dict[str, Any]:
     """The part of the profile that all families share."""
     on_cpu = device == "cpu"
     return {
         "model": info.name,
         "model_revision": info.revision,
-        "weights": weight_hashes(Path(info.folder), info.variant, safety_checker=info.safety_checker) if info.folder else {},
+        "weights": _all_hashes(info),
         "dtype": workers.dtype,
         "device": device,
-        "device_model": _cpu_model() if on_cpu else torch.cuda.get_device_name(),
+        "device_model": _device_model(device),
         # noise is drawn on the CPU, whatever renders
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_instructions": _cpu_instructions() if on_cpu else None,
         "environment": {name: os.environ[name] for name in sorted(os.environ) if _decides_pixels(name)},
         "threads": workers.threads if on_cpu else None,
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-        "cudnn": None if on_cpu else torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "cudnn": None if device != "cuda" else torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "cudnn_deterministic": torch.backends.cudnn.deterministic,
         "tf32": torch.backends.cuda.matmul.allow_tf32,
@@ -89,10 +101,38 @@ def describe_profile(info: ModelInfo, workers: Workers, device: str) -> dict[str
     }
 
 
+def _all_hashes(info: ModelInfo) -> dict[str, str]:
+    found = weight_hashes(Path(info.folder), info.variant, safety_checker=info.safety_checker) if info.folder else {}
+    for name, folder in info.companions.items():
+        found |= {f"{name}/{path}": digest for path, digest in companion_hashes(Path(folder)).items()}
+    return found
+
+
+def attention_packages() -> dict[str, str]:
+    """Versions of the packages, of those that are installed, which diffusers' attention backends take their kernels from."""
+    found = {}
+    for name in ("flash_attn", "flash_attn_3", "sageattention", "xformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def _decides_pixels(name: str) -> bool:
     """Variables by which kernels are chosen; how many threads they use is said elsewhere."""
-    chosen = ("ONEDNN_", "DNNL_", "MKL_", "ATEN_", "CUBLAS_WORKSPACE_CONFIG", "DIFFUSERS_ATTN_BACKEND", "NVIDIA_TF32_OVERRIDE")
+    chosen = (
+        *("ONEDNN_", "DNNL_", "MKL_", "ATEN_", "CUBLAS_WORKSPACE_CONFIG", "DIFFUSERS_ATTN_BACKEND", "NVIDIA_TF32_OVERRIDE"),
+        *("PYTORCH_MPS_FAST_MATH", "PYTORCH_MPS_PREFER_METAL", "PYTORCH_ENABLE_MPS_FALLBACK"),
+    )
     return name.startswith(chosen) and not name.endswith("_NUM_THREADS")
+
+
+def _device_model(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    if device == "mps":  # its kernels come with the system; not every torch can name the chip
+        name: str = getattr(torch.backends.mps, "get_name", platform.machine)()
+        return f"{name}, macOS {platform.mac_ver()[0]}"
+    return _cpu_model()
 
 
 def _cpuinfo() -> dict[str, str]:

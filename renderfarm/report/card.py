@@ -32,6 +32,10 @@ committed and complete in itself{% endif %}: {{ images }} images, {{ errors }} e
 | model | `{{ model }}`{% if revision %} at `{{ revision }}`{% endif %} |
 | layout, format | {{ layout }}, {{ format }} |
 | job seed | {{ seed }} |
+{% if after %}| done to each picture | {{ after }}; `width`, `height`: as it was rendered; `file_width`, `file_height`: as it is here |
+{% endif %}
+{% if originals %}| originals | the pictures before that: `originals/`, named by `original_file` |
+{% endif %}
 {% for warning in warnings %}| warning | {{ warning }} |
 {% endfor %}
 {% if sheet %}
@@ -93,6 +97,8 @@ def write_card(
         quoted=store.url.replace("'", "''"),
         tables=files.TABLES,
         sheet=sheet,
+        after=", ".join(next(iter(step)) for step in frozen["after"] or ()),
+        originals=frozen["output"]["keep_originals"],
         warnings=warnings,
     )
     store.put(KEY, text.encode())

@@ -1,0 +1,263 @@
+"""A second model beside the job's: ControlNets, SDXL's refiner, DeepFloyd's second stage, each with diffusers' own pixels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from checker import check_complete, error_rows, image_rows
+from oracle import DTYPES, LEGAL, REFERENCE, B, pixels, plain_pipeline, reference, row
+from pictures_given import encoded, mask, picture
+from PIL import Image
+
+import renderfarm
+from renderfarm.config import COMPANIONS, ModelSpec, Workers
+from renderfarm.errors import InvalidJob
+from renderfarm.models.catalog import ModelInfo, describe, for_task
+from renderfarm.models.families import FAMILIES, IMAGES_OF
+from renderfarm.models.load import load_model
+from renderfarm.records import InputImage, Sample
+from renderfarm.slots import SlotLoop
+from renderfarm.verification import Choice, verify
+
+Tiny = Callable[[str], Path]
+Job = Callable[..., Path]
+Compared = Callable[[str, str], None]
+
+CONTROLLED: dict[tuple[str, str], Any] = {
+    ("sd", "controlled text-to-image"): diffusers.StableDiffusionControlNetPipeline,
+    ("sd", "controlled image-to-image"): diffusers.StableDiffusionControlNetImg2ImgPipeline,
+    ("sd", "controlled inpainting"): diffusers.StableDiffusionControlNetInpaintPipeline,
+    ("sdxl", "controlled text-to-image"): diffusers.StableDiffusionXLControlNetPipeline,
+    ("sdxl", "controlled image-to-image"): diffusers.StableDiffusionXLControlNetImg2ImgPipeline,
+    ("sdxl", "controlled inpainting"): diffusers.StableDiffusionXLControlNetInpaintPipeline,
+}
+
+
+def render(info: ModelInfo, dtype: str, rows: list[Sample]) -> list[np.ndarray]:
+    loop = SlotLoop(lambda: load_model(info, Workers(batch_size=B, dtype=dtype)))  # type: ignore[arg-type]
+    try:
+        return pixels(loop.submit(rows))
+    finally:
+        loop.close()
+
+
+def described(tiny_model: Tiny, name: str, **companions: str) -> ModelInfo:
+    beside = {kind: {"id": str(tiny_model(folder))} for kind, folder in companions.items()}
+    return describe(ModelSpec.model_validate({"id": str(tiny_model(name)), **beside}))
+
+
+def test_the_controlled_classes_compared_here_are_those_of_the_table() -> None:
+    offered = {
+        how.pipeline_class for family in FAMILIES.values() for task, how in family.tasks.items() if "control_image" in IMAGES_OF[task]
+    }
+    assert offered == {kind.__name__ for kind in CONTROLLED.values()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "task"), CONTROLLED)
+def test_a_controlled_row_gets_the_pixels_that_diffusers_gives_it_alone(
+    name: str, task: str, dtype: str, tiny_model: Tiny, record_property: Compared
+) -> None:
+    record_property("compared", CONTROLLED[name, task].__name__)
+    info = for_task(described(tiny_model, name, controlnet=f"{name}-controlnet"), IMAGES_OF[task])  # type: ignore[index]
+    assert (info.task, info.pipeline_class) == (task, CONTROLLED[name, task].__name__)
+    rows = []
+    for number in range(8):
+        values: dict[str, Any] = {"prompt": f"star {number}" + " and so on" * (number % 3 * 5), "num_inference_steps": 4}
+        values |= {"guidance_scale": (4.0, 1.0)[number % 2], "sampler": LEGAL[name][number * 3]}
+        values |= {"controlnet_conditioning_scale": (1.0, 0.5)[number // 2 % 2], "control_guidance_start": (0.0, 0.4)[number // 4]}
+        values |= {"control_guidance_end": (1.0, 0.6)[number % 3 // 2]}
+        if "image" in info.images:
+            values["strength"] = (0.5, 0.8, 1.0)[number % 3]
+        if number % 4 == 0:
+            values["negative_prompt"] = "a square"
+        size = (32, 40) if number > 5 else (32, 32)
+        all_images = {"image": picture(number, size), "mask_image": mask(size), "control_image": picture(number + 50, size)}
+        images = {kind: all_images[kind] for kind in info.images}
+        given = {kind: InputImage(None, encoded(image)) for kind, image in images.items()}
+        rows.append((row(number, height=size[1], width=size[0], **values, **given), images))
+    ours = render(info, dtype, [wanted for wanted, _ in rows])
+    net = diffusers.ControlNetModel.from_pretrained(tiny_model(f"{name}-controlnet"), dtype=getattr(torch, dtype))
+    absent = {"safety_checker": None} if name == "sd" else {}
+    pipe = plain_pipeline(CONTROLLED[name, task], tiny_model(name), dtype, controlnet=net, **absent)
+    for (wanted, images), made in zip(rows, ours, strict=True):
+        if "image" not in images:  # its call has one image only
+            images = {"image": images["control_image"]}
+        np.testing.assert_array_equal(made, reference(pipe, wanted, **images), err_msg=str(wanted))
+    assert len({made.tobytes() for made in ours}) == len(rows)
+
+
+def test_the_control_image_its_scale_and_its_share_of_the_steps_show_in_the_pixels(tiny_model: Tiny) -> None:
+    info = for_task(described(tiny_model, "sd", controlnet="sd-controlnet"), ["control_image"])
+
+    def one(number: int, scale: float = 1.0, start: float = 0.0, end: float = 1.0) -> Sample:
+        image = InputImage(None, encoded(picture(number)))
+        shares = {"controlnet_conditioning_scale": scale, "control_guidance_start": start, "control_guidance_end": end}
+        return row(0, sampler="euler", num_inference_steps=4, control_image=image, **shares)
+
+    made = render(info, "float32", [one(1), one(2), one(1, 0.5), one(1, start=0.5), one(1, end=0.5), one(1, 0.0), one(2, 0.0)])
+    assert len({image.tobytes() for image in made}) == 6
+    np.testing.assert_array_equal(made[5], made[6])  # at scale 0 nobody looks at it
+    (plain,) = render(describe(ModelSpec(id=str(tiny_model("sd")))), "float32", [row(0, sampler="euler", num_inference_steps=4)])
+    assert (plain != made[0]).mean() > 0.3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_refiner_takes_over_where_diffusers_own_pair_hands_over(dtype: str, tiny_model: Tiny, record_property: Compared) -> None:
+    info = described(tiny_model, "sdxl", refiner="sdxl-refiner")
+    offered = [name for name in LEGAL["sdxl"] if name not in info.refused_samplers]
+    rows = []
+    for number, sampler in enumerate(offered):
+        values: dict[str, Any] = {"prompt": f"star {number}", "num_inference_steps": 5 + number % 2, "sampler": sampler}
+        values |= {"guidance_scale": (4.0, 1.0)[number % 2], "denoising_end": (0.8, 0.5)[number % 3 // 2]}
+        if number % 3 == 0:
+            values |= {"negative_prompt": "a square", "prompt_2": "grey"}
+        rows.append(row(number, height=(32, 40)[number > 5], **values))
+    base = plain_pipeline(diffusers.StableDiffusionXLPipeline, tiny_model("sdxl"), dtype)
+    refiner = plain_pipeline(diffusers.StableDiffusionXLImg2ImgPipeline, tiny_model("sdxl-refiner"), dtype)
+    for wanted, made in zip(rows, render(info, dtype, rows), strict=True):
+        np.testing.assert_array_equal(made, of_the_pair(base, refiner, wanted), err_msg=str(wanted))
+
+
+def of_the_pair(base: Any, refiner: Any, wanted: Sample) -> np.ndarray:
+    """As diffusers' documentation has an ensemble of experts, with B copies and generators."""
+    kind, changes = REFERENCE[wanted.sampler]
+    for pipe in (base, refiner):
+        pipe.scheduler = kind.from_config(pipe.original_config, **changes)
+    texts = {name: getattr(wanted, name) for name in ("prompt", "prompt_2", "negative_prompt")}
+    arguments: dict[str, Any] = {name: [text] * B for name, text in texts.items() if text is not None}
+    arguments |= {"num_inference_steps": wanted.num_inference_steps, "guidance_scale": wanted.guidance_scale}
+    arguments["generator"] = [torch.Generator().manual_seed(wanted.seed) for _ in range(B)]
+    size = {"height": wanted.height, "width": wanted.width}
+    latents = base(**arguments, **size, denoising_end=wanted.denoising_end, output_type="latent").images
+    return np.asarray(refiner(**arguments, image=latents, denoising_start=wanted.denoising_end).images[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_second_stage_enlarges_the_first_ones_pictures_as_in_diffusers(dtype: str, tiny_model: Tiny, record_property: Compared) -> None:
+    record_property("compared", "IFSuperResolutionPipeline")
+    settings = {"num_inference_steps": 3, "guidance_scale": 3.0, "noise_level": 100}
+    spec = {"id": str(tiny_model("deepfloyd")), "super_resolution": {"id": str(tiny_model("deepfloyd-second")), **settings}}
+    info = describe(ModelSpec.model_validate(spec))
+    assert (info.height, info.width, info.factor) == (64, 64, 16)
+    rows = []
+    for number, sampler in enumerate(LEGAL["deepfloyd"][:5]):
+        values: dict[str, Any] = {"prompt": f"star {number}", "sampler": sampler, "guidance_scale": (4.0, 1.0)[number % 2]}
+        if number % 3 == 0:
+            values["negative_prompt"] = "a square"
+        rows.append(row(number, height=(64, 80)[number > 2], width=64, **values))
+    first = plain_pipeline(diffusers.IFPipeline, tiny_model("deepfloyd"), dtype, safety_checker=None)
+    second = plain_pipeline(
+        diffusers.IFSuperResolutionPipeline, tiny_model("deepfloyd-second"), dtype, safety_checker=None, text_encoder=None
+    )
+    for wanted, made in zip(rows, render(info, dtype, rows), strict=True):
+        kind, changes = REFERENCE[wanted.sampler]
+        first.scheduler = kind.from_config(first.original_config, **changes)
+        second.scheduler = diffusers.DDPMScheduler.from_config(second.original_config)
+        generators = [torch.Generator().manual_seed(wanted.seed) for _ in range(B)]
+        positive, negative = first.encode_prompt([wanted.prompt] * B, negative_prompt=[wanted.negative_prompt or ""] * B)
+        texts = {"prompt_embeds": positive, "negative_prompt_embeds": negative, "generator": generators}
+        half = {"height": wanted.height // 2, "width": 32, "num_inference_steps": 3, "guidance_scale": wanted.guidance_scale}
+        small = first(**texts, **half, output_type="pt").images
+        large = second(image=small, **texts, height=wanted.height, width=64, **settings).images[0]
+        np.testing.assert_array_equal(made, np.asarray(large), err_msg=str(wanted))
+
+
+def columns(count: int, **more: Any) -> dict[str, Any]:
+    return {"prompt": [f"number {k}" for k in range(count)], "seed": list(range(count)), **more}
+
+
+@pytest.fixture
+def job(write_job: Job, tiny_model: Tiny, tmp_path: Path) -> Job:
+    def write(values: dict[str, Any], name: str = "sd", beside: dict[str, str] | None = None, **changes: Any) -> Path:
+        pq.write_table(pa.table(values), tmp_path / "m.parquet")
+        model = {"id": str(tiny_model(name)), **{kind: str(tiny_model(folder)) for kind, folder in (beside or {}).items()}}
+        return write_job(tmp_path / "m.parquet", model=model, workers={"batch_size": B}, **changes)
+
+    return write
+
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "controlnet": ("sd", {"control_image": [encoded(picture(k)) for k in range(3)], "controlnet_conditioning_scale": [0.5, None, 1.0]}),
+    "refiner": ("sdxl", {"denoising_end": [0.5, None, 0.9], "num_inference_steps": [5, 6, 10]}),
+    "super_resolution": ("deepfloyd", {"negative_prompt": ["x", None, None]}),
+}
+FOLDERS = {"controlnet": "sd-controlnet", "refiner": "sdxl-refiner", "super_resolution": "deepfloyd-second"}
+
+
+@pytest.mark.parametrize("kind", COMPANIONS)
+def test_a_job_records_the_second_model_and_verify_renders_with_it_again(kind: str, job: Job, tiny_model: Tiny, tmp_path: Path) -> None:
+    name, more = CASES[kind]
+    assert renderfarm.run(job(columns(3, **more), name, {kind: FOLDERS[kind]}), engine="inline").exit_code == 0
+    check_complete(tmp_path / "out", {(0, 0), (1, 0), (2, 0)})
+    rows = image_rows(tmp_path / "out")
+    if kind == "controlnet":
+        assert [record["controlnet_conditioning_scale"] for record in rows] == [0.5, 1.0, 1.0]
+        assert [record["control_guidance_end"] for record in rows] == [1.0] * 3
+        assert rows[0]["init_control_image_sha256"] == hashlib.sha256(more["control_image"][0]).hexdigest()
+    if kind == "refiner":
+        assert [record["denoising_end"] for record in rows] == [0.5, 0.8, 0.9]
+    if kind == "super_resolution":
+        assert {(record["height"], record["width"]) for record in rows} == {(64, 64)}
+        with Image.open(next((tmp_path / "out").glob("data/*/*.png"))) as opened:
+            assert opened.size == (64, 64)
+    (tmp_path / "m.parquet").unlink()
+    with pytest.raises(InvalidJob, match=rf"rendered with a {kind} in a folder named .*: --model {kind}=FOLDER"):
+        verify(str(tmp_path / "out"), Choice(rows="0-2"), str(tiny_model(name)))
+    found = verify(str(tmp_path / "out"), Choice(rows="0-2"), str(tiny_model(name)), {kind: str(tiny_model(FOLDERS[kind]))})
+    assert not found.profile_differences
+    assert [again.result for again in found.again] == ["identical"] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "beside", "values", "reason"),
+    [
+        ("sd", {"controlnet": "sd-controlnet"}, {}, "needs an image in each row: give the manifest a column control_image"),
+        ("sd", {}, {"control_image": [encoded(picture())]}, "`control_image`, which this model does not take"),
+        ("sd", {"controlnet": "sdxl-controlnet"}, {"control_image": [encoded(picture())]}, "made for another kind of model"),
+        ("sd", {"controlnet": "sdxl"}, {"control_image": [encoded(picture())]}, r"is not in diffusers' format \(config.json\)"),
+        ("sd3", {"controlnet": "sd-controlnet"}, {}, "StableDiffusion3Pipeline takes none here"),
+        ("sd", {"refiner": "sdxl-refiner"}, {}, r"takes none here \(StableDiffusionXLPipeline does\)"),
+        ("sdxl", {"refiner": "sdxl"}, {}, "is a StableDiffusionXLPipeline, and must be a StableDiffusionXLImg2ImgPipeline"),
+        ("sdxl", {"refiner": "sdxl-refiner"}, {"image": [encoded(picture())]}, "is for text-to-image, and the manifest's images make this"),
+        ("sdxl", {}, {"denoising_end": [0.5]}, "`denoising_end`, which this model does not take"),
+    ],
+)
+def test_a_second_model_that_does_not_fit_is_refused_before_work_starts(
+    name: str, beside: dict[str, str], values: dict[str, Any], reason: str, job: Job
+) -> None:
+    with pytest.raises(InvalidJob, match=reason):
+        renderfarm.run(job(columns(1, **values), name, beside), engine="inline")
+
+
+def test_numbers_out_of_their_range_are_error_rows(job: Job, tmp_path: Path) -> None:
+    control = {"control_image": [encoded(picture())] * 4, "controlnet_conditioning_scale": [11.0, None, None, None]}
+    control |= {"control_guidance_start": [None, 0.6, -1.0, None], "control_guidance_end": [None, 0.5, None, None]}
+    control |= {"height": [None, None, None, 40]}
+    path = job(columns(4, **control), beside={"controlnet": "sd-controlnet"})
+    assert renderfarm.run(path, engine="inline").errors == 4
+    reasons = ["between 0 and 10", "the start must come before the end", "is a share of the whole", "control_image has 32×32 pixels"]
+    for error, reason in zip(sorted(error_rows(tmp_path / "out"), key=lambda error: error["row"]), reasons, strict=True):
+        assert reason in error["error_message"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", COMPANIONS)
+def test_rows_through_ray_have_the_same_pixels_with_one_worker_and_with_two(kind: str, job: Job, local_ray: None, tmp_path: Path) -> None:
+    name, more = CASES[kind]
+    values, found = columns(12, **{column: cells * 4 for column, cells in more.items()}), []
+    for workers in (1, 2):
+        path = job(values, name, {kind: FOLDERS[kind]}, output={"path": str(tmp_path / f"out{workers}"), "part_rows": 7 - 2 * workers})
+        assert renderfarm.run(renderfarm.config.load_job(path, [f"workers.max={workers}"]), engine="ray").images == 12
+        found.append({record["row"]: record["pixel_sha256"] for record in image_rows(tmp_path / f"out{workers}")})
+    assert found[0] == found[1]
+    assert len(set(found[0].values())) == 12
