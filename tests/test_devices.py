@@ -195,7 +195,7 @@ def cpu_without_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
 def offload(one: Model, how: str) -> None:
     """As on an accelerator, but the device that components come to when they are called is the CPU as well."""
     one.adapter.workers = Workers(batch_size=one.batch_size, offload=how)  # type: ignore[arg-type]
-    one.adapter._place()
+    one.adapter._place(one.adapter.pipe)
 
 
 @pytest.mark.parametrize("how", ["model", "sequential"])

@@ -91,9 +91,9 @@ def test_the_time_of_an_image_is_its_share_of_its_calls(write_manifest: Write, w
     for device.batch_size in (1, 16):
         found[device.batch_size] = seconds_per_image(device, wanted)
     assert found[1] >= 20 * 0.02, "a sleep is never shorter"
-    assert found[16] < found[1] / 4, "sixteen share a call"
+    assert found[16] < found[1] / 2, "sixteen share a call"
     device.batch_size = 1
-    assert seconds_per_image(device, replace(wanted, num_inference_steps=2)) < found[1] / 4, "two calls instead of twenty"
+    assert seconds_per_image(device, replace(wanted, num_inference_steps=2)) < found[1] / 2, "two calls instead of twenty"
 
 
 def test_what_cannot_be_shown_or_does_not_fit_is_no_failure(write_manifest: Write, write_job: Write) -> None:

@@ -154,6 +154,22 @@ def test_a_weight_of_one_is_no_weight_and_a_short_text_is_read_as_without_the_se
     assert len({picture.tobytes() for picture in (usual, more, less)}) == 3
 
 
+def test_a_word_of_little_weight_leaves_the_picture() -> None:
+    info = with_weights(describe(ModelSpec(id="builtin:shapes")), "a1111")
+    loop = SlotLoop(lambda: load_model(info, Workers(batch_size=4)))
+    usual: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 12, "guidance_scale": 5.0, "sampler": "dpm++2m"}
+    texts = (f"a large (red:{weight}) circle in the centre on a white background" for weight in (1, 1.3, 0.1))
+    rows = [row(seed, prompt=text, **usual) for text in texts for seed in range(4)]
+    try:
+        made = pixels(loop.submit(rows))
+    finally:
+        loop.close()
+    middles = np.array([picture[24:40, 24:40].reshape(-1, 3).mean(0) for picture in made]).reshape(3, 4, 3)
+    red = (middles[..., 0] > 150) & (middles[..., 1:] < 90).all(-1)
+    assert red[:2].all()
+    assert red[2].sum() <= 1
+
+
 def test_without_the_setting_brackets_are_words(model: Callable[..., Model]) -> None:
     one, wanted = model("sd"), row(0, prompt="a (red:1.3) circle", sampler="euler")
     np.testing.assert_array_equal(one.render([wanted])[0], one.reference(wanted))
@@ -277,6 +293,7 @@ def test_a_job_with_weights_and_errors_is_verified_from_the_output_alone(
     assert {error["error_class"] for error in errors} == {"InvalidInput"}
     for error, reason in zip(errors, [*BAD.values(), "negative_prompt: 'ugly' has the weight 99"], strict=True):
         assert reason in error["error_message"]
+    assert "| prompts | with weights, as users of A1111" in (tmp_path / "out/README.md").read_text()
     verified = verify(str(tmp_path / "out"), Choice(all=True), model=str(tiny_model("sd")))
     assert [again.result for again in verified.again] == ["identical"] * len(PROMPTS)
     other = write_job(manifest, **usual | {"render": {"on_truncation": "error"}})

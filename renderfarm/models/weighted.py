@@ -30,7 +30,7 @@ class PaddedText(NamedTuple):
 
 
 class WeightedTexts:
-    """A pipeline's one or two CLIPs behind compel. Call `encode` again after other adapters were turned on."""
+    """A pipeline's one or two CLIPs, read by compel, with the adapters that are on when a text is encoded."""
 
     def __init__(self, pipe: Any) -> None:
         if importlib.util.find_spec("compel") is None:

@@ -36,6 +36,8 @@ committed and complete in itself{% endif %}: {{ images }} images, {{ errors }} e
 {% endif %}
 {% if originals %}| originals | the pictures before that: `originals/`, named by `original_file` |
 {% endif %}
+{% if weighted %}| prompts | with weights, as users of A1111 write them: `(word:1.3)` |
+{% endif %}
 {% for warning in warnings %}| warning | {{ warning }} |
 {% endfor %}
 {% if sheet %}
@@ -92,6 +94,7 @@ def write_card(
         layout=frozen["output"]["layout"],
         format=frozen["output"]["format"],
         seed=frozen["seed"],
+        weighted=frozen["render"].get("prompt_weighting") is not None,
         out=store.url,
         escaped=glob.escape(store.url),
         quoted=store.url.replace("'", "''"),
