@@ -69,8 +69,6 @@ class Worker:
     def ready(self) -> WorkerReady:
         """Wait until the pipeline is loaded and publish or match the render profile."""
         model, after = self.slots.ready.result(), self.chain.profile()
-        if self.job.workers.batch_size == "auto":  # of workers that measured at the same time, the first one's B counts
-            model.batch_size = commit.first_profile(self.store, model.profile() | after)["batch_size"]
         record_others = self.job.workers.other_profiles == "record"
         self.profile_sha256 = commit.publish_profile(self.store, model.profile() | after, record_others=record_others)
         return WorkerReady(
@@ -87,12 +85,19 @@ class Worker:
         self.chain.load(partial(commit.kept, self.store), model.device, self.job.workers.dtype)
         if (backend := self.job.workers.attention_backend) is not None:
             check_attention(model, self.spec.usual.sample, backend)
-        if self.job.workers.batch_size == "auto" and not commit.has_profile(self.store):
-            best_batch_size(model, self.spec.usual.sample)
+        if self.job.workers.batch_size == "auto":
+            self._choose_batch_size(model)
         if self.job.output.part_rows == "auto" and not self.store.exists(commit.GRID):
             self.seconds_per_image = seconds_per_image(model, self.spec.usual.sample, self.chain.in_render_thread)
         check_places(model, self.spec.usual.sample)
         return model
+
+    def _choose_batch_size(self, model: SlotModel) -> None:
+        """The output's B; of workers that measure it at the same time, the first one's counts."""
+        if not commit.has_profile(self.store):
+            best_batch_size(model, self.spec.usual.sample)
+            check_places(model, self.spec.usual.sample)  # before it is everybody's
+        model.batch_size = commit.first_profile(self.store, model.profile() | self.chain.profile())["batch_size"]
 
     def render(self, lease: Lease) -> Receipt:
         """Render and commit every part of a lease that nobody has committed."""

@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from oracle import CALL_FAMILIES, CLASSES, DTYPES, LEGAL, B, Model, pixels, row
 
 from renderfarm.config import Workers
-from renderfarm.errors import Fatal
+from renderfarm.errors import Fatal, NonFiniteOutput
 from renderfarm.models.common import initial_noise
 from renderfarm.models.load import load_model
 from renderfarm.models.measure import check_places
@@ -167,6 +168,49 @@ def test_in_float16_the_autoencoder_of_sdxl_computes_in_float32_as_in_the_pipeli
     assert one.adapter.pipe.vae.dtype == torch.float32
     wanted = row(sampler=sampler, negative_prompt="grey")
     np.testing.assert_array_equal(one.render([wanted])[0], one.reference(wanted))
+
+
+def painting(one: Model, monkeypatch: pytest.MonkeyPatch, value: float, whole: bool) -> None:
+    """From now on the first picture of each batch has this value in its first place, or in all."""
+    if one.name == "deepfloyd":  # without an autoencoder: what its pictures end in
+        step = diffusers.DDPMScheduler.step
+
+        def spoiled(*args: Any, **kwargs: Any) -> Any:
+            (image, *others) = step(*args, **kwargs)
+            (image[0] if whole else image[0, 0, 0, 0]).fill_(value)
+            return image, *others
+
+        monkeypatch.setattr(diffusers.DDPMScheduler, "step", spoiled)
+        return
+    vae = one.adapter.pipe.vae
+    decode = vae.decode
+
+    def decoded(*args: Any, **kwargs: Any) -> Any:
+        found = decode(*args, **kwargs)
+        (found[0][0] if whole else found[0][(0,) * found[0].ndim]).fill_(value)
+        return found
+
+    monkeypatch.setattr(vae, "decode", decoded)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_picture_that_is_not_finite_is_an_error_and_no_white_or_black_spot(
+    name: str, value: float, model: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, wanted = model(name), row(sampler="ddpm" if name == "deepfloyd" else LEGAL[name][0])
+    assert one.render([wanted])
+    painting(one, monkeypatch, value, whole=False)
+    with pytest.raises(NonFiniteOutput, match="NaN or infinite"):
+        one.render([wanted])
+
+
+@pytest.mark.parametrize("name", ["sd", "flux-dev", "sana", "deepfloyd"])
+def test_a_wholly_black_picture_is_an_error(name: str, model: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = model(name)
+    painting(one, monkeypatch, -1.0, whole=True)
+    with pytest.raises(NonFiniteOutput, match="wholly black"):
+        one.render([row(sampler="ddpm" if name == "deepfloyd" else LEGAL[name][0])])
 
 
 def denoiser_batches(one: Model, rows: list[Sample]) -> list[int]:

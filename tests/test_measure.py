@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from threading import Event
+from threading import Barrier, Event
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from renderfarm.models.measure import best_batch_size, seconds_per_image
 from renderfarm.plan import Grid
 from renderfarm.preparation import prepare
 from renderfarm.progress import Progress
+from renderfarm.records import Sample
 from renderfarm.status import read_status
 from renderfarm.storage import open_store
 from renderfarm.verification import Choice, inspect, verify
@@ -63,23 +65,34 @@ def test_the_largest_batch_that_pays_and_fits_is_chosen(device: Device, best: se
     assert device.batch_size == found
 
 
-def test_what_the_first_worker_measured_holds_for_all_and_on_resume(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+def test_what_the_first_worker_measured_holds_for_all_and_on_resume(
+    write_manifest: Write, write_job: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_job(write_manifest(), workers={"batch_size": "auto"})
     prepared = prepare(load_job(path))
     spec = [WorkerSpec(f"w{k}", prepared.job, prepared.model, prepared.usual) for k in range(2)]
-    first, second = Worker(spec[0]), Worker(spec[1])  # both measure: none has published yet
-    first.slots.ready.result().batch_size = 5
-    second.slots.ready.result().batch_size = 9
+    both, sizes = Barrier(2), [5, 9]
+
+    def measure(model: Fake, sample: Sample) -> None:
+        both.wait(timeout=10)  # none has published yet
+        model.batch_size = sizes.pop(0)
+
+    monkeypatch.setattr("renderfarm.worker.best_batch_size", measure)
+    monkeypatch.setattr("renderfarm.slots._TURNS", contextlib.nullcontext())  # which would let one publish first
+    first, second = Worker(spec[0]), Worker(spec[1])
     assert first.ready().profile_sha256 == second.ready().profile_sha256
-    assert second.slots.ready.result().batch_size == 5
+    chosen = first.slots.ready.result().batch_size
+    assert chosen in (5, 9)
+    assert second.slots.ready.result().batch_size == chosen
+    monkeypatch.undo()
     late = Worker(spec[0])
     late.ready()
-    assert late.slots.ready.result().batch_size == 5
+    assert late.slots.ready.result().batch_size == chosen
     for worker in (first, second, late):
         worker.close()
 
     assert renderfarm.run(path, engine="inline").state == "SUCCEEDED"
-    assert json.loads((tmp_path / "out/_renderfarm/profile.json").read_text())["batch_size"] == 5
+    assert json.loads((tmp_path / "out/_renderfarm/profile.json").read_text())["batch_size"] == chosen
     check_complete(tmp_path / "out", {(row, 0) for row in range(8)})
     assert renderfarm.run(path, engine="inline").new_images == 0
 
@@ -103,6 +116,35 @@ def test_what_cannot_be_shown_or_does_not_fit_is_no_failure(write_manifest: Writ
     assert seconds_per_image(device, replace(wanted, prompt="[nan]"))
     device.batch_size = 4
     assert seconds_per_image(device, wanted) is None
+
+
+def test_every_worker_tries_its_places_with_the_batch_that_it_will_render(
+    write_manifest: Write, write_job: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def places(model: Fake, sample: Sample) -> list[int]:
+        tried.append(model.batch_size)
+        return []
+
+    monkeypatch.setattr(Fake, "places_that_differ", places)
+    job = write_job(write_manifest(), workers={"batch_size": "auto"})
+    first = renderfarm.run(load_job(job, ["manifest.where.row=0-3"]), engine="inline")
+    assert first.images == 4
+    profile = json.loads((Path(first.out) / "_renderfarm/profile.json").read_text())
+    measured, tried[:] = list(tried), []
+    assert measured[-1] == profile["batch_size"] > 1
+    worker = Worker(WorkerSpec("again", *_prepared(job)))
+    try:
+        assert worker.ready().batch_size == profile["batch_size"]
+    finally:
+        worker.close()
+    assert tried == [profile["batch_size"]]
+
+
+def _prepared(job: Path) -> tuple[Any, Any, Any]:
+    prepared = prepare(load_job(job))
+    return prepared.job, prepared.model, prepared.usual
 
 
 def test_a_worker_on_whose_device_places_differ_renders_nothing(

@@ -13,6 +13,7 @@ from diffusers import IFSuperResolutionPipeline
 from renderfarm.config import Workers
 from renderfarm.models.calls import State, WholeCall
 from renderfarm.models.catalog import ModelInfo
+from renderfarm.models.loaded import only_finite
 
 NO_CHECKER: dict[str, Any] = {"safety_checker": None, "watermarker": None}
 
@@ -35,14 +36,14 @@ class DeepFloyd(WholeCall):
 
     def _render(self, slots: Sequence[State], generators: list[torch.Generator]) -> np.ndarray:
         if self.second is None:
-            return super()._render(slots, generators)
+            return _finished(self.pipe(**self._arguments(slots), generator=generators, output_type="pt").images)
         samples, settings = [slot.sample for slot in slots], self.info.super_resolution
         first = self._arguments(slots) | {side: getattr(samples[0], side) // self.ratio for side in ("height", "width")}
         small = self.pipe(**first, generator=generators, output_type="pt").images
         negatives = [sample.negative_prompt or "" for sample in samples]
         texts = self.pipe.encode_prompt([sample.prompt for sample in samples], negative_prompt=negatives, device=self.device)
         self.second.scheduler = type(self.second.own_scheduler).from_config(self.second.own_scheduler.config)
-        pictures: np.ndarray = self.second(
+        large = self.second(
             image=small,
             prompt_embeds=texts[0],
             negative_prompt_embeds=texts[1],
@@ -50,9 +51,9 @@ class DeepFloyd(WholeCall):
             width=samples[0].width,
             **settings,
             generator=generators,
-            output_type="np",
+            output_type="pt",
         ).images
-        return pictures
+        return _finished(large)
 
     def profile(self) -> dict[str, Any]:
         if self.second is None:
@@ -60,3 +61,9 @@ class DeepFloyd(WholeCall):
         config = self.second.own_scheduler.config
         scheduler = {name: value for name, value in config.items() if not name.startswith("_")}
         return super().profile() | {"super_resolution": dict(self.info.super_resolution) | {"scheduler": scheduler}}
+
+
+def _finished(pictures_B3HW: torch.Tensor) -> np.ndarray:
+    """What these calls do with `output_type="np"`, but NaN where a picture is not finite, which they would clip."""
+    found: np.ndarray = (only_finite(pictures_B3HW) / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).float().numpy()
+    return found

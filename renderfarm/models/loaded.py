@@ -30,6 +30,22 @@ def set_up(pipe: Any) -> None:
     vae: Any = getattr(pipe, "vae", None)
     if hasattr(vae, "enable_slicing"):
         vae.enable_slicing()  # a batched VAE in bf16 gives other pixels
+    processor = getattr(pipe, "image_processor", None)
+    if processor is not None:
+        processor.postprocess = _seen_through(processor.postprocess)
+
+
+def _seen_through(postprocess: Any) -> Any:
+    """It clips a picture to 0..1, and what is infinite would become white or black: NaN stays what it is."""
+
+    def inner(image: Any, *args: Any, **kwargs: Any) -> Any:
+        return postprocess(only_finite(image), *args, **kwargs)
+
+    return inner
+
+
+def only_finite(image: torch.Tensor) -> torch.Tensor:
+    return torch.nan_to_num(image, nan=torch.nan, posinf=torch.nan, neginf=torch.nan)
 
 
 class LoadedPipeline(ABC):

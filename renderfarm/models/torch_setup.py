@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import platform
 from collections.abc import Callable
@@ -40,6 +41,35 @@ def translated(function: Callable[P, R]) -> Callable[P, R]:
     return inner
 
 
+# What chooses kernels, wherever it may have been changed before: torch's defaults, but for benchmarks and precision. All of it
+# is in the profile, so that what it was is known.
+FLAGS: tuple[tuple[str, str, Any], ...] = (
+    ("cudnn", "enabled", True),
+    ("cudnn", "benchmark", False),
+    ("cudnn", "deterministic", True),
+    ("cudnn.conv", "fp32_precision", "ieee"),
+    ("cudnn.rnn", "fp32_precision", "ieee"),
+    ("cuda.matmul", "fp32_precision", "ieee"),
+    ("cuda.matmul", "allow_fp16_reduced_precision_reduction", True),
+    ("cuda.matmul", "allow_bf16_reduced_precision_reduction", True),
+    ("mkldnn", "enabled", True),
+    ("mkldnn", "deterministic", False),
+    ("mkldnn.matmul", "fp32_precision", "ieee"),
+    ("mkldnn.conv", "fp32_precision", "ieee"),
+    ("mkldnn.rnn", "fp32_precision", "ieee"),
+)
+ATTENTION = ("flash", "mem_efficient", "math", "cudnn")  # torch's kernels for it; on a CPU the first two words count as well
+
+
+def _backend(place: str) -> Any:
+    return operator.attrgetter(place)(torch.backends)
+
+
+def _flags() -> dict[str, Any]:
+    found = {f"{place}.{flag}": getattr(_backend(place), flag) for place, flag, _ in FLAGS}
+    return found | {f"sdp.{kernels}": getattr(torch.backends.cuda, f"{kernels}_sdp_enabled")() for kernels in ATTENTION}
+
+
 def prepare_torch(workers: Workers) -> str:
     """Set every flag that exactness needs, one by one, and return the device ("cuda", "mps" or "cpu")."""
     device = _find_device(workers)
@@ -47,10 +77,13 @@ def prepare_torch(workers: Workers) -> str:
     torch.set_default_dtype(torch.float32)  # tables of timesteps and sigmas are made with it
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
+    # by the old words first: torch refuses to read these once only the new ones were used after them
+    torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+    for place, flag, value in FLAGS:
+        setattr(_backend(place), flag, value)
+    for kernels in ATTENTION:
+        getattr(torch.backends.cuda, f"enable_{kernels}_sdp")(True)
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
@@ -90,9 +123,7 @@ def describe_profile(info: ModelInfo, workers: Workers, device: str) -> dict[str
         "threads": workers.threads if on_cpu else None,
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "cudnn": None if device != "cuda" else torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-        "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "cudnn_deterministic": torch.backends.cudnn.deterministic,
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "flags": _flags(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         **{
