@@ -39,7 +39,7 @@ from renderfarm.preparation import Prepared
 from renderfarm.progress import Progress, WorkerProgress
 from renderfarm.records import Lease, WorkerReady
 from renderfarm.storage import probe
-from renderfarm.worker import LEASES_IN_FLIGHT
+from renderfarm.worker import LEASES_IN_FLIGHT, leases_held
 
 HEARTBEAT_S = 5.0
 TRANSIENT_ATTEMPTS = 8
@@ -98,6 +98,7 @@ class Driver:
             rows=prepared.manifest.rows,
         )
         self.grid: Grid | None = None
+        self.held = LEASES_IN_FLIGHT
         self.is_done = bytearray()  # by part
         self.free: dict[str, list[Lease]] = {}  # ready workers, and the leases each holds
         self.starting: set[str] = set()
@@ -205,7 +206,7 @@ class Driver:
         """Leases a worker may hold: enough to keep its slots full, few enough to leave work for the others at the end."""
         left = self.progress.parts - self.progress.parts_done
         workers = len(self.free) + len(self.starting)
-        return max(1, min(LEASES_IN_FLIGHT, -(-left // workers)))
+        return max(1, min(self.held, -(-left // workers)))
 
     def _due(self) -> Lease | None:
         for _ in range(len(self.again)):
@@ -230,6 +231,8 @@ class Driver:
         if self.grid is None:
             grid = self.prepared.grid()
             self._use(self._measured_grid(engine, event.info) if grid is None else grid)
+        assert self.grid is not None
+        self.held = leases_held(event.info.batch_size, self.grid.part_rows)
         self.starting.discard(event.worker)
         self.free[event.worker] = []
         self.start_failures = 0

@@ -40,7 +40,14 @@ from renderfarm.storage import open_store
 ENCODERS = 2
 ORIGINALS = "png"  # of whatever format the dataset is: without loss
 LEASES_IN_FLIGHT = 3
+MOST_LEASES = 32  # of small parts
+
 KILLER = "the workers that rendered this row died each time; look at its arguments, or at the device's memory"
+
+
+def leases_held(batch_size: int, part_rows: int) -> int:
+    """How many leases keep a worker's slots full: while one is published the others must hold a batch and its successor."""
+    return min(MOST_LEASES, max(LEASES_IN_FLIGHT, 1 + -(-2 * batch_size // part_rows)))
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from renderfarm.config import load_job
 from renderfarm.driver import Driver, RunSummary
 from renderfarm.engines.base import Done, Event, Failed, Ready
 from renderfarm.errors import Fatal, ProfileMismatch, RenderFailed, RenderfarmError, Transient, WorkerLost
+from renderfarm.models.fake import Fake, State
 from renderfarm.preparation import Prepared, prepare
 from renderfarm.records import Lease
 from renderfarm.status import read_status
@@ -163,3 +165,22 @@ def test_a_part_whose_answer_came_too_late_for_the_stop_is_counted(write_manifes
     assert summary.errors == 1
     assert summary.error_classes == read_status(summary.out)["error classes"] == {"InvalidInput": 1}
     assert summary.images == read_status(summary.out)["images"] == len(renderfarm.open(summary.out)) > 0
+
+
+@pytest.mark.parametrize("part_rows", [1, 2, 5, 8])
+def test_slots_stay_full_over_parts_that_are_smaller_than_a_batch(
+    part_rows: int, write_manifest: Write, write_job: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Fake.step
+
+    def slow(model: Fake, states: Sequence[State]) -> list[bool]:
+        time.sleep(0.02)  # else there is nothing to wait for
+        return step(model, states)
+
+    monkeypatch.setattr(Fake, "step", slow)
+    manifest = write_manifest({"prompt": [f"number {k}" for k in range(160)]})
+    job = write_job(manifest, workers={"batch_size": 8}, render={"num_inference_steps": 10}, output={"part_rows": part_rows})
+    summary = renderfarm.run(job, engine="inline")
+    assert summary.images == 160
+    assert summary.useful_slots is not None
+    assert summary.useful_slots > 0.8  # 1 but for the beginning and the end

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from oracle import B, Model, row
+from test_random_manifests import render
 
 from renderfarm.config import Workers
 from renderfarm.models import pipeline
 from renderfarm.models.common import finite_pixels
 from renderfarm.models.pipeline import SlotPipeline, State
-from renderfarm.records import Sample
+from renderfarm.records import Sample, WorkerReady
+from renderfarm.worker import Worker
 
 Models = Callable[..., Model]
 
@@ -60,6 +63,28 @@ def test_a_worker_with_another_batch_size_differs(name: str, sampler: str, model
         assert differs(other, rows(sampler, 96), reference=model(name))
     finally:
         other.close()
+
+
+def test_a_worker_of_a_job_that_renders_with_another_batch_size_differs(model: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison of `test_random_manifests.py`, at a size at which B shows."""
+    one, ready = model("sd"), Worker.ready
+    columns = ("prompt", "seed", "height", "width", "num_inference_steps", "guidance_scale", "sampler")
+    wanted = {str(sample.key.row): {name: getattr(sample, name) for name in columns} for sample in rows("euler-a", 96)}
+
+    def pixels_of_job() -> dict[tuple[str, int], str]:
+        made = render(one, wanted, workers=2, part_rows=1, order=Random(1))
+        return {key: record["pixel_sha256"] for key, record in made.items()}
+
+    def other(worker: Worker) -> WorkerReady:
+        found = ready(worker)
+        if worker.spec.name == "w1":
+            worker.slots.ready.result().batch_size = 1
+        return found
+
+    usual = pixels_of_job()
+    assert pixels_of_job() == usual
+    monkeypatch.setattr(Worker, "ready", other)
+    assert pixels_of_job() != usual
 
 
 @pytest.mark.parametrize(("name", "sampler"), [("sd", "euler-a"), ("flux-dev", "flow-euler")])

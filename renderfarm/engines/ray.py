@@ -25,7 +25,7 @@ from renderfarm.config import Job
 from renderfarm.engines.base import Done, Event, Failed, Ready
 from renderfarm.errors import Fatal, RenderFailed, RenderfarmError, WorkerLost
 from renderfarm.records import Lease, Receipt, WorkerReady
-from renderfarm.worker import LEASES_IN_FLIGHT, Worker, WorkerSpec
+from renderfarm.worker import MOST_LEASES, Worker, WorkerSpec
 
 
 class _Actor:
@@ -97,7 +97,7 @@ class RayEngine:
     def start_worker(self, name: str) -> None:
         actor_class: Any = ray.remote(_Actor)
         actor = actor_class.options(
-            max_concurrency=LEASES_IN_FLIGHT,
+            max_concurrency=MOST_LEASES,
             max_restarts=0,
             max_task_retries=0,
             enable_task_events=False,
