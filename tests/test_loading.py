@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torchao.quantization import Int8WeightOnlyConfig
 
 import renderfarm
-from renderfarm.config import ModelSpec, Workers, load_job
+from renderfarm.cli import _model_and_parts
+from renderfarm.config import ComponentSpec, ModelSpec, Workers, load_job, model_spec
 from renderfarm.errors import Fatal, InvalidJob, ProfileMismatch
 from renderfarm.models.about import about
 from renderfarm.models.catalog import describe
@@ -289,6 +291,22 @@ def test_a_gguf_file_that_is_none_or_another_models_ends_with_the_reason(
     monkeypatch.setattr("importlib.util.find_spec", lambda name, real=importlib.util.find_spec: None if name == "gguf" else real(name))
     with pytest.raises(Fatal, match=r"a \.gguf file needs the package gguf: pip install 'renderfarm\[gguf\]'"):
         run("./other.gguf", "transformer")
+
+
+def test_parts_are_named_on_the_command_line_as_in_a_job(tiny_model: Callable[[str], Path], own: Callable[..., Path]) -> None:
+    folder, mine = with_variant(CLASSES["sd"], own("sd"), "10GB"), other(own("sd", "other") / "vae")
+    command = ["-m", "renderfarm", "models", "--model", str(folder), "--variant", "fp16", "--component", f"vae={mine}", "--json"]
+    told = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True).stdout
+    assert json.loads(told)["sha256"] == about(ModelSpec(id=str(folder), variant="fp16", components={"vae": {"id": str(mine)}}))["sha256"]
+    for wrong in ("vae", "vae=", "=./x"):
+        with pytest.raises(InvalidJob, match=r"write it as NAME=FOLDER or NAME=org/name@COMMIT/SUBFOLDER"):
+            model_spec(str(folder), [wrong])
+    spec = model_spec(str(folder), [f"vae=org/name@{'a' * 40}/sub/vae"])
+    assert spec.components["vae"] == ComponentSpec(id="org/name", revision="a" * 40, subfolder="sub/vae")
+    assert _model_and_parts(["./m", "vae=./v", "controlnet=/c"]) == ("./m", {"vae": "./v", "controlnet": "/c"})
+    assert _model_and_parts(["/m=1"]) == ("/m=1", {})
+    with pytest.raises(InvalidJob, match=r"--model is given twice \(a and b\)"):
+        _model_and_parts(["a", "b"])
 
 
 NOT_TAKEN: dict[str, tuple[str, Any, str]] = {

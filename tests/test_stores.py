@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import http.server
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +22,7 @@ from renderfarm.config import ComponentSpec, ModelSpec, load_job
 from renderfarm.errors import Fatal, InvalidJob, Transient
 from renderfarm.models.about import about
 from renderfarm.models.catalog import describe
+from renderfarm.models.fingerprint import cache_folder
 from renderfarm.models.sources import find_model
 from renderfarm.verification import Choice, verify
 
@@ -132,24 +135,61 @@ def test_a_url_that_cannot_be_a_model_is_refused(
         renderfarm.run(load_job(write_job(write_manifest(), model=model)), engine="inline")
 
 
-def test_a_model_from_a_web_server_is_rendered_without_it_where_its_hash_is_known(
-    tiny_model: Callable[[str], Path], write_manifest: Write, write_job: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+@pytest.fixture
+def web_server(tiny_model: Callable[[str], Path]) -> Iterator[tuple[str, Callable[[], None]]]:
+    """A tiny model on a server of its own: its URL, and what ends the server."""
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tiny_model("sd")))
-    handler.log_message = lambda *_: None  # type: ignore[attr-defined]
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
-    model = {"id": f"http://127.0.0.1:{server.server_port}", "sha256": about(ModelSpec(id=str(tiny_model("sd"))))["sha256"]}
-    path = write_job(write_manifest({"prompt": ["a"]}), model=model, **USUAL)
-    try:
-        assert renderfarm.run(path, engine="inline").images == 1
-    finally:
+
+    def end() -> None:
         server.shutdown()
         server.server_close()
         thread.join()
+
+    yield f"http://127.0.0.1:{server.server_port}", end
+    if thread.is_alive():
+        end()
+
+
+def test_a_model_from_a_web_server_is_rendered_without_it_where_its_hash_is_known(
+    web_server: tuple[str, Callable[[], None]],
+    tiny_model: Callable[[str], Path],
+    write_manifest: Write,
+    write_job: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    url, end = web_server
+    model = {"id": url, "sha256": about(ModelSpec(id=str(tiny_model("sd"))))["sha256"]}
+    path = write_job(write_manifest({"prompt": ["a"]}), model=model, **USUAL)
+    assert renderfarm.run(path, engine="inline").images == 1
+    end()
     again = load_job(path, out=str(tmp_path / "again"))
     assert renderfarm.run(again, engine="inline").images == 1
     with pytest.raises(Fatal, match=r"model http://127\.0\.0\.1:\d+: cannot be fetched: .*; run again to go on"):
         renderfarm.run(load_job(path, ["model.sha256=null"], out=str(tmp_path / "third")), engine="inline")
+
+
+def test_a_worker_that_does_not_see_the_drivers_cache_fetches_the_model_itself(
+    web_server: tuple[str, Callable[[], None]],
+    local_ray: None,
+    write_manifest: Write,
+    write_job: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Workers have the environment that Ray was started with, as they would on another node."""
+    url, _ = web_server
+    of_workers = cache_folder("stores") / hashlib.sha256(url.encode()).hexdigest()[:32]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write_job(write_manifest({"prompt": ["a", "b"]}), model=url, **USUAL)
+    try:
+        assert renderfarm.run(path, engine="ray").images == 2
+        assert not [*tmp_path.glob("cache/renderfarm/stores/**/*.safetensors")]
+        assert len([*of_workers.glob(f"*/{UNET}")]) == 1
+    finally:
+        shutil.rmtree(of_workers, ignore_errors=True)
+        of_workers.with_suffix(".json").unlink(missing_ok=True)

@@ -110,7 +110,7 @@ def test_validating_writes_nothing(write_manifest: Write, write_job: Write, tmp_
         ({"model": "/no/such/folder"}, "model /no/such/folder: no such folder"),
         ({"model": "org/name"}, "a hub model needs its full commit"),
         ({"model": {"id": "org/name", "revision": "main"}}, "a hub model needs its full commit"),
-        ({"model": "a b c"}, "model 'a b c': give builtin:shapes, a folder"),
+        ({"model": "a b c"}, "model a b c: give builtin:shapes, a folder"),
         ({"output": {"path": "${RENDERFARM_UNSET}/out"}}, "uses ${RENDERFARM_UNSET}, but that environment variable is not set"),
         ({"output": {"path": "s3://bucket/out"}}, "output s3://bucket/out: s3:// is not supported yet"),
     ],
