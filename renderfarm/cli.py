@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -69,7 +70,13 @@ def run(
     if as_json:
         _print_json(summary.to_dict())
     else:
-        _print_summary(summary.to_dict(), job)
+        _print_summary(summary.to_dict())
+        if summary.state != "INTERRUPTED":
+            changes = [
+                *(f"--set {shlex.quote(item)}" for item in sets or []),
+                *([f"--logical-date {logical_date}"] if logical_date else []),
+            ]
+            _print_next(summary.to_dict(), shlex.join([str(job)]), changes, loaded.model)
     raise typer.Exit(summary.exit_code)
 
 
@@ -103,7 +110,7 @@ def _shown(path: str) -> str:
     return path if relative.startswith("..") else relative
 
 
-def _print_summary(summary: dict[str, Any], job: Path) -> None:
+def _print_summary(summary: dict[str, Any]) -> None:
     from renderfarm.report.contact_sheet import KEY as SHEET
 
     state, out = summary["state"], _shown(summary["out"])
@@ -125,13 +132,24 @@ def _print_summary(summary: dict[str, Any], job: Path) -> None:
         out_console.print(f"warning: {warning}", markup=False)
     if summary["images"]:
         out_console.print(f"contact sheet: {out}/{SHEET}")
-    if state == "INTERRUPTED":
-        return
+
+
+def _print_next(summary: dict[str, Any], job: str, changes: list[str], model: Any) -> None:
+    """Three commands to try, as they would have to be typed after this one. `model`: the job's ModelSpec."""
+    from renderfarm.config import COMPANIONS
+
     me = "renderfarm" if shutil.which("renderfarm") else sys.argv[0]
+    out, same = shlex.quote(_shown(summary["out"])), " ".join([job, *changes])
+    folders = {"": model.id, **{f"{name}=": given.id for name in COMPANIONS if (given := getattr(model, name))}}
+    folders |= {f"{name}=": given.id for name, given in model.components.items()}
+    models = "".join(f" --model {shlex.quote(name + _shown(id_))}" for name, id_ in folders.items() if os.path.isabs(id_))
     out_console.print("next:")
-    out_console.print(f"  {me} status {out}")
-    out_console.print(f"  {me} plan {job}")
-    out_console.print(f"  {me} run {job} --out {out}-8-steps --set render.num_inference_steps=8")
+    for command in (
+        f"status {out}",
+        f"verify {out} --sample 3{models}" if summary["images"] else f"validate {same}",
+        f"validate {same}" if summary["errors"] else f"run {same} --set render.num_inference_steps=8 --out {out}-8-steps",
+    ):
+        out_console.print(f"  {me} {command}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -427,13 +445,17 @@ def submit(
     id_, new = submit_job(loaded, address)
     ended = wait_for(id_, address) if wait else None
     if as_json:
-        _print_json({"submission_id": id_, "new": new, "status": ended, "out": loaded.output.path})
+        _print_json(
+            {"submission_id": id_, "new": new, "status": ended and ended[0], "log_tail": ended and ended[1], "out": loaded.output.path}
+        )
     else:
         out_console.print(f"{'submitted' if new else 'already running, attached'}: {id_}")
         out_console.print(f"renderfarm status {loaded.output.path}")
         if ended:
-            out_console.print(f"ended: {ended}")
-    if ended is not None and ended != "SUCCEEDED":
+            out_console.print(f"ended: {ended[0]}")
+            if ended[0] != "SUCCEEDED":
+                out_console.print(ended[1], markup=False)
+    if ended is not None and ended[0] != "SUCCEEDED":
         raise typer.Exit(EXIT_ROWS_FAILED)
 
 

@@ -30,7 +30,7 @@ from renderfarm.layouts import files
 from renderfarm.plan import Grid, where_row
 from renderfarm.records import Part, PartReceipt
 from renderfarm.schema import IMAGE_COLUMNS
-from renderfarm.storage import Store
+from renderfarm.storage import OURS, Store
 
 FORMAT_VERSION = 1
 JOB, GRID, PROFILE, PROFILES, PROGRESS, PARTS, RUNS, ANNOUNCED = (
@@ -84,6 +84,11 @@ def read_progress(store: Store) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------- the frozen job
+
+
+def not_ours(store: Store) -> str | None:
+    """A file or folder that lies where an output is to begin, and that no run has written."""
+    return next((name for name in store.names() if name != OURS), None)
 
 
 def freeze_job(store: Store, wanted: dict[str, Any]) -> dict[str, Any]:

@@ -111,6 +111,10 @@ class Driver:
         """Check that the output can be written and belongs to this job; the first time, freeze the job in it."""
         if not self._rows_wanted():
             raise InvalidJob("manifest.where selects no row: its `row` lies outside the manifest; correct it")
+        if not self.store.exists(commit.JOB) and (theirs := commit.not_ours(self.store)):
+            raise InvalidJob(
+                f"{self.store.url} is no output of renderfarm, and not empty (it holds {theirs}); give an empty folder, or a new one"
+            )
         probe(self.store)
         commit.freeze_job(self.store, self.prepared.frozen())
         for data in (*self.prepared.adapter_files.values(), *self.prepared.after_files.values()):
@@ -362,7 +366,7 @@ class Driver:
             images_per_second=round(progress.images_per_second, 3),
             useful_slots=progress.useful_slots,
             bytes=progress.bytes,
-            warnings=self.prepared.model.warnings,
+            warnings=self.prepared.warnings,
         )
         self._heartbeat(force=True)
         self.store.put(f"{commit.RUNS}/{progress.run_id}.json", json.dumps(summary.to_dict(), indent=1).encode())

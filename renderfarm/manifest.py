@@ -11,7 +11,7 @@ import difflib
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import fsspec
@@ -28,6 +28,7 @@ from renderfarm.schema import output_name
 ROW = "row"
 EXTRA = "input:"
 BATCH_ROWS = 4096
+IDS_LOOKED_AT = 1_000_000
 # what other tools call diffusers' arguments
 LOOKALIKES = {
     **dict.fromkeys(("steps", "step", "num_steps", "inference_steps"), "num_inference_steps"),
@@ -87,6 +88,15 @@ class Manifest:
                     f"manifest: {{path: …, columns: {{{near}: {name}}}}}"
                 )
         return found
+
+    def repeated_ids(self) -> int:
+        """Rows whose id an earlier row has. Reads that column alone; where `where` or millions of rows make it dear, says 0."""
+        if "id" not in self.columns or self.where is not None or self.rows > IDS_LOOKED_AT:
+            return 0
+        alone = replace(self, columns={"id": self.columns["id"]}, extras=pa.schema([]))
+        ids = pa.concat_tables(alone.stream([(0, self.rows)]), promote_options="permissive").column("id")
+        distinct: int = pc.count_distinct(ids).as_py()
+        return len(ids) - int(ids.null_count) - distinct
 
     def stream(self, ranges: Iterable[tuple[int, int]]) -> Iterator[pa.Table]:
         """One table per `[start, stop)` range of ordinals; ranges ascend and do not overlap. `where` is applied."""

@@ -41,6 +41,16 @@ class Prepared:
     def adapter_files(self) -> dict[str, bytes]:
         return read_files(self.model.adapters)
 
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        """What a user should know before a long run; none of it stops the job."""
+        found = [*self.model.warnings, *self.manifest.hints()]
+        if "seed" not in self.manifest.columns and (again := self.manifest.repeated_ids()):
+            found.append(
+                f"{again:,} rows have the id of another row, and get its noise; `renderfarm validate` names them: give each its own"
+            )
+        return tuple(found)
+
     def grid(self) -> Grid | None:
         """None: `part_rows: auto`, and no worker has measured yet."""
         return commit.frozen_grid(self.store, self.frozen())

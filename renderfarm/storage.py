@@ -23,6 +23,11 @@ from typing import Protocol
 
 from renderfarm.errors import AlreadyExists, Fatal, InvalidJob, Transient
 
+NOT_TO_BE_WRITTEN = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOENT),
+)
+OURS = "_renderfarm"
 TEMPORARY = "_renderfarm/tmp"
 
 
@@ -33,6 +38,9 @@ class Store(Protocol):
     def put_if_absent(self, key: str, data: bytes) -> None: ...
     def read(self, key: str) -> bytes: ...
     def exists(self, key: str) -> bool: ...
+    def names(self) -> list[str]:
+        """Of files and folders at the top."""
+
     def list(self, prefix: str) -> list[str]: ...
 
 
@@ -76,6 +84,10 @@ class LocalStore:
     def exists(self, key: str) -> bool:
         return (self.root / key).exists()
 
+    def names(self) -> list[str]:
+        with _translated(f"read {self.url}"):
+            return sorted(entry.name for entry in os.scandir(self.root)) if self.root.is_dir() else []
+
     def list(self, prefix: str) -> list[str]:
         """Keys below the folder `prefix`, sorted."""
         base = self.root / prefix
@@ -86,7 +98,7 @@ class LocalStore:
     def _written(self, key: str, data: bytes) -> Iterator[Path]:
         """A durable temporary file with these bytes; whatever name it gets is made durable after."""
         target, temporary = self.root / key, self.root / TEMPORARY / uuid.uuid4().hex
-        with _translated(f"write {key} in {self.url}"):
+        with _translated(f"write to {self.url}" if key.startswith(TEMPORARY) else f"write {key} in {self.url}"):
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -130,6 +142,9 @@ class MemoryStore:
     def exists(self, key: str) -> bool:
         return f"{self.url}/{key}" in _MEMORY
 
+    def names(self) -> list[str]:
+        return sorted({key.partition("/")[0] for key in self.list("")})
+
     def list(self, prefix: str) -> list[str]:
         start = f"{self.url}/{prefix.rstrip('/')}/" if prefix else f"{self.url}/"
         with _MEMORY_LOCK:
@@ -156,7 +171,7 @@ def _translated(doing: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.EISDIR):
+        if error.errno in NOT_TO_BE_WRITTEN:
             raise InvalidJob(f"cannot {doing}: {reason}; choose a folder that you may write, or change its permissions") from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise Fatal(f"cannot {doing}: {reason}; free some space and run again (nothing committed is lost)") from error

@@ -8,11 +8,15 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
+from ray.exceptions import AuthenticationError, RayError
 
 from renderfarm.config import Job
-from renderfarm.errors import Fatal
+from renderfarm.errors import Fatal, InvalidJob
+
+LOG_LINES = 20
 
 
 def submission_id(job: Job) -> str:
@@ -27,12 +31,12 @@ def submit_job(job: Job, address: str) -> tuple[str, bool]:
     Returns the submission id and whether it was new. A submission that is queued or running is attached to; one that
     has ended is replaced, which continues its output. Manifest and output must be reachable from the cluster.
     """
-    from ray.job_submission import JobStatus, JobSubmissionClient
+    from ray.job_submission import JobStatus
 
     id_ = submission_id(job)
     folder = Path(tempfile.mkdtemp(prefix="rf-submit-"))
     try:
-        client = JobSubmissionClient(address)
+        client = _client(address)
         if any(known.submission_id == id_ for known in client.list_jobs()):
             if client.get_job_status(id_) in (JobStatus.PENDING, JobStatus.RUNNING):
                 return id_, False
@@ -44,21 +48,36 @@ def submit_job(job: Job, address: str) -> tuple[str, bool]:
             runtime_env={"working_dir": str(folder)},
             metadata={"renderfarm_job": job.name, "out": job.output.path},
         )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise Fatal(f"cannot submit to {address}: {error}; is a Ray head with its dashboard running there?") from error
+    except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise Fatal(f"cannot submit to {address}: {_reason(error)}") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return id_, True
 
 
-def wait_for(id_: str, address: str, poll_s: float = 1.0) -> str:
-    """Wait until the submission has ended; its Ray status (SUCCEEDED, FAILED, STOPPED)."""
+def _client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
+    if not address.startswith(("http://", "https://")):  # Ray would take it for a cluster's own port, and wait
+        raise InvalidJob(f"--address {address}: give the head's dashboard, http://HOST:8265")
+    return JobSubmissionClient(address)
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    first = text.splitlines()[0] if text else type(error).__name__
+    if isinstance(error, AuthenticationError):
+        return f"{first}; the head wants its token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, as on the head"
+    return f"{first}; is a Ray head with its dashboard running there?"
+
+
+def wait_for(id_: str, address: str, poll_s: float = 1.0) -> tuple[str, str]:
+    """Wait until the submission has ended; its Ray status (SUCCEEDED, FAILED, STOPPED), and the last lines that it wrote."""
     try:
-        client = JobSubmissionClient(address)
+        client = _client(address)
         while not (status := client.get_job_status(id_)).is_terminal():
             time.sleep(poll_s)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise Fatal(f"lost sight of {id_} at {address}: {error}; the same command attaches to it again") from error
-    return str(status.value)
+        tail = "\n".join(client.get_job_logs(id_).splitlines()[-LOG_LINES:])
+    except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise Fatal(f"lost sight of {id_} at {address}: {_reason(error)}; the same command attaches to it again") from error
+    return str(status.value), tail

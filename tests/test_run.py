@@ -327,3 +327,26 @@ def test_a_prompt_that_is_not_seen_whole_is_an_error_where_the_job_says_so(write
     prompt, negative = (error["error_message"] for error in error_rows(tmp_path / "out"))
     assert "the prompt has 82 tokens; the model would not see its end: 'w75 w76 w77 w78 w79'" in prompt
     assert "the end of the negative prompt: 'n75 n76 n77 n78 n79'" in negative
+
+
+def test_a_folder_that_holds_something_else_is_not_taken_for_an_output(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    mine = tmp_path / "out/README.md"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(InvalidJob, match=r"is no output of renderfarm, and not empty \(it holds README.md\); give an empty folder"):
+        renderfarm.run(write_job(write_manifest()), engine="inline")
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    assert renderfarm.run(write_job(write_manifest()), engine="inline").images == 8
+
+
+def test_a_run_warns_of_ids_that_come_twice_and_of_columns_that_look_like_arguments(write_manifest: Write, write_job: Write) -> None:
+    columns = {"id": ["a", "b", "a", None, None], "prompt": list("vwxyz"), "guidence_scale": [1.0] * 5}
+    summary = renderfarm.run(write_job(write_manifest(columns)), engine="inline")
+    hint, again = summary.warnings
+    assert "column 'guidence_scale' is not read as an argument; if it is guidance_scale" in hint
+    assert again.startswith("1 rows have the id of another row, and get its noise")
+    columns["seed"] = [1, 2, 3, 4, 5]
+    manifest = write_manifest(columns, name="seeds.parquet")
+    other = renderfarm.run(write_job(manifest, output={"path": str(manifest.parent / "seeds")}), engine="inline")
+    assert other.warnings == (hint,)

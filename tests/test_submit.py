@@ -18,7 +18,12 @@ from pathlib import Path
 import pytest
 from checker import check_complete
 
+from renderfarm.config import load_job
+from renderfarm.errors import InvalidJob
+from renderfarm.submit import submit_job
+
 Write = Callable[..., Path]
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-the-tests-0123456789abcdef"}
 
 
 def free_port() -> int:
@@ -37,7 +42,7 @@ def head() -> Iterator[str]:
         f"--temp-dir={folder}", "--num-cpus=3", "--disable-usage-stats", f"--object-store-memory={200 << 20}",
         f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}",
     ]  # fmt: skip
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {**os.environ, **TOKEN, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"
     try:
@@ -58,15 +63,16 @@ def wait_until_up(address: str, process: subprocess.Popen[bytes]) -> None:
         try:
             urllib.request.urlopen(f"{address}/api/jobs/", timeout=2)
             return
+        except urllib.error.HTTPError:  # it wants its token
+            return
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
     raise AssertionError("the head did not come up in two minutes")
 
 
-def submit(job: Path, address: str, *options: str) -> subprocess.CompletedProcess[str]:
+def submit(job: Path, address: str, *options: str, token: dict[str, str] = TOKEN) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "renderfarm", "submit", str(job), "--address", address, "--json", *options]
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **token}, timeout=300)
 
 
 @pytest.mark.slow
@@ -100,3 +106,16 @@ def test_an_address_where_nobody_answers_is_one_message(write_manifest: Write, w
     assert done.returncode == 4
     assert "Traceback" not in done.stderr
     assert "is a Ray head with its dashboard running there?" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_head_whose_token_nobody_gave_says_what_to_set(head: str, write_manifest: Write, write_job: Write) -> None:
+    found = submit(write_job(write_manifest()), head, token={"RAY_AUTH_MODE": "disabled"})
+    assert found.returncode == 4
+    assert "set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, as on the head" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_an_address_that_is_no_dashboard_is_refused_at_once(write_manifest: Write, write_job: Write) -> None:
+    with pytest.raises(InvalidJob, match="give the head's dashboard, http://HOST:8265"):
+        submit_job(load_job(write_job(write_manifest())), "127.0.0.1:8265")
