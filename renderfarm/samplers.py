@@ -1,7 +1,7 @@
 """The sampler table: the names people use, and the diffusers scheduler behind each.
 
-One line per sampler. `overrides` are applied on top of the model's own scheduler configuration, as
-`Scheduler.from_config(pipe.scheduler.config, **overrides)` does. Importing this module imports no torch;
+One line per sampler. Its options are applied on top of the model's own scheduler configuration, as
+`Scheduler.from_config(pipe.scheduler.config, **options)` does. Importing this module imports no torch;
 `make_scheduler` does.
 """
 
@@ -16,11 +16,19 @@ from typing import Any, Literal
 from renderfarm.errors import InvalidInput
 
 Kind = Literal["diffusion", "flow", "own"]
+# the default of each class that has a choice
+_ALGORITHMS = {
+    "DPMSolverMultistepScheduler": "dpmsolver++",
+    "DPMSolverSinglestepScheduler": "dpmsolver++",
+    "DEISMultistepScheduler": "deis",
+}
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """`draws`: takes fresh noise at its steps, from the sample's own generator (ancestral and SDE kinds).
+    """`overrides`: what the name says of its scheduler.
+
+    `draws`: takes fresh noise at its steps, from the sample's own generator (ancestral and SDE kinds).
 
     `kind`: what the model must have been trained for, diffusion (noise or v at a timestep) or flow (a velocity at a time
     between picture and noise). The other kind's samplers run, too, and paint nonsense. own: nobody knows what the model
@@ -35,6 +43,21 @@ class Sampler:
     min_steps: int = 1
     max_steps: int = 998  # of 1000 training steps; at 999 and 1000 half of the schedulers fail or give NaN
     kind: Kind = "diffusion"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the name means under every model: `overrides`, and the class's defaults for what it says nothing of."""
+        # before flow's noise levels, the solvers take any of the others
+        others = {"use_exponential_sigmas": False, "use_beta_sigmas": False} if self.kind == "flow" else {}
+        return {"use_karras_sigmas": False, **others, **self._algorithm, **self.overrides}
+
+    def means(self, config: Mapping[str, Any]) -> bool:
+        """Whether a configuration of this class says the same."""
+        return all(config.get(option, self._algorithm.get(option, False)) == value for option, value in self.options.items())
+
+    @property
+    def _algorithm(self) -> dict[str, str]:
+        return {"algorithm_type": _ALGORITHMS[self.scheduler]} if self.scheduler in _ALGORITHMS else {}
 
 
 _FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -76,34 +99,60 @@ _TABLE = (
 )  # fmt: skip
 SAMPLERS: dict[str, Sampler] = {sampler.name: sampler for sampler in _TABLE}
 
-# Samplers that diffusers has and that are refused here, by each of their usual names: why.
+# What a model was trained for, by its scheduler's class, where no line says it. Of other classes nothing is known.
+_OTHER_CLASSES = {
+    **dict.fromkeys(("SASolverScheduler", "DPMSolverSDEScheduler", "IPNDMScheduler"), "diffusion"),
+    **dict.fromkeys(("DDIMParallelScheduler", "DDPMParallelScheduler", "DDIMInverseScheduler"), "diffusion"),
+    **dict.fromkeys(("LTXEulerAncestralRFScheduler", "HeliosScheduler", "HeliosDMDScheduler", "PiflowScheduler"), "flow"),
+    **dict.fromkeys(("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler"), "EDM"),
+    **dict.fromkeys(("CMStochasticIterativeScheduler", "KarrasVeScheduler"), "EDM"),
+    "SCMScheduler": "TrigFlow",
+}
+
+# Samplers that are known elsewhere and refused here, by each of their usual names: why, and which one is nearest.
 GLOBAL_STATE = "draws its noise from the process's global random state, so its pixels would depend on batch mates and order"
+NOT_COMPARED = "was not compared with diffusers' own pipeline here"
+EDM = "is for EDM models, which take their noise levels otherwise"
 NOT_THERE = "is not in diffusers, or not with the steps that its name promises elsewhere, so its pixels would be another sampler's"
 REFUSED: dict[str, tuple[str, str]] = {
-    "sasolver": ("was not compared with diffusers' own pipeline here", "dpm++2m-sde"),
+    "sasolver": (NOT_COMPARED, "dpm++2m-sde"),
+    "ipndm": (NOT_COMPARED, "pndm"),
+    "dpm++ 2m sde heun": (NOT_COMPARED, "dpm++2m-sde"),
+    "dpm++ 2m sde heun karras": (NOT_COMPARED, "dpm++2m-sde-karras"),
     "dpm++ 2s a": (NOT_THERE, "dpm++2s"),
     "dpm++ 2s a karras": (NOT_THERE, "dpm++2s"),
     "dpm++ 3m sde": (NOT_THERE, "dpm++2m-sde"),
     "dpm++ 3m sde karras": (NOT_THERE, "dpm++2m-sde-karras"),
     "dpm fast": (NOT_THERE, "dpm"),
     "dpm adaptive": (NOT_THERE, "dpm"),
+    "dpm ad": (NOT_THERE, "dpm"),
     "restart": (NOT_THERE, "heun"),
     "dpmsolversde": (GLOBAL_STATE, "dpm++sde"),
-    "flow-heun": ("fails in diffusers for every flow model tried", "flow-euler"),
-    "flow-lcm": (GLOBAL_STATE, "flow-euler"),
+    "edm euler": (EDM, "euler"),
+    "edm dpm solver multistep": (EDM, "dpm++2m"),
+    **dict.fromkeys(("flow-heun", "flow match heun discrete"), ("fails in diffusers for every flow model tried", "flow-euler")),
+    **dict.fromkeys(("flow-lcm", "flow match lcm"), (GLOBAL_STATE, "flow-euler")),
 }
+_SCHEDULES = ("polyexponential", "exponential", "exp", "karras", "beta", "sgmuniform")  # written behind a sampler's name
 
 # DiffusionDB's column `sampler`: https://huggingface.co/datasets/poloclub/diffusiondb, "Data Fields"
 DIFFUSIONDB_CODES = {1: "ddim", 2: "pndm", 3: "euler", 4: "euler-a", 5: "heun", 6: "dpm2", 7: "dpm2-a", 8: "lms"}
 
 
+_K_DIFFUSION = re.compile(r"(?:k|sample)((?:dpm\+\+|dpm2|dpmfast|dpmad|euler|heun|lms).*?)(ka)?")
+
+
 def _spelling(name: str) -> str:
-    """`DPM++ 2M Karras`, `dpmpp_2m_karras` and `dpm++2m-karras` are one name."""
-    return re.sub(r"[\s_\-]+", "", name.lower().replace("dpmpp", "dpm++"))
+    """`DPM++ 2M Karras`, `dpmpp_2m_karras`, `k_dpmpp_2m_ka` and `dpm++2m-karras` are one name."""
+    spelled = re.sub(r"[\s_\-]+", "", name.lower()).replace("dpmpp", "dpm++").replace("ancestral", "a").removesuffix("scheduler")
+    if its := _K_DIFFUSION.fullmatch(spelled):
+        return its[1] + ("karras" if its[2] else "")
+    return spelled
 
 
 NOTHING: Mapping[str, str] = {}
 _BY_SPELLING = {_spelling(word): sampler for sampler in _TABLE for word in (sampler.name, *sampler.aliases)}
+_REFUSED_BY_SPELLING = {_spelling(word): reason for word, reason in REFUSED.items()}
 
 
 def find_sampler(name: str | int, kind: Kind, refused: Mapping[str, str] = NOTHING) -> Sampler:
@@ -119,14 +168,33 @@ def find_sampler(name: str | int, kind: Kind, refused: Mapping[str, str] = NOTHI
             f"sampler code {name} has no exact equivalent: DiffusionDB's codes 1 to 8 name samplers, "
             "9 means an unknown other one; give the row one of `renderfarm samplers`"
         )
-    if found := _BY_SPELLING.get(_spelling(name)):
+    if found := _BY_SPELLING.get(_spelling(name)) or _by_class(_spelling(name), kind):
         return _legal(found, kind, refused)
-    if inexact := {_spelling(word): reason for word, reason in REFUSED.items()}.get(_spelling(name)):
-        raise InvalidInput(f"sampler {name!r} {inexact[0]}; the nearest legal one: {_nearest(inexact[1], kind, refused)!r}")
+    if inexact := _inexact(_spelling(name)):
+        raise InvalidInput(f"sampler {name!r} {inexact[0]}; {_instead(inexact[1], kind, refused)}")
     legal = [spelling for spelling, sampler in _BY_SPELLING.items() if sampler.kind == kind and sampler.name not in refused]
     close = difflib.get_close_matches(_spelling(name), legal, n=1, cutoff=0.4)
     hint = f"; did you mean {_BY_SPELLING[close[0]].name!r}?" if close else ""
     raise InvalidInput(f"unknown sampler {name!r}{hint} (`renderfarm samplers` lists them)")
+
+
+def _by_class(spelled: str, kind: Kind) -> Sampler | None:
+    """The plain line of a class of diffusers, of that kind if there is one."""
+    lines = [sampler for sampler in _TABLE if _spelling(sampler.scheduler) == spelled]
+    return min(lines, key=lambda sampler: (sampler.kind != kind, len(sampler.overrides)), default=None)
+
+
+def _inexact(spelled: str) -> tuple[str, str] | None:
+    """Why a sampler that is known elsewhere is refused, and which one is nearest."""
+    if spelled in _REFUSED_BY_SPELLING:
+        return _REFUSED_BY_SPELLING[spelled]
+    for schedule in _SCHEDULES:
+        bare = spelled.removesuffix(schedule)
+        if bare != spelled and bare in _BY_SPELLING:
+            return f"has noise levels ({schedule}) that were not compared with it here", _BY_SPELLING[bare].name
+        if bare in _REFUSED_BY_SPELLING:
+            return _REFUSED_BY_SPELLING[bare]
+    return None
 
 
 def _legal(sampler: Sampler, kind: Kind, refused: Mapping[str, str]) -> Sampler:
@@ -136,15 +204,15 @@ def _legal(sampler: Sampler, kind: Kind, refused: Mapping[str, str]) -> Sampler:
             if kind == "own"
             else "is for classes of models that are not in the table of families"
         )
-        raise InvalidInput(f"sampler {sampler.name} {reason}; leave sampler out, or use {_nearest('euler', kind, refused)!r}")
+        raise InvalidInput(f"sampler {sampler.name} {reason}; leave sampler out, or {_instead('euler', kind, refused)}")
     if sampler.kind != kind:
         raise InvalidInput(
             f"sampler {sampler.name} is for {sampler.kind} models, and this is a {kind} model: it would paint nonsense; "
-            f"use {_nearest(sampler.name, kind, refused)!r}"
+            + _instead(sampler.name, kind, refused)
         )
     if sampler.name in refused:
         raise InvalidInput(
-            f"sampler {sampler.name} cannot render this model: {refused[sampler.name]}; use {_nearest(sampler.name, kind, refused)!r}"
+            f"sampler {sampler.name} cannot render this model: {refused[sampler.name]}; {_instead(sampler.name, kind, refused)}"
         )
     return sampler
 
@@ -158,21 +226,39 @@ def why_not(sampler: Sampler, kind: Kind, refused: Mapping[str, str] = NOTHING) 
     return None
 
 
-def _nearest(name: str, kind: Kind, refused: Mapping[str, str]) -> str:
-    """The legal sampler with the same scheduler class or the most similar name."""
-    wanted = SAMPLERS.get(name)
-    legal = [sampler for sampler in _TABLE if sampler.kind == kind and sampler.name not in refused]
-    if kin := [sampler.name for sampler in legal if wanted is not None and sampler.scheduler == wanted.scheduler]:
-        return kin[0]
-    bare = {sampler.name.removeprefix("flow-"): sampler.name for sampler in legal}
-    return bare[difflib.get_close_matches(name.removeprefix("flow-"), list(bare), n=1, cutoff=0.0)[0]]
+def _instead(name: str, kind: Kind, refused: Mapping[str, str]) -> str:
+    """The legal sampler of that name for the model's kind; else of the most similar one, of its scheduler class if there is one."""
+    wanted = SAMPLERS[name]
+    legal = {sampler.name.removeprefix("flow-"): sampler for sampler in _TABLE if sampler.kind == kind and sampler.name not in refused}
+    kin = [bare for bare, sampler in legal.items() if sampler.scheduler == wanted.scheduler]
+    near = difflib.get_close_matches(name.removeprefix("flow-"), kin or list(legal), n=1, cutoff=0.0)
+    return f"use {legal[near[0]].name!r}" if near else "no other one can render it either"
 
 
-def make_scheduler(name: str, config: Any) -> Any:
+def trained_for(scheduler: str, config: Mapping[str, Any]) -> str | None:
+    """What a model with a scheduler of that class and configuration was trained for: a `Kind`, EDM or TrigFlow; None: not known."""
+    if scheduler in _OTHER_CLASSES and _OTHER_CLASSES[scheduler] != "diffusion":
+        return _OTHER_CLASSES[scheduler]
+    if scheduler.startswith("Flow") or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
+        return "flow"
+    return "diffusion" if scheduler in _OTHER_CLASSES or any(sampler.scheduler == scheduler for sampler in _TABLE) else None
+
+
+def own_sampler(scheduler: str, config: Mapping[str, Any], kind: Kind) -> Sampler | None:
+    """The line that means what a model's own scheduler does; the plain one of its class where none does exactly."""
+    lines = [sampler for sampler in _TABLE if sampler.scheduler == scheduler and sampler.kind == kind]
+    plain = min(lines, key=lambda sampler: len(sampler.overrides), default=None)
+    return next((sampler for sampler in lines if sampler.means(config)), plain)
+
+
+def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     """A fresh diffusers scheduler for one sample, from the model's own scheduler configuration."""
     import diffusers
 
-    sampler, changes = SAMPLERS[name], {}
+    sampler = SAMPLERS[name]
+    # the model's own scheduler keeps what no line says, such as exponential noise levels; under another name it is that one
+    own = own_sampler(config.get("_class_name") or sampler.scheduler, config, sampler.kind)
+    options = dict(sampler.overrides if sampler is own else sampler.options)
     if sampler.kind == "flow" and "shift" in config and "flow_shift" not in config:
-        changes["flow_shift"] = config["shift"]  # one quantity that FlowMatchEuler and the solvers name differently
-    return getattr(diffusers, sampler.scheduler).from_config(config, **sampler.overrides, **changes)
+        options["flow_shift"] = config["shift"]  # one quantity that FlowMatchEuler and the solvers name differently
+    return getattr(diffusers, sampler.scheduler).from_config(config, **options)

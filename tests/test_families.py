@@ -12,7 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from oracle import CALL_FAMILIES, CLASSES, DTYPES, LEGAL, B, Model, pixels, row
+from oracle import CALL_FAMILIES, CLASSES, DTYPES, LEGAL, B, Model, pixels, plain_pipeline, row
 
 from renderfarm.config import Workers
 from renderfarm.errors import Fatal, NonFiniteOutput
@@ -68,6 +68,33 @@ def test_pixels_equal_those_of_diffusers_own_pipeline(
     one = model(name, dtype)
     wanted = row(sampler=sampler)
     np.testing.assert_array_equal(one.render([wanted])[0], one.reference(wanted))
+
+
+@pytest.mark.parametrize(
+    ("sampler", "own"),
+    [
+        ("dpm++2m-sde-karras", diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", use_karras_sigmas=True)),
+        ("euler-karras", diffusers.EulerDiscreteScheduler(use_karras_sigmas=True)),
+        ("unipc", diffusers.UniPCMultistepScheduler(use_karras_sigmas=True)),
+        ("euler", diffusers.EulerDiscreteScheduler(use_exponential_sigmas=True)),
+    ],
+)
+def test_the_default_sampler_gives_the_pixels_of_the_pipeline_as_its_folder_says(
+    sampler: str, own: Any, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pipe = plain_pipeline(CLASSES["sd"], tiny_model("sd"))
+    pipe.scheduler = own
+    pipe.save_pretrained(tmp_path)
+    one = Model("sd", tmp_path)
+    assert one.info.sampler == sampler
+    wanted = row(sampler=one.info.sampler)
+    texts, seeds = [wanted.prompt] * B, [torch.Generator("cpu").manual_seed(wanted.seed) for _ in range(B)]
+    asked = {"height": wanted.height, "width": wanted.width, "guidance_scale": wanted.guidance_scale}
+    found = plain_pipeline(CLASSES["sd"], tmp_path)(texts, num_inference_steps=wanted.num_inference_steps, generator=seeds, **asked)
+    try:
+        np.testing.assert_array_equal(one.render([wanted])[0], np.asarray(found.images[0]))
+    finally:
+        one.close()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

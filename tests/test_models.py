@@ -241,6 +241,67 @@ def test_a_sampler_that_a_model_cannot_use_is_refused_with_the_reason_and_a_lega
     assert find_sampler(named, info.kind, info.refused_samplers).name == named
 
 
+EDM = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name", "options", "trained"),
+    [
+        ("sdxl", "EDMDPMSolverMultistepScheduler", EDM, "EDM"),
+        ("sd", "EDMEulerScheduler", EDM, "EDM"),
+        ("sdxl", "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "flow"),
+        ("sdxl", "FlowMatchHeunDiscreteScheduler", {}, "flow"),
+        ("sd", "DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "flow"),
+        ("sd", "SCMScheduler", {}, "TrigFlow"),
+        ("sd3", "EulerDiscreteScheduler", {}, "diffusion"),
+        ("sd3", "DPMSolverMultistepScheduler", {"use_flow_sigmas": False}, "diffusion"),
+        ("flux-dev", "SASolverScheduler", {}, "diffusion"),
+        ("flux-dev", "EDMEulerScheduler", EDM, "EDM"),
+    ],
+)
+@pytest.mark.parametrize("where", ["both files", "scheduler_config.json"])
+def test_a_model_that_was_trained_for_another_kind_of_sampler_is_refused(
+    name: str, class_name: str, options: dict[str, Any], trained: str, where: str, own: Callable[[str], Path]
+) -> None:
+    folder = own(name)
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": class_name, **options}))
+    if where == "both files":
+        change(folder, "model_index.json", scheduler=["diffusers", class_name])
+    with pytest.raises(InvalidJob, match=rf"its scheduler {class_name}, .* is for {trained} models.*choose another model"):
+        describe(ModelSpec(id=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("name", "class_name", "options", "sampler"),
+    [
+        ("sd", "SASolverScheduler", {"algorithm_type": "data_prediction"}, "ddim"),
+        ("sd", "DPMSolverSDEScheduler", {"use_karras_sigmas": True}, "ddim"),
+        ("sdxl", "IPNDMScheduler", {}, "ddim"),
+        ("sdxl", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}, "dpm++2m-sde-karras"),
+        ("sdxl", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, "dpm++2m-karras"),
+        ("sdxl", "EulerDiscreteScheduler", {"use_beta_sigmas": True}, "euler"),
+        ("sd3", "UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "flow-unipc"),
+        ("sd3", "DPMSolverMultistepScheduler", {"use_flow_sigmas": True, "flow_shift": 3.0}, "flow-dpm++2m"),
+        ("flux-dev", "FlowMatchHeunDiscreteScheduler", {}, "flow-euler"),
+        ("flux-dev", "SomethingElse", {}, "flow-euler"),
+    ],
+)
+def test_the_default_sampler_is_what_the_models_own_configuration_says(
+    name: str, class_name: str, options: dict[str, Any], sampler: str, own: Callable[[str], Path]
+) -> None:
+    folder = change(own(name), "model_index.json", scheduler=["diffusers", class_name])
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": class_name, **options}))
+    assert describe(ModelSpec(id=str(folder))).sampler == sampler
+
+
+def test_a_model_without_any_legal_sampler_is_refused_in_words(
+    own: Callable[[str], Path], write_manifest: Callable[..., Path], write_job: Callable[..., Path]
+) -> None:
+    folder = change(own("z-image"), "scheduler/scheduler_config.json", stochastic_sampling=True)
+    with pytest.raises(InvalidJob, match=r"stochastic_sampling.*; no other one can render it either"):
+        prepare(load_job(write_job(write_manifest(), model=str(folder))))
+
+
 def test_a_scheduler_that_draws_from_the_global_random_state_is_refused(
     own: Callable[[str], Path], write_manifest: Callable[..., Path], write_job: Callable[..., Path]
 ) -> None:

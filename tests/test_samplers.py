@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import Counter
 from typing import Any
 
+import diffusers
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 
 from renderfarm.errors import InvalidInput
 from renderfarm.models.catalog import refused_by_configuration
-from renderfarm.samplers import DIFFUSIONDB_CODES, SAMPLERS, Kind, find_sampler, make_scheduler
+from renderfarm.samplers import DIFFUSIONDB_CODES, SAMPLERS, Kind, find_sampler, make_scheduler, own_sampler
 
 WORDS = [(word, sampler.name) for sampler in SAMPLERS.values() for word in (sampler.name, *sampler.aliases)]
 
@@ -37,6 +40,14 @@ def test_every_name_and_alias_finds_its_sampler_in_any_spelling(word: str, name:
         {"use_karras_sigmas": True},
         {"use_exponential_sigmas": True},
         {"use_beta_sigmas": True},
+        {"_class_name": "SASolverScheduler", "algorithm_type": "data_prediction", "predictor_order": 2},
+        {"_class_name": "SASolverScheduler", "algorithm_type": "noise_prediction", "use_karras_sigmas": True},
+        {"_class_name": "DPMSolverSDEScheduler", "use_karras_sigmas": True, "noise_sampler_seed": None},
+        {"_class_name": "IPNDMScheduler"},
+        {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+        {"_class_name": "DPMSolverSinglestepScheduler", "algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+        {"_class_name": "DEISMultistepScheduler", "algorithm_type": "deis", "solver_type": "logrho"},
+        {"_class_name": "UniPCMultistepScheduler", "solver_type": "bh2", "use_karras_sigmas": True},
     ],
     ids=str,
 )
@@ -81,10 +92,179 @@ def test_no_spelling_means_two_samplers() -> None:
         ("k_euler_ancestral", "euler-a"),
         ("PLMS", "pndm"),
         ("UniPC", "unipc"),
+        ("k_dpmpp_2m", "dpm++2m"),
+        ("k_dpmpp_2m_ka", "dpm++2m-karras"),
+        ("sample_dpmpp_2m", "dpm++2m"),
+        ("k_dpmpp_sde", "dpm++sde"),
+        ("k_dpmpp_sde_ka", "dpm++sde-karras"),
+        ("k_dpmpp_2m_sde", "dpm++2m-sde"),
+        ("k_dpmpp_2m_sde_ka", "dpm++2m-sde-karras"),
+        ("dpm_2_ancestral", "dpm2-a"),
+        ("k_dpm_2_a_ka", "dpm2-a-karras"),
+        ("dpm_2_ancestral_karras", "dpm2-a-karras"),
+        ("k_lms_ka", "lms-karras"),
+        ("k_heun_karras", "heun-karras"),
+        ("sample_euler_ancestral", "euler-a"),
     ],
 )
 def test_the_names_of_other_tools_are_known(word: str, name: str) -> None:
     assert find_sampler(word, "diffusion").name == name
+
+
+PLAIN_OF = {
+    "DDPMScheduler": "ddpm",
+    "DDIMScheduler": "ddim",
+    "PNDMScheduler": "pndm",
+    "DPMSolverMultistepScheduler": "dpm++2m",
+    "DPMSolverSinglestepScheduler": "dpm++2s",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler-a",
+    "HeunDiscreteScheduler": "heun",
+    "KDPM2DiscreteScheduler": "dpm2",
+    "KDPM2AncestralDiscreteScheduler": "dpm2-a",
+    "LMSDiscreteScheduler": "lms",
+    "UniPCMultistepScheduler": "unipc",
+    "DEISMultistepScheduler": "deis",
+    "LCMScheduler": "lcm",
+    "TCDScheduler": "tcd",
+}
+
+
+def test_a_class_of_diffusers_is_the_plain_sampler_of_that_class() -> None:
+    assert set(PLAIN_OF) == {sampler.scheduler for sampler in SAMPLERS.values() if sampler.kind == "diffusion"}
+    for class_name, name in PLAIN_OF.items():
+        for word in (class_name, class_name.removesuffix("Scheduler"), class_name.lower()):
+            assert find_sampler(word, "diffusion").name == name
+    of_flow = {"FlowMatchEulerDiscrete": "flow-euler", "DPMSolverMultistep": "flow-dpm++2m", "UniPCMultistep": "flow-unipc"}
+    assert {word: find_sampler(f"{word}Scheduler", "flow").name for word in of_flow} == of_flow
+    with pytest.raises(InvalidInput, match="euler is for diffusion models, and this is a flow model"):
+        find_sampler("EulerDiscreteScheduler", "flow")
+
+
+@pytest.mark.parametrize(
+    ("word", "kind", "nearest"),
+    [
+        ("DPMSolverSDE", "diffusion", "dpm++sde"),
+        ("DPMSolverSDEScheduler", "diffusion", "dpm++sde"),
+        ("SASolverScheduler", "diffusion", "dpm++2m-sde"),
+        ("IPNDMScheduler", "diffusion", "pndm"),
+        ("EDMEulerScheduler", "diffusion", "euler"),
+        ("EDMDPMSolverMultistepScheduler", "diffusion", "dpm++2m"),
+        ("FlowMatchLCMScheduler", "flow", "flow-euler"),
+        ("FlowMatchHeunDiscreteScheduler", "flow", "flow-euler"),
+        ("DPM++ 3M SDE", "diffusion", "dpm++2m-sde"),
+        ("DPM++ 3M SDE Karras", "diffusion", "dpm++2m-sde-karras"),
+        ("DPM++ 3M SDE Exponential", "diffusion", "dpm++2m-sde"),
+        ("k_dpmpp_3m_sde", "diffusion", "dpm++2m-sde"),
+        ("DPM++ 2M SDE Heun", "diffusion", "dpm++2m-sde"),
+        ("k_dpmpp_2m_sde_heun", "diffusion", "dpm++2m-sde"),
+        ("DPM++ 2M SDE Heun Karras", "diffusion", "dpm++2m-sde-karras"),
+        ("DPM++ 2M SDE Heun Exponential", "diffusion", "dpm++2m-sde"),
+        ("k_dpmpp_2m_sde_exp", "diffusion", "dpm++2m-sde"),
+        ("DPM++ 2M SGM Uniform", "diffusion", "dpm++2m"),
+        ("Euler a Karras", "diffusion", "euler-a"),
+        ("UniPC Karras", "diffusion", "unipc"),
+        ("dpmpp_2s_ancestral", "diffusion", "dpm++2s"),
+        ("k_dpmpp_2s_a_ka", "diffusion", "dpm++2s"),
+        ("k_dpm_fast", "diffusion", "dpm"),
+        ("dpm_adaptive", "diffusion", "dpm"),
+        ("k_dpm_ad", "diffusion", "dpm"),
+        ("Restart", "diffusion", "heun"),
+        ("flow-dpm++2m", "diffusion", "dpm++2m"),
+        ("flow-unipc", "diffusion", "unipc"),
+        ("DPM++ 3M SDE", "flow", "flow-dpm++2m"),
+    ],
+)
+def test_a_sampler_without_an_exact_equivalent_is_refused_with_the_nearest_one(word: str, kind: Kind, nearest: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        find_sampler(word, kind)
+    assert "unknown" not in str(caught.value)
+    assert str(caught.value).endswith(f"; use '{nearest}'")
+
+
+def test_where_the_nearest_sampler_is_refused_too_the_legal_one_most_like_it_is_named() -> None:
+    refused = {"dpm++2m-sde": "it does not fit"}
+    with pytest.raises(InvalidInput, match=r"use 'dpm\+\+2m'$"):
+        find_sampler("SASolver", "diffusion", refused)
+    with pytest.raises(InvalidInput, match=r"it does not fit; use 'dpm\+\+2m'$"):
+        find_sampler("dpm++2m-sde", "diffusion", refused)
+    none = {name: "it does not fit" for name, sampler in SAMPLERS.items() if sampler.kind == "flow"}
+    with pytest.raises(InvalidInput, match=r"no other one can render it either$"):
+        find_sampler("flow-euler", "flow", none)
+
+
+# configurations of models' own schedulers that say what another line of the class means
+TELLING = [
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}, "dpm++2m-sde-karras"),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "dpm++2m-sde"),
+    ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}, "dpm++2m-karras"),
+    ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}, "dpm"),
+    ("DPMSolverMultistepScheduler", {"use_karras_sigmas": False}, "dpm++2m"),
+    ("DPMSolverSinglestepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "dpm++sde"),
+    ("DPMSolverSinglestepScheduler", {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}, "dpm++sde-karras"),
+    ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++"}, "euler-karras"),
+    ("HeunDiscreteScheduler", {"use_karras_sigmas": True}, "heun-karras"),
+    ("KDPM2DiscreteScheduler", {"use_karras_sigmas": True}, "dpm2-karras"),
+    ("KDPM2AncestralDiscreteScheduler", {"use_karras_sigmas": True}, "dpm2-a-karras"),
+    ("LMSDiscreteScheduler", {"use_karras_sigmas": True}, "lms-karras"),
+    # what no line means exactly
+    ("DPMSolverMultistepScheduler", {"use_exponential_sigmas": True}, "dpm++2m"),
+    ("DPMSolverSinglestepScheduler", {"use_karras_sigmas": True}, "dpm++2s"),
+    ("EulerDiscreteScheduler", {"use_beta_sigmas": True}, "euler"),
+    ("UniPCMultistepScheduler", {"use_karras_sigmas": True}, "unipc"),
+    ("DEISMultistepScheduler", {"use_karras_sigmas": True}, "deis"),
+    ("EulerAncestralDiscreteScheduler", {}, "euler-a"),
+]
+
+
+@pytest.mark.parametrize(("class_name", "options", "name"), TELLING)
+def test_the_sampler_of_a_models_own_scheduler_is_what_its_configuration_says(class_name: str, options: dict[str, Any], name: str) -> None:
+    class_ = getattr(diffusers, class_name)
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    own = class_.from_config({"_class_name": class_name, **betas, **options})
+    for config in (dict(own.config), {"_class_name": class_name, **betas, **options}):  # as loaded, and as the file has it
+        found = own_sampler(class_name, config, "diffusion")
+        assert found is not None
+        assert found.name == name
+        ours = make_scheduler(name, config)
+        keys = inspect.signature(class_.__init__).parameters.keys() - {"self"}
+        assert {key: ours.config[key] for key in keys} == {key: own.config[key] for key in keys}
+
+
+@pytest.mark.parametrize("class_name", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler"])
+def test_a_name_means_the_same_under_a_configuration_that_says_another(class_name: str) -> None:
+    """The references are written out as a user of diffusers would."""
+    config = {"_class_name": class_name, "beta_schedule": "scaled_linear", "algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}
+    for name, wanted in {
+        "dpm++2m": diffusers.DPMSolverMultistepScheduler(beta_schedule="scaled_linear"),
+        "dpm++2m-karras": diffusers.DPMSolverMultistepScheduler(beta_schedule="scaled_linear", use_karras_sigmas=True),
+        "dpm++2m-sde": diffusers.DPMSolverMultistepScheduler(beta_schedule="scaled_linear", algorithm_type="sde-dpmsolver++"),
+        "dpm++2s": diffusers.DPMSolverSinglestepScheduler(beta_schedule="scaled_linear"),
+        "euler": diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear"),
+        "dpm2": diffusers.KDPM2DiscreteScheduler(beta_schedule="scaled_linear"),
+        "unipc": diffusers.UniPCMultistepScheduler(beta_schedule="scaled_linear"),
+        "deis": diffusers.DEISMultistepScheduler(beta_schedule="scaled_linear"),
+    }.items():
+        np.testing.assert_array_equal(path(make_scheduler(name, config)), path(wanted), err_msg=name)
+
+
+@pytest.mark.parametrize("sigmas", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+def test_flow_solvers_have_flow_times_whatever_noise_levels_the_models_own_scheduler_has(sigmas: str) -> None:
+    config = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, sigmas: True}
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    for name, class_ in {"flow-dpm++2m": diffusers.DPMSolverMultistepScheduler, "flow-unipc": diffusers.UniPCMultistepScheduler}.items():
+        np.testing.assert_array_equal(path(make_scheduler(name, config)), path(class_(**flow)), err_msg=name)
+
+
+def path(scheduler: Any) -> np.ndarray:
+    """Where five steps lead from ones; noise is that of a seed."""
+    scheduler.set_timesteps(5)
+    latents, generator = torch.ones(1, 4, 2, 2) * scheduler.init_noise_sigma, torch.Generator().manual_seed(0)
+    draws = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    for t in scheduler.timesteps:
+        latents = scheduler.step(scheduler.scale_model_input(latents, t) / 2, t, latents, **draws, return_dict=False)[0]
+    assert torch.isfinite(latents).all()
+    return latents.numpy()
 
 
 def test_diffusiondbs_codes_are_those_of_its_data_card() -> None:
@@ -160,7 +340,7 @@ def test_samplers_of_diffusers_that_are_not_exact_are_refused_with_the_reason(na
     for kind in ("diffusion", "flow"):
         with pytest.raises(InvalidInput, match=reason) as caught:
             find_sampler(name, kind)  # type: ignore[arg-type]
-        legal = str(caught.value).rpartition(": ")[2].strip("'")
+        legal = str(caught.value).rpartition("use ")[2].strip("'")
         assert find_sampler(legal, kind).kind == kind  # type: ignore[arg-type]
 
 

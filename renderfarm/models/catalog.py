@@ -28,7 +28,7 @@ from renderfarm.models.families import (
     Task,
 )
 from renderfarm.models.sources import find_beside, find_model, read_index, read_json
-from renderfarm.samplers import GLOBAL_STATE, SAMPLERS, Kind
+from renderfarm.samplers import GLOBAL_STATE, Kind, own_sampler, trained_for
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ def _described(spec: ModelSpec) -> ModelInfo:
         return read_json(folder / file, f"model {model_id}: {file} is missing or damaged")
 
     denoiser, scheduler = configuration(f"{family.denoiser}/config.json"), configuration("scheduler/scheduler_config.json")
+    _check_scheduler(index, scheduler, family.kind, model_id)
     vae = configuration("vae/config.json") if family.vae else {}
     if class_name == LCM and denoiser.get("time_cond_proj_dim") is None:
         raise InvalidJob(f"model {model_id}: its UNet takes no guidance embedding (time_cond_proj_dim), so {LCM} cannot run it")
@@ -137,7 +138,7 @@ def _described(spec: ModelSpec) -> ModelInfo:
         **asdict(_sizes(family, denoiser, vae, model_id).times(_enlarged(companions, denoiser))),
         num_inference_steps=20 if builtin else family.num_inference_steps,
         guidance_scale=5.0 if builtin else family.guidance_scale,
-        sampler=_default_sampler(index, family.kind),
+        sampler=_default_sampler(index, scheduler, family.kind),
         arguments=(family.arguments | _of_tasks(family, spec)) - _unread(denoiser, index),
         safety_checker=spec.safety_checker,
         refused_samplers={**family.refused_samplers, **refused_by_configuration(class_name, scheduler)},
@@ -321,6 +322,19 @@ def _unread(denoiser: Config, index: Config) -> frozenset[str]:
     return unread
 
 
+def _check_scheduler(index: Config, scheduler: Config, kind: Kind, model_id: str) -> None:
+    """A model's scheduler says what it was trained for, which its class does not."""
+    for class_name in (str(scheduler.get("_class_name")), _scheduler_class(index)):  # two files, one of which may be another model's
+        found = trained_for(class_name, scheduler)
+        if kind != "own" and found not in (None, kind):
+            such = f"a scheduler for {kind} models" + (" (FlowMatchEulerDiscreteScheduler, or use_flow_sigmas)" if kind == "flow" else "")
+            raise InvalidJob(
+                f"model {model_id}: its scheduler {class_name}, as configured, is for {found} models, and {index['_class_name']} is "
+                f"rendered here with samplers for {kind} models, which would paint nonsense; if it was trained as a {kind} model, give its "
+                f"folder {such}; otherwise choose another model"
+            )
+
+
 def refused_by_configuration(class_name: str, scheduler: Config) -> dict[str, str]:
     """Samplers that the model's scheduler configuration makes inexact or impossible."""
     refused: dict[str, str] = {}
@@ -338,9 +352,11 @@ def refused_by_configuration(class_name: str, scheduler: Config) -> dict[str, st
     return refused
 
 
-def _default_sampler(index: dict[str, Any], kind: Kind) -> str:
+def _default_sampler(index: Config, scheduler: Config, kind: Kind) -> str:
     """The table's name for the scheduler that the model comes with; a plain one of its kind if the table has it not."""
-    class_name = index.get("scheduler", [None, None])[1]
-    kin = [sampler for sampler in SAMPLERS.values() if sampler.scheduler == class_name and sampler.kind == kind]
-    plain = {"diffusion": "ddim", "flow": "flow-euler", "own": "default"}[kind]
-    return min(kin, key=lambda sampler: len(sampler.overrides)).name if kin else plain
+    own = own_sampler(_scheduler_class(index), scheduler, kind)
+    return own.name if own else {"diffusion": "ddim", "flow": "flow-euler", "own": "default"}[kind]
+
+
+def _scheduler_class(index: Config) -> str:
+    return str(index.get("scheduler", [None, None])[1])
