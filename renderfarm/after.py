@@ -78,7 +78,8 @@ def frozen(steps: Iterable[Step]) -> list[dict[str, Any]]:
 
 
 def thawed(stored: Iterable[dict[str, Any]]) -> tuple[Step, ...]:
-    """The steps that `frozen` gave."""
+    """The steps that `frozen` gave, or the profile, which says more of each."""
+    stored = [{kind: step[kind] for kind in Step.model_fields if kind in step} for step in stored]
     return tuple(
         Step.model_validate({**step, "upscale": {"weights": f"{step['upscale']['sha256']}.safetensors", "tile": None} | step["upscale"]})
         if "upscale" in step

@@ -4,8 +4,8 @@
     _renderfarm/grid.json      rows per part, as the first worker measured (create-if-absent); only for `part_rows: auto`
     _renderfarm/profile.json   the render profile, by the first worker ready (create-if-absent)
     _renderfarm/profiles/…     others, by their SHA-256, if the job allows them
-    _renderfarm/parts/…        one key a part, its counts in its name, so that one listing tells what is done;
-                               derived: a missing entry costs one request, never an image
+    _renderfarm/parts/…        one key a part, its counts in its name, so that one listing tells what is done, and in it the
+                               SHA-256 of the commit object; derived: a missing entry costs one request, never an image
     _renderfarm/inputs/…       files that rows and job gave (images, LoRA adapters, networks), by their SHA-256
     data/…, errors/…           the commit objects (see layouts)
     originals/…                pictures before the job's `after`, if they are kept; like images, only those count that a table names
@@ -72,7 +72,11 @@ def read_json(store: Store, key: str) -> dict[str, Any]:
         reason = "not an object"
     except ValueError:
         reason = "not JSON"
-    raise Fatal(f"{store.url}/{key} is damaged ({reason}); restore it from a copy, or render into another output")
+    raise _damaged(store, key, reason)
+
+
+def _damaged(store: Store, key: str, reason: str) -> Fatal:
+    return Fatal(f"{store.url}/{key} is damaged ({reason}); restore it from a copy, or render into another output")
 
 
 def read_progress(store: Store) -> dict[str, Any]:
@@ -102,6 +106,20 @@ def freeze_job(store: Store, wanted: dict[str, Any]) -> dict[str, Any]:
         return wanted
     except AlreadyExists:
         return check_job(store, wanted)
+
+
+def read_job(store: Store) -> dict[str, Any]:
+    """The frozen job. Raises KeyError where there is none, Fatal for one that does not say what readers need."""
+    job = read_json(store, JOB)
+    try:
+        where, part_rows = job["manifest"]["where"], job["output"]["part_rows"]
+        numbers = [*(file["rows"] for file in job["manifest"]["files"]), 1 if part_rows == "auto" else part_rows]
+        known = all(isinstance(given, dict) for given in (where or {}, job["model"], job["render"]))
+        if known and numbers[-1] > 0 and all(isinstance(number, int) for number in numbers):
+            return job
+    except (KeyError, TypeError):
+        pass
+    raise _damaged(store, JOB, "not what a run freezes")
 
 
 def check_job(store: Store, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -153,7 +171,7 @@ def freeze_part_rows(store: Store, part_rows: int, seconds_per_image: float) -> 
 def _measured(store: Store) -> int:
     value = read_json(store, GRID).get("part_rows")
     if not isinstance(value, int) or value < 1:
-        raise Fatal(f"{store.url}/{GRID} is damaged (no part_rows); restore it from a copy, or render into another output")
+        raise _damaged(store, GRID, "no part_rows")
     return value
 
 
@@ -229,10 +247,10 @@ def find_commit(store: Store, part: Part) -> PartReceipt | None:
     """The receipt of a part that somebody has committed, or None. Mends its view and index entry if they are missing."""
     for key, read in ((files.commit_key(part), files.read_table), (files.errors_key(part), _errors_only)):
         try:
-            images, errors = read(store.read(key))
+            data = store.read(key)
         except KeyError:
             continue
-        return _finish(store, part, images, errors, adopted=True)
+        return _finish(store, part, *read(data), data, adopted=True)
     return None
 
 
@@ -250,7 +268,7 @@ def publish(store: Store, part: Part, images: pa.Table, errors: pa.Table) -> Par
         return found
     if not len(images) and (found := find_commit(store, part)) and found.images:
         return found  # another worker had images for this part, and images beat errors
-    return _finish(store, part, images, errors, adopted=False)
+    return _finish(store, part, images, errors, data, adopted=False)
 
 
 def announce(store: Store, part: Part, row: int, token: str) -> None:
@@ -267,7 +285,8 @@ def announced_row(store: Store, part: Part, token: str) -> int | None:
     return int(announced["row"]) if announced.get("token") == token else None
 
 
-def _finish(store: Store, part: Part, images: pa.Table, errors: pa.Table, *, adopted: bool) -> PartReceipt:
+def _finish(store: Store, part: Part, images: pa.Table, errors: pa.Table, committed: bytes, *, adopted: bool) -> PartReceipt:
+    """`committed`: the stored commit object, of which `images` and `errors` were read, or made."""
     if len(images):
         _mend_view(store, part, errors)
     classes = {str(item["values"]): int(item["counts"]) for item in pc.value_counts(errors.column("error_class")).to_pylist()}
@@ -280,7 +299,7 @@ def _finish(store: Store, part: Part, images: pa.Table, errors: pa.Table, *, ado
         error_classes=classes,
     )
     entry = f"{PARTS}/{part.name}.i{receipt.images}.e{receipt.errors}.b{receipt.bytes}.json"
-    store.put(entry, to_json({"error_classes": classes}))
+    store.put(entry, to_json({"error_classes": classes, "commit_sha256": hashlib.sha256(committed).hexdigest()}))
     return receipt
 
 
@@ -300,10 +319,10 @@ _ENTRY = re.compile(r"part-(\d+)\.i(\d+)\.e(\d+)\.b(\d+)\.json$")
 
 def committed_parts(store: Store) -> dict[int, PartReceipt]:
     """What the index lists, by part: one listing, no reads."""
-    return {part: receipt for part, (_, receipt) in _entries(store).items()}
+    return {part: receipt for part, (_, receipt) in index_entries(store).items()}
 
 
-def _entries(store: Store) -> dict[int, tuple[str, PartReceipt]]:
+def index_entries(store: Store) -> dict[int, tuple[str, PartReceipt]]:
     """The index entry of each part. Of two, the one with images counts: the other is of a worker that lost to it."""
     found: dict[int, tuple[str, PartReceipt]] = {}
     for key in store.list(PARTS):
@@ -314,10 +333,20 @@ def _entries(store: Store) -> dict[int, tuple[str, PartReceipt]]:
     return found
 
 
+def is_as_committed(store: Store, part: Part, entry: str) -> bool:
+    """Whether a part's commit object has the bytes that its index entry says. Raises KeyError or Fatal where one cannot be read.
+
+    Only a stored entry can tell: a part without one is found and entered again as it is.
+    """
+    key = files.commit_key(part)
+    data = store.read(key if store.exists(key) else files.errors_key(part))
+    return bool(read_json(store, entry).get("commit_sha256") == hashlib.sha256(data).hexdigest())
+
+
 def error_classes(store: Store) -> dict[str, int]:
     """How many errors of each class the committed parts hold; reads the index entries that have any."""
     counts: dict[str, int] = {}
-    for key, receipt in _entries(store).values():
+    for key, receipt in index_entries(store).values():
         if receipt.errors:
             for name, count in read_json(store, key)["error_classes"].items():
                 counts[name] = counts.get(name, 0) + count

@@ -30,7 +30,8 @@ class StoredSample:
     store: Store
 
     def image(self) -> Image.Image:
-        """Decoded on first use, as PIL does. Raises KeyError for a file that is gone, OSError for a damaged one."""
+        """Decoded on first use, as PIL does. Raises KeyError for a file that is gone, OSError for a damaged one, Fatal where the
+        table names one outside of the output."""
         return Image.open(io.BytesIO(self.store.read(self.key)))
 
     def original(self) -> Image.Image | None:
@@ -45,7 +46,7 @@ class Output:
     def __init__(self, url: str) -> None:
         self.store = open_store(url)
         try:
-            self.job = commit.read_json(self.store, commit.JOB)
+            self.job = commit.read_job(self.store)
         except KeyError:
             raise InvalidJob(f"{url}: not an output of renderfarm (it has no {commit.JOB}); give the folder that `run` printed") from None
 
@@ -97,7 +98,8 @@ class Output:
         try:
             key = files.commit_key(part)
             images, errors = files.read_table(self.store.read(key))
-            return list(self._stored(key, images)), errors.to_pylist()
+            with files.damage_named():
+                return list(self._stored(key, images)), errors.to_pylist()
         except KeyError:
             return [], self.errors_of(index)
 

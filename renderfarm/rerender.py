@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from renderfarm import commit
 from renderfarm.after import Chain, thawed
 from renderfarm.config import COMPANIONS, ModelSpec, Offload, Workers, is_url, model_spec
-from renderfarm.errors import InvalidJob
+from renderfarm.errors import Fatal, InvalidJob
 from renderfarm.models.base import SlotModel
 from renderfarm.models.catalog import describe, for_task, with_weights
 from renderfarm.models.families import IMAGES_OF
@@ -30,20 +30,22 @@ from renderfarm.storage import Store
 
 
 class Renderer:
-    """The output's model, set up as its profile says. `differences`: where this machine does not match that profile."""
+    """The output's model, set up as a profile says that its rows name. `differences`: where this machine does not match it."""
 
-    def __init__(self, output: Output, model: str | None, beside: Mapping[str, str], offload: Offload = "none") -> None:
+    def __init__(
+        self, output: Output, profile: dict[str, Any], model: str | None, beside: Mapping[str, str], offload: Offload = "none"
+    ) -> None:
         """`model`: where a model lies that the job knew by a folder; `beside`: the same of a component from elsewhere, or of a
         ControlNet and its kin; `offload`: as a job's. Raises InvalidJob if one cannot be found."""
-        profile = commit.read_profile(output.store)
-        info = with_weights(describe(_model_spec(output.job, model, beside)), output.job["render"].get("prompt_weighting"))
-        info = for_task(info, IMAGES_OF[output.job.get("task", "text-to-image")])
+        rendered = _model(output, profile)
+        info = with_weights(describe(_model_spec(rendered, model, beside)), (profile.get("prompt_weighting") or {}).get("syntax"))
+        info = for_task(info, IMAGES_OF[output.job["task"]])
         self._store = output.store
         self._adapters = tempfile.TemporaryDirectory(prefix="renderfarm-")
-        info = dataclasses.replace(info, adapters=_written(output, Path(self._adapters.name)))
+        info = dataclasses.replace(info, adapters=_written(output, rendered["adapters"], Path(self._adapters.name)))
         # the name that the output has for the model: whether it is the same one, the weights' hashes say
-        info = dataclasses.replace(info, id=output.job["model"]["id"], revision=output.job["model"]["revision"])
-        workers, chain = _workers(output.job, profile, offload), Chain(thawed(output.job.get("after") or ()))
+        info = dataclasses.replace(info, id=rendered["id"], revision=rendered["revision"])
+        workers, chain = _workers(profile, offload), Chain(thawed(profile.get("after") or ()))
 
         def load() -> SlotModel:
             model = load_model(info, workers)
@@ -79,16 +81,36 @@ def sample_of(record: dict[str, Any], store: Store | None = None) -> Sample:
     return Sample(key=SampleKey(record["row"], record["image_index"]), **{n: record[n] for n in names if n in record}, **images)
 
 
-def _written(output: Output, folder: Path) -> dict[str, str]:
-    """The adapters that the output keeps, as files."""
-    files = {name: folder / f"{name}.safetensors" for name in output.job["model"].get("adapters", {})}
+def _written(output: Output, adapters: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """The adapters that the output keeps, as files; their names are somebody else's and lead nowhere."""
+    files = {name: folder / f"{number}.safetensors" for number, name in enumerate(adapters)}
     for name, file in files.items():
-        file.write_bytes(commit.kept(output.store, output.job["model"]["adapters"][name]))
+        file.write_bytes(commit.kept(output.store, adapters[name]))
     return {name: str(file) for name, file in files.items()}
 
 
-def _model_spec(job: dict[str, Any], model: str | None, beside: Mapping[str, str]) -> ModelSpec:
-    stored = job["model"]
+def _model(output: Output, profile: dict[str, Any]) -> dict[str, Any]:
+    """job.json's `model`, but what the profile holds is the profile's: its hash is in every row, job.json's is nowhere."""
+    if not isinstance(profile.get("model"), str) or output.job.get("task") not in IMAGES_OF:
+        raise Fatal(f"{output.store.url}: job.json or a render profile is damaged (no known model or task); restore them from a copy")
+    known = {
+        "id": profile["model"],
+        "revision": profile.get("model_revision"),
+        "safety_checker": profile.get("safety_checker", False),
+        "adapters": profile.get("adapters") or {},
+        "quantization": _without(profile.get("quantization"), "version"),
+    }
+    if (stage := profile.get("super_resolution")) is not None:
+        known["super_resolution"] = (output.job["model"].get("super_resolution") or {}) | _without(stage, "scheduler")
+    return {**output.job["model"], **known}
+
+
+def _without(described: dict[str, Any] | None, name: str) -> Any:
+    """Settings as a job has them, without what the profile adds."""
+    return described and {key: value for key, value in described.items() if key != name}
+
+
+def _model_spec(stored: dict[str, Any], model: str | None, beside: Mapping[str, str]) -> ModelSpec:
     if model is None and _was_a_folder(stored):
         raise InvalidJob(f"the output was rendered with a model in a folder named {stored['id']!r}; say where it is: --model FOLDER")
     spec = model_spec(model) if model else ModelSpec(id=stored["id"], revision=stored["revision"])
@@ -110,11 +132,11 @@ def _was_a_folder(stored: dict[str, Any]) -> bool:
     return stored["revision"] is None and not stored["id"].startswith("builtin:") and not is_url(stored["id"])
 
 
-def _workers(job: dict[str, Any], profile: dict[str, Any], offload: Offload) -> Workers:
+def _workers(profile: dict[str, Any], offload: Offload) -> Workers:
     try:
         return Workers(
-            batch_size=profile["batch_size"],
-            dtype=job["workers"]["dtype"],
+            batch_size=profile.get("batch_size", 0),
+            dtype=profile.get("dtype", "float32"),  # builtin:fake has none
             device="cpu" if profile.get("device") == "cpu" else "auto",
             offload=offload,
             threads=profile.get("threads") or 1,

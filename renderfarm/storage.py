@@ -6,8 +6,9 @@
     read           all bytes; raises KeyError where there is none
     exists, list   see every key whose put has returned
 
-Keys are relative, `/`-separated. Local files: temp file, fsync, then link (create) or rename (replace), since
-fsspec's own create is an exists-check followed by a write. `memory://` serves tests and `--engine inline`.
+Keys are relative, `/`-separated, and lead nowhere else: tables name some of them, and anybody may write a table.
+Local files: temp file, fsync, then link (create) or rename (replace), since fsspec's own create is an exists-check
+followed by a write. `memory://` serves tests and `--engine inline`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import os
 import threading
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from renderfarm.errors import AlreadyExists, Fatal, InvalidJob, Transient
@@ -65,24 +66,24 @@ class LocalStore:
 
     def put(self, key: str, data: bytes) -> None:
         with self._written(key, data) as temporary:
-            os.replace(temporary, self.root / key)
+            os.replace(temporary, self._path(key))
 
     def put_if_absent(self, key: str, data: bytes) -> None:
         with self._written(key, data) as temporary:
             try:
-                os.link(temporary, self.root / key)
+                os.link(temporary, self._path(key))
             except FileExistsError:
                 raise AlreadyExists(f"{key} exists in {self.url}") from None
 
     def read(self, key: str) -> bytes:
         with _translated(f"read {key} in {self.url}"):
             try:
-                return (self.root / key).read_bytes()
+                return self._path(key).read_bytes()
             except FileNotFoundError:
                 raise KeyError(key) from None
 
     def exists(self, key: str) -> bool:
-        return (self.root / key).exists()
+        return self._path(key).exists()
 
     def names(self) -> list[str]:
         with _translated(f"read {self.url}"):
@@ -94,10 +95,17 @@ class LocalStore:
         found = (Path(folder) / name for folder, _, names in os.walk(base) for name in names)
         return sorted(path.relative_to(self.root).as_posix() for path in found)
 
+    def _path(self, key: str) -> Path:
+        """Raises Fatal for a key that leads elsewhere, as one that somebody wrote into a table may."""
+        path = PurePosixPath(key)
+        if path.is_absolute() or ".." in path.parts or "\0" in key:
+            raise Fatal(f"{key!r} is no file of {self.url}; what names it was changed: restore it from a copy")
+        return self.root / path
+
     @contextlib.contextmanager
     def _written(self, key: str, data: bytes) -> Iterator[Path]:
         """A durable temporary file with these bytes; whatever name it gets is made durable after."""
-        target, temporary = self.root / key, self.root / TEMPORARY / uuid.uuid4().hex
+        target, temporary = self._path(key), self.root / TEMPORARY / uuid.uuid4().hex
         with _translated(f"write to {self.url}" if key.startswith(TEMPORARY) else f"write {key} in {self.url}"):
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary.parent.mkdir(parents=True, exist_ok=True)

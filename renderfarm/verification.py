@@ -7,7 +7,7 @@ import io
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +20,10 @@ from renderfarm import commit
 from renderfarm.config import Offload
 from renderfarm.encode import encode, pixel_sha256
 from renderfarm.errors import Fatal, InvalidJob, RenderfarmError
+from renderfarm.layouts import files
 from renderfarm.manifest import ROW, parse_ranges
 from renderfarm.reading import Output, StoredSample
+from renderfarm.records import SampleKey
 from renderfarm.rerender import Renderer
 from renderfarm.slots import Rendered
 
@@ -105,12 +107,10 @@ def verify(
     _check_index(found, output, seen)
     if not seen and found.ok:
         raise InvalidJob(f"{out}: nothing was rendered yet; run its job first")
-    if named:
-        _check_profiles(found, output, named)
+    profiles = _profiles(found, output, named) if named else {}
     if choice.rows is not None and not chosen.samples and found.ok:
         raise InvalidJob(f"rows {choice.rows}: no committed image; `renderfarm status {out}` shows what there is")
-    if chosen.samples and commit.has_profile(output.store):
-        _render_again(found, sorted(chosen.samples, key=lambda sample: sample.key), Renderer(output, model, beside or {}, offload))
+    _render_again(found, chosen.samples, profiles, lambda profile: Renderer(output, profile, model, beside or {}, offload))
     return found
 
 
@@ -157,8 +157,11 @@ def _check_part(found: Verification, output: Output, index: int, samples: list[S
             found.add(f"{part.name}: row {row}, image {k} is missing")
     for row in sorted(_expected(output, planned) - images.keys()):
         found.add(f"{part.name}: row {row} is missing")
-    if samples and errors != output.errors_of(index):
-        found.add(f"{part.name}: errors/{part.name}.parquet is not what the part's table says of its errors; take it from a copy")
+    try:
+        if samples and errors != output.errors_of(index):
+            found.add(f"{part.name}: errors/{part.name}.parquet is not what the part's table says of its errors; take it from a copy")
+    except Fatal as error:
+        found.add(f"errors/{part.name}.parquet: {error}")
 
 
 def _expected(output: Output, planned: set[int]) -> set[int]:
@@ -173,8 +176,9 @@ def _expected(output: Output, planned: set[int]) -> set[int]:
 
 
 def _check_index(found: Verification, output: Output, seen: dict[int, tuple[int, int] | None]) -> None:
-    """What the index of parts says was committed must be there."""
-    for index, receipt in sorted(commit.committed_parts(output.store).items()):
+    """What the index of parts says was committed must be there, to the byte. A part without an entry is no problem: a worker may
+    have died before it, and the next run that finds the part enters it."""
+    for index, (entry, receipt) in sorted(commit.index_entries(output.store).items()):
         if index not in seen:
             found.add(f"part {index}: was committed, and its table is missing; restore it from a copy")
         elif (counts := seen[index]) is not None and counts != (receipt.images, receipt.errors):
@@ -183,21 +187,32 @@ def _check_index(found: Verification, output: Output, seen: dict[int, tuple[int,
                 f"part {index}: was committed with {receipt.images} images and {receipt.errors} errors, "
                 f"and its table has {images} and {errors}; restore it from a copy"
             )
+        elif counts is not None:
+            try:
+                if not commit.is_as_committed(output.store, output.grid.part(index), entry):
+                    found.add(f"part {index}: its table is not the one that was committed (SHA-256 differs); restore it from a copy")
+            except (KeyError, Fatal) as error:
+                found.add(f"part {index}: {error}")
 
 
-def _check_profiles(found: Verification, output: Output, named: set[str]) -> None:
+def _profiles(found: Verification, output: Output, named: set[str]) -> dict[str, dict[str, Any]]:
+    """The profiles that rows name. What names another one is a problem, and is not rendered again: nothing says how."""
     try:
-        known = commit.read_profiles(output.store).keys()
-    except (InvalidJob, Fatal) as error:
+        known = commit.read_profiles(output.store)
+    except Fatal as error:
         found.add(f"the render profile cannot be read: {error}")
-        return
-    for sha256 in sorted(named - known):
+        return {}
+    for sha256 in sorted(named - known.keys()):
         found.add(f"rows name the render profile {sha256}, and no profile in the output has that hash; was it changed?")
+    return known
 
 
 def _file_problem(sample: StoredSample) -> str | None:
     """What is wrong with a sample's files, or None."""
     record = sample.record
+    name = files.name_of(SampleKey(record["row"], record["image_index"]), record["pixel_sha256"], record["format"])
+    if record["file_name"] != name:
+        return f"row {record['row']}, image {record['image_index']}: its file is named {record['file_name']!r}, and should be {name}"
     size = (record.get("file_height") or record["height"], record.get("file_width") or record["width"])
     problem = _damage(sample, sample.key, size, record)
     if problem is not None or record.get("original_file") is None:
@@ -213,8 +228,10 @@ def _damage(sample: StoredSample, key: str, size: tuple[int, int], said: dict[st
         data = sample.store.read(key)
     except KeyError:
         return f"{name}: the file is missing"
+    except RenderfarmError as error:
+        return f"{name}: {error}"
     if len(data) != said["bytes"]:
-        return f"{name}: has {len(data):,} bytes, the table says {said['bytes']:,}"
+        return f"{name}: has {len(data):,} bytes, the table says {said['bytes']}"
     if hashlib.sha256(data).hexdigest() != said["file_sha256"]:
         return f"{name}: its bytes are not those that were written (SHA-256 differs)"
     try:
@@ -232,8 +249,23 @@ def _damage(sample: StoredSample, key: str, size: tuple[int, int], said: dict[st
 # ---------------------------------------------------------------------------------------------- render again
 
 
-def _render_again(found: Verification, samples: list[StoredSample], renderer: Renderer) -> None:
-    found.profile_differences = renderer.differences
+def _render_again(
+    found: Verification, samples: list[StoredSample], profiles: dict[str, dict[str, Any]], set_up: Callable[[dict[str, Any]], Renderer]
+) -> None:
+    """Each sample as the profile says that its row names."""
+    groups: dict[str, list[StoredSample]] = {}
+    for sample in sorted(samples, key=lambda sample: sample.key):
+        if (sha256 := sample.record["profile_sha256"]) in profiles:
+            groups.setdefault(sha256, []).append(sample)
+    for sha256, group in groups.items():
+        renderer = set_up(profiles[sha256])
+        which = f"profile {sha256[:12]}: " if len(groups) > 1 else ""
+        found.profile_differences += [f"{which}{line}" for line in renderer.differences]
+        _render_group(found, group, renderer)
+    found.again.sort(key=lambda again: (again.row, again.image_index))
+
+
+def _render_group(found: Verification, samples: list[StoredSample], renderer: Renderer) -> None:
     try:
         for start in range(0, len(samples), GROUP):
             group = samples[start : start + GROUP]
@@ -248,17 +280,19 @@ def _render_again(found: Verification, samples: list[StoredSample], renderer: Re
 
 def compare(sample: StoredSample, rendered: Rendered, *, exact: bool) -> Again:
     """`exact`: the profile is the same, so anything but equal bits is a difference; else the pictures must look alike."""
-    pixels = rendered.pixels
-    before = sample.record.get("original_pixel_sha256")
+    pixels, record = rendered.pixels, sample.record
+    before = record.get("original_pixel_sha256")
     same_before = before == pixel_sha256(rendered.original)
-    if pixel_sha256(pixels) == sample.record["pixel_sha256"]:
-        if same_before or before is None:
+    if pixel_sha256(pixels) == record["pixel_sha256"]:
+        untrue = [] if same_before or before is None else ["the picture before `after`"]
+        untrue += [name for name, value in rendered.counted.columns().items() if record[name] != value]
+        if not untrue:
             return _again(sample, "identical", None, ok=True)
-        return _again(sample, "identical, but the picture before `after` is not the table's", None, ok=not exact)
+        return _again(sample, f"identical, but {', '.join(untrue)} is not the table's", None, ok=not exact)
     try:
         stored = np.asarray(sample.image(), dtype=np.float64)
         error = float(((stored - pixels) ** 2).mean())
-    except (KeyError, OSError, ValueError):
+    except (KeyError, OSError, ValueError, RenderfarmError):
         return _again(sample, "differs from the table, and the file cannot be read", None, ok=False)
     if not error:
         return _again(sample, "differs from the table, but not from the file", None, ok=False)
@@ -318,7 +352,9 @@ def render_to(
     """
     if found.stored is None:
         raise InvalidJob(f"row {found.record['row']} has no image: it ended as {found.record['error_class']}")
-    renderer = Renderer(Output(found.out), model, beside or {}, offload)
+    if not found.profile:
+        raise InvalidJob(f"row {found.record['row']} names a render profile that the output has not; restore it from a copy")
+    renderer = Renderer(Output(found.out), found.profile, model, beside or {}, offload)
     try:
         rendered = renderer.render([found.record])[0].result()
     finally:

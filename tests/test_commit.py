@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
 import io
 import itertools
 import json
@@ -180,7 +181,9 @@ def test_a_part_is_committed_with_its_view_and_its_index_entry(store: Store) -> 
     assert receipt == PartReceipt(7, images=2, errors=1, bytes=100, adopted=False, error_classes={"InvalidInput": 1})
     assert store.list("data") == ["data/part-00000007/metadata.parquet"]
     assert error_view(store).equals(errors(22))
-    assert store.list(ENTRIES) == [f"{ENTRIES}/part-00000007.i2.e1.b100.json"]
+    assert store.list(ENTRIES) == [entry := f"{ENTRIES}/part-00000007.i2.e1.b100.json"]
+    table = store.read("data/part-00000007/metadata.parquet")
+    assert commit.read_json(store, entry)["commit_sha256"] == hashlib.sha256(table).hexdigest()
     assert commit.committed_parts(store) == {7: PartReceipt(7, 2, 1, 100, adopted=True)}
     assert commit.error_classes(store) == {"InvalidInput": 1}
 
@@ -191,6 +194,10 @@ def test_a_part_of_errors_alone_is_committed_by_its_error_table(store: Store) ->
     assert store.list("data") == []
     found = commit.find_commit(store, PART)
     assert found == PartReceipt(7, 0, 3, 0, adopted=True, error_classes={"InvalidInput": 3})
+    (entry,) = store.list(ENTRIES)
+    assert commit.is_as_committed(store, PART, entry)
+    store.put("errors/part-00000007.parquet", files.errors_bytes(errors(21, 22, 23, message="another")))
+    assert not commit.is_as_committed(store, PART, entry)
 
 
 def test_a_part_without_errors_leaves_no_error_file(store: Store) -> None:
@@ -216,6 +223,7 @@ def test_whoever_comes_second_adopts_what_is_stored_and_changes_no_byte(store: S
 def test_a_writer_whose_reply_was_lost_adopts_its_own_part(store: Store) -> None:
     store.put_if_absent(files.commit_key(PART), files.table_bytes(images(21), errors(22)))  # and then the connection broke
     assert commit.publish(store, PART, images(21), errors(22)) == PartReceipt(7, 1, 1, 100, True, {"InvalidInput": 1})
+    assert commit.is_as_committed(store, PART, f"{ENTRIES}/part-00000007.i1.e1.b100.json")
     assert error_view(store).equals(errors(22))
     assert 7 in commit.committed_parts(store)
 

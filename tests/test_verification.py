@@ -17,11 +17,14 @@ from PIL import Image
 
 import renderfarm
 from renderfarm.commit import profile_sha256
-from renderfarm.errors import InvalidJob
+from renderfarm.errors import Fatal, InvalidJob
+from renderfarm.reading import StoredSample
+from renderfarm.schema import ERRORS_KEY
 from renderfarm.verification import Choice, inspect, render_to, verify
 
 Write = Callable[..., Path]
 FILES_ONLY = Choice(sample=0)
+NEEDED = ("bytes", "seed", "row", "profile_sha256")
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,7 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "guidance_scale": [1.0, 5.0, 3.0, 2.0, 7.5],
         "negative_prompt": [None, "a square", None, None, "a circle"],
         "num_images_per_prompt": [1, 2, 2, 1, 1],
+        "mood": ["calm"] * 5,
     }
     pq.write_table(pa.table(columns), folder / "m.parquet")
     job = {
@@ -72,6 +76,12 @@ def test_rows_and_samples_choose_what_is_rendered_again(rendered: Path) -> None:
     assert verify(str(rendered), FILES_ONLY).again == []
     with pytest.raises(InvalidJob, match="rows 2: no committed image"):
         verify(str(rendered), Choice(rows="2"))
+
+
+def without_index(out: Path) -> None:
+    """It knows each table by its hash, and is derived: without it, a changed table must be found out by what it says."""
+    for entry in out.glob("_renderfarm/parts/*"):
+        entry.unlink()
 
 
 def missing(out: Path) -> None:
@@ -141,6 +151,69 @@ def lost_error_view(out: Path) -> None:
     (out / "errors/part-00000001.parquet").unlink()
 
 
+def column_dropped(name: str) -> Callable[[Path], None]:
+    def damage(out: Path) -> None:
+        table = some_png(out).parent / "metadata.parquet"
+        pq.write_table(pq.read_table(table).drop_columns([name]), table)
+
+    return damage
+
+
+def gaps(out: Path) -> None:
+    table = some_png(out).parent / "metadata.parquet"
+    read = pq.read_table(table)
+    place = read.column_names.index("seed")
+    pq.write_table(read.set_column(place, "seed", pa.nulls(len(read), pa.int64())), table)
+
+
+def another_type(out: Path) -> None:
+    table = some_png(out).parent / "metadata.parquet"
+    read = pq.read_table(table)
+    place = read.column_names.index("row")
+    pq.write_table(read.set_column(place, "row", read.column("row").cast(pa.string())), table)
+
+
+def no_text(out: Path) -> None:
+    table = some_png(out).parent / "metadata.parquet"
+    read = pq.read_table(table)
+    place = read.column_names.index("prompt")
+    pq.write_table(read.set_column(place, "prompt", pa.array([b"\xff"] * len(read)).view(pa.string())), table)
+
+
+def footer_that_lists_nothing(out: Path) -> None:
+    table = some_png(out).parent / "metadata.parquet"
+    pq.write_table(pq.read_table(table).replace_schema_metadata({ERRORS_KEY: b"[1]"}), table)
+
+
+def garbage_in_error_view(out: Path) -> None:
+    (out / "errors/part-00000001.parquet").write_bytes(b"PAR1 not what it was")
+
+
+def folder_for_a_picture(out: Path) -> None:
+    path = some_png(out)
+    path.unlink()
+    path.mkdir()
+
+
+def swapped_rows(out: Path) -> None:
+    """Two pictures that have taken each other's row."""
+    rewritten(out, lambda record: {"row": 1}, row=0)
+    rewritten(out, lambda record: {"row": 0}, row=1)
+
+
+def other_format(out: Path) -> None:
+    rewritten(out, lambda record: {"format": "webp"})
+
+
+def out_of_the_output(out: Path) -> None:
+    shutil.copy(some_png(out), out.parent / "x.png")
+    rewritten(out, lambda record: {"file_name": "../../../x.png"})
+
+
+def index_entry_damaged(out: Path) -> None:
+    next(out.glob("_renderfarm/parts/part-00000000.*")).write_bytes(b"not JSON")
+
+
 def damaged_table(out: Path) -> None:
     path = some_png(out).parent / "metadata.parquet"
     path.write_bytes(path.read_bytes()[:200])
@@ -161,6 +234,17 @@ def damaged_table(out: Path) -> None:
         (image_left_out, "part 0: was committed with 3 images and 0 errors, and its table has 2 and 0"),
         (lost_error_view, r"errors/part-00000001.parquet is not what the part's table says"),
         (damaged_table, "part 0: a committed table is damaged"),
+        *((column_dropped(name), rf"part 0: a committed table is damaged \(no column {name}\)") for name in NEEDED),
+        (gaps, r"part 0: a committed table is damaged \(column seed has gaps\)"),
+        (another_type, r"part 0: a committed table is damaged \(column row is string, not int64\)"),
+        (no_text, r"part 0: a committed table is damaged \(.*prompt.*UTF8"),
+        (footer_that_lists_nothing, r"part 0: a committed table is damaged"),
+        (garbage_in_error_view, r"errors/part-00000001.parquet: a committed table is damaged"),
+        (folder_for_a_picture, r"row 1, image 0 \(.*\): cannot read"),
+        (swapped_rows, r"row 0, image 0: its file is named '0000000001-0000-.*', and should be 0000000000-0000-"),
+        (other_format, r"row 1, image 0: its file is named '.*png', and should be .*webp"),
+        (out_of_the_output, r"row 1, image 0: its file is named '../../../x.png', and should be 0000000001-0000-"),
+        (index_entry_damaged, r"part 0: .*part-00000000.*json is damaged \(not JSON\)"),
     ],
 )
 def test_every_kind_of_damage_is_found_and_named(damage: Callable[[Path], None], message: str, out: Path) -> None:
@@ -171,9 +255,130 @@ def test_every_kind_of_damage_is_found_and_named(damage: Callable[[Path], None],
     assert any(re.search(message, problem) for problem in found.problems), found.problems
 
 
+UNTRUE = {
+    "row_id": "another", "prompt_tokens": 3, "prompt_truncated": True, "prompt_cut_off": "and more", "model": "builtin:other",
+    "model_revision": "0" * 40, "mood": "gloomy",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNTRUE)
+def test_a_cell_that_decides_no_pixel_is_known_by_the_hash_of_its_table(name: str, out: Path) -> None:
+    rewritten(out, lambda record: {name: UNTRUE[name]})
+    found = verify(str(out), Choice(rows="1"))
+    assert found.problems == ["part 0: its table is not the one that was committed (SHA-256 differs); restore it from a copy"]
+    without_index(out)
+    assert verify(str(out), FILES_ONLY).ok, "a part without an entry is no problem by itself"
+
+
+@pytest.mark.parametrize("name", ["prompt_tokens", "prompt_truncated", "prompt_cut_off"])
+def test_what_the_model_read_of_a_prompt_is_counted_again(name: str, out: Path) -> None:
+    rewritten(out, lambda record: {name: UNTRUE[name]})
+    without_index(out)
+    again = verify(str(out), Choice(rows="1")).again
+    assert [(one.ok, one.result) for one in again] == [(False, f"identical, but {name} is not the table's"), (True, "identical")]
+
+
+def test_damage_in_one_part_hides_none_in_another(out: Path) -> None:
+    column_dropped("bytes")(out)
+    garbage_in_error_view(out)
+    some_png(out, row=4).unlink()
+    found = verify(str(out), Choice(all=True))
+    assert len(found.problems) == 3
+    assert [(again.row, again.ok) for again in found.again] == [(3, True), (4, True)]
+
+
+@pytest.mark.parametrize("text", ["{}", '{"manifest": {"files": [{}], "where": null}, "model": {}, "output": {}, "render": {}}', "[]"])
+def test_a_job_file_that_says_nothing_is_one_message(text: str, out: Path) -> None:
+    (out / "_renderfarm/job.json").write_text(text)
+    for use in (lambda: verify(str(out), FILES_ONLY), lambda: inspect(str(out), 0, 0), lambda: renderfarm.open(out)):
+        with pytest.raises(Fatal, match=r"_renderfarm/job.json is damaged \(not"):
+            use()
+
+
+def test_a_reader_follows_no_name_that_leads_out_of_the_output(out: Path) -> None:
+    out_of_the_output(out)
+    sample = next(sample for sample in renderfarm.open(out).samples() if sample.record["row"] == 1)
+    with pytest.raises(Fatal, match=r"'data/part-00000000/../../../x.png' is no file of .*/out"):
+        sample.image()
+    original = StoredSample(sample.record | {"original_file": str(out.parent / "x.png")}, sample.key, sample.store)
+    with pytest.raises(Fatal, match="is no file of"):
+        original.original()
+
+
+def test_the_job_file_decides_nothing_that_the_profile_holds(out: Path) -> None:
+    """Its hash is nowhere: where it says another dtype, pictures would be compared only, and one changed by a level would pass."""
+    job = json.loads((out / "_renderfarm/job.json").read_text())
+    job["workers"] = {"dtype": "bfloat16", "batch_size": 1}
+    job["model"] |= {"id": "org/other", "revision": "0" * 40, "safety_checker": True, "adapters": {"../../mine": "0" * 64}}
+    job["render"]["prompt_weighting"] = "a1111"
+    job["after"] = [{"watermark": {"text": "mine"}}]
+    (out / "_renderfarm/job.json").write_text(json.dumps(job))
+    brighter(out, row=4)
+    found = verify(str(out), Choice(all=True))
+    assert found.profile_differences == []
+    assert [(again.row, again.ok) for again in found.again] == [(0, True), (1, True), (1, True), (3, True), (4, False)]
+
+
+def brighter(out: Path, row: int) -> None:
+    """One picture by one level in each value, and a table that says so."""
+    old = some_png(out, row)
+    pixels = np.clip(np.asarray(Image.open(old)).astype(int) + 1, 0, 255).astype(np.uint8)
+    digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+    new = old.with_name(f"{row:010d}-0000-{digest[:8]}.png")
+    Image.fromarray(pixels).save(new)
+    data = new.read_bytes()
+    said = {"file_name": new.name, "bytes": len(data), "file_sha256": hashlib.sha256(data).hexdigest(), "pixel_sha256": digest}
+    rewritten(out, lambda record: said, row=row)
+    old.unlink()
+    without_index(out)
+
+
+def test_rows_with_a_recorded_profile_are_rendered_as_that_one_says(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["a red circle", "a blue ring"]}), tmp_path / "m.parquet")
+
+    def run(threads: int) -> None:
+        job = {
+            "name": "t", "manifest": str(tmp_path / "m.parquet"), "model": "builtin:shapes", "render": {"num_inference_steps": 2},
+            "workers": {"batch_size": 2, "threads": threads, "other_profiles": "record"},
+            "output": {"path": str(tmp_path / "out"), "part_rows": 1},
+        }  # fmt: skip
+        (tmp_path / "job.yaml").write_text(json.dumps(job))
+        assert renderfarm.run(tmp_path / "job.yaml", engine="inline").errors == 0
+
+    out = tmp_path / "out"
+    run(threads=1)
+    shutil.rmtree(out / "data/part-00000001")
+    next(out.glob("_renderfarm/parts/part-00000001.*")).unlink()
+    run(threads=2)
+    assert len({sample.record["profile_sha256"] for sample in renderfarm.open(out).samples()}) == 2
+    found = verify(str(out), Choice(all=True))
+    assert [again.result for again in found.again] == ["identical", "identical"]
+    assert (found.ok, found.profile_differences) == (True, [])
+    assert render_to(inspect(str(out), 1, 0), tmp_path / "alone.png").ok
+    brighter(out, row=1)
+    assert [again.ok for again in verify(str(out), Choice(all=True)).again] == [True, False], "its bits are promised, too"
+    assert not render_to(inspect(str(out), 1, 0), tmp_path / "alone.png").ok
+
+    other = next(out.glob("_renderfarm/profiles/*.json"))
+    profile = json.loads(other.read_text()) | {"cpu_capability": "of another machine"}
+    other.with_name("third.json").write_text(json.dumps(profile))
+    rewritten(out, lambda record: {"profile_sha256": profile_sha256(profile)})
+    found = verify(str(out), Choice(all=True))
+    assert all(line.startswith(f"profile {profile_sha256(profile)[:12]}: cpu_capability") for line in found.profile_differences)
+    assert len(found.profile_differences) == 1
+    assert [again.result.endswith("(another profile: bits are not promised)") for again in found.again] == [False, True]
+    (other.with_name("third.json")).unlink()
+    found = verify(str(out), Choice(all=True))
+    assert [again.row for again in found.again] == [0], "nothing says how to render the other"
+    assert "no profile in the output has that hash" in found.problems[0]
+    with pytest.raises(InvalidJob, match="row 1 names a render profile that the output has not"):
+        render_to(inspect(str(out), 1, 0), tmp_path / "alone.png")
+
+
 @pytest.mark.parametrize("change", [{"seed": 5}, {"prompt": "a green star"}, {"guidance_scale": 5.01}, {"num_inference_steps": 4}])
 def test_a_table_that_tells_another_story_than_the_pixels_is_found(change: dict[str, object], out: Path) -> None:
     rewritten(out, lambda record: change)
+    without_index(out)
     assert verify(str(out), FILES_ONLY).ok, "the files are what they were"
     found = verify(str(out), Choice(rows="1"))
     assert [again.ok for again in found.again] == [False, True]
@@ -184,6 +389,7 @@ def test_a_table_that_tells_another_story_than_the_pixels_is_found(change: dict[
 def test_with_another_profile_pictures_are_compared_and_the_difference_is_named(out: Path) -> None:
     profile = json.loads((out / "_renderfarm/profile.json").read_text())
     elsewhere = profile | {"cpu_capability": "of another machine"}
+    without_index(out)
     (out / "_renderfarm/profile.json").write_text(json.dumps(elsewhere))
     problem = verify(str(out), FILES_ONLY).problems
     assert len(problem) == 1
@@ -211,6 +417,7 @@ def test_a_model_in_a_folder_must_be_pointed_to_and_its_weights_decide(out: Path
     from renderfarm import shapes
 
     folder = Path(shutil.copytree(Path(shapes.__file__).parent / "model", tmp_path / "mine"))
+    without_index(out)
     stored = json.loads((out / "_renderfarm/job.json").read_text())
     stored["model"]["id"] = "mine"
     (out / "_renderfarm/job.json").write_text(json.dumps(stored))

@@ -20,6 +20,15 @@ class Counted:
     cut_off: str | None = None
     negative_cut_off: str | None = None
 
+    def columns(self) -> dict[str, Any]:
+        """What the image table says of it."""
+        return {
+            "prompt_tokens": self.tokens,
+            "prompt_truncated": self.cut_off is not None,
+            "prompt_cut_off": self.cut_off,
+            "negative_prompt_cut_off": self.negative_cut_off,
+        }
+
 
 class SlotModel(Protocol):
     """A loaded pipeline, used by one thread only. `batch_size` may be set until the first sample is rendered.
