@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint schema clean
+.PHONY: demo test lint schema record clean
 
 demo: .venv/installed
 	$(BIN)/renderfarm run jobs/demo.yaml
@@ -20,6 +20,11 @@ lint: .venv/installed-dev
 # The JSON Schema that editors check job files with
 schema: .venv/installed
 	$(BIN)/renderfarm schema job > jobs/job.schema.json
+
+# Which classes give diffusers' own pixels here, and with which versions
+record: .venv/installed-dev
+	$(BIN)/python -m pytest --record renderfarm/models/compared.json -k "own_pipeline or mixed_batch or alone or enlarges" \
+	  tests/test_families.py tests/test_tasks.py tests/test_companions.py
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -352,12 +352,13 @@ def test_the_table_of_families_is_the_codes_and_each_family_in_it_was_compared_w
 
 
 def test_the_record_of_comparisons_is_of_the_versions_that_are_tested() -> None:
-    """Of other ones nothing is known: `pytest -k "own_pipeline or mixed_batch or alone or takes_over or enlarges" --record renderfarm/models/compared.json tests/test_families.py tests/test_tasks.py tests/test_companions.py`."""
+    """Of other ones nothing is known: `make record` compares again."""
     (cpu,) = compared()
     pins = dict(line.split("==") for line in (Path(__file__).parent.parent / "constraints.txt").read_text().splitlines() if "==" in line)
     for name in ("torch", "diffusers", "transformers"):
         assert cpu[name] == pins[name] == version(name).partition("+")[0]
-    assert {kind.__name__ for kind in CLASSES.values()} <= set(cpu["comparisons"])
+    tasks = {how.pipeline_class for family in FAMILIES.values() for how in family.tasks.values()}
+    assert set(FAMILIES) | tasks <= set(cpu["comparisons"])
 
 
 def test_what_is_known_of_a_model_is_told_without_loading_it(copy: Path) -> None:
