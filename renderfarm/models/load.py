@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,9 @@ def load_model(info: ModelInfo, workers: Workers) -> SlotModel:
     """
     # transformers speaks while it is imported, of image processors that nothing here uses
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for talker in ("torchao", "torch.utils._pytree"):  # of kernels for other devices, wherever torchao is installed
+        logging.getLogger(talker).setLevel(logging.ERROR)
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # read when diffusers is imported: a model is data, never code
     if info.source is not None:
         beside = {name: getattr(info.source, name) for name in info.companions}
