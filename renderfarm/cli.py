@@ -270,7 +270,11 @@ def _print_verification(found: dict[str, Any]) -> None:
             out_console.print(f"  {problem}", markup=False)
         if found["problem_count"] > len(found["problems"]):
             out_console.print("  …")
-    if found["parts_done"] < found["parts"]:
+        out_console.print(
+            "restore what is damaged from a copy; or remove that part's table (data/part-N/metadata.parquet) and its entry in "
+            "_renderfarm/parts/, and `renderfarm run` renders the part again"
+        )
+    if not found["problem_count"] and found["parts_done"] < found["parts"]:
         out_console.print("not finished: what is missing was not rendered yet; `renderfarm run` continues")
     if not found["again"]:
         return

@@ -463,3 +463,21 @@ def test_an_error_row_tells_its_reason_and_cannot_be_rendered(rendered: Path, tm
 def test_what_is_not_there_is_said(row: int, k: int, message: str, rendered: Path) -> None:
     with pytest.raises(InvalidJob, match=message):
         inspect(str(rendered), row, k)
+
+
+def test_a_damaged_part_is_rendered_again_once_its_table_and_its_entry_are_removed(
+    write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    """What `verify` advises."""
+    path, out = write_job(write_manifest()), tmp_path / "out"
+    assert renderfarm.run(path, engine="inline").images == 8
+    pictures = {file: file.read_bytes() for file in out.glob("data/part-00000001/*.png")}
+    first = next(iter(pictures))
+    first.write_bytes(b"damaged")
+    assert not verify(str(out), Choice(sample=0)).ok
+    (out / "data/part-00000001/metadata.parquet").unlink()
+    for entry in (out / "_renderfarm/parts").glob("part-00000001.*"):
+        entry.unlink()
+    assert renderfarm.run(path, engine="inline").new_images == 3
+    assert {file: file.read_bytes() for file in out.glob("data/part-00000001/*.png")} == pictures
+    assert verify(str(out), Choice(sample=0)).ok

@@ -24,8 +24,8 @@ configs:
 ---
 # {{ name }}
 
-Images rendered by renderfarm from a table of prompts. {% if finished %}Finished{% else %}Not finished: what is here is
-committed and complete in itself{% endif %}: {{ images }} images, {{ errors }} errors, {{ rows }} manifest rows.
+Images rendered by renderfarm from a table of prompts. {% if finished %}Finished:{% else %}Not finished; what is here is
+committed and complete in itself. When this card was written:{% endif %} {{ images }} images, {{ errors }} errors, {{ rows }} manifest rows.
 
 | | |
 |---|---|
