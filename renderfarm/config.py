@@ -70,6 +70,8 @@ class Companion(Strict):
 
     id: Annotated[str, Field(min_length=1)]
     revision: str | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """As `model.sha256`: one with another byte stops the job; the message says the hash that was found."""
 
 
 def _by_id(value: Any) -> Any:

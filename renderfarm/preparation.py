@@ -125,7 +125,7 @@ class Prepared:
 
 def _frozen(companion: Companion) -> dict[str, Any]:
     """A local folder by its name, as a model's."""
-    return companion.model_dump() | {"id": shown_name(expand_env(companion.id))}
+    return companion.model_dump(exclude={"sha256"}) | {"id": shown_name(expand_env(companion.id))}
 
 
 def prepare(job: Job) -> Prepared:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from PIL import Image
 
 import renderfarm
 from renderfarm.config import COMPANIONS, ModelSpec, Workers
-from renderfarm.errors import InvalidJob
+from renderfarm.errors import Fatal, InvalidInput, InvalidJob
 from renderfarm.models.catalog import ModelInfo, describe, for_task
 from renderfarm.models.families import FAMILIES, IMAGES_OF
 from renderfarm.models.load import load_model
@@ -117,8 +118,8 @@ def test_a_refiner_takes_over_where_diffusers_own_pair_hands_over(dtype: str, ti
     offered = [name for name in LEGAL["sdxl"] if name not in info.refused_samplers]
     rows = []
     for number, sampler in enumerate(offered):
-        values: dict[str, Any] = {"prompt": f"star {number}", "num_inference_steps": 5 + number % 2, "sampler": sampler}
-        values |= {"guidance_scale": (4.0, 1.0)[number % 2], "denoising_end": (0.8, 0.5)[number % 3 // 2]}
+        values: dict[str, Any] = {"prompt": f"star {number}", "num_inference_steps": 8 + number % 2, "sampler": sampler}
+        values |= {"guidance_scale": (4.0, 1.0)[number % 2], "denoising_end": (0.6, 0.5)[number % 3 // 2]}
         if number % 3 == 0:
             values |= {"negative_prompt": "a square", "prompt_2": "grey"}
         rows.append(row(number, height=(32, 40)[number > 5], **values))
@@ -126,6 +127,49 @@ def test_a_refiner_takes_over_where_diffusers_own_pair_hands_over(dtype: str, ti
     refiner = plain_pipeline(diffusers.StableDiffusionXLImg2ImgPipeline, tiny_model("sdxl-refiner"), dtype)
     for wanted, made in zip(rows, render(info, dtype, rows), strict=True):
         np.testing.assert_array_equal(made, of_the_pair(base, refiner, wanted), err_msg=str(wanted))
+
+
+@pytest.mark.parametrize(
+    ("steps", "end", "sampler", "found"),
+    [(4, 0.8, "dpm++2m", "leaves 4 to the model and 0"), (40, 0.9999, "dpm++2m", "and 0 to its refiner"), (1, 0.8, "euler", "leaves 0")],
+)
+def test_a_hand_over_that_leaves_one_of_the_pair_without_a_step_is_an_error(
+    steps: int, end: float, sampler: str, found: str, tiny_model: Tiny
+) -> None:
+    info = described(tiny_model, "sdxl", refiner="sdxl-refiner")
+    with pytest.raises(InvalidInput, match=found):
+        render(info, "float32", [row(sampler=sampler, num_inference_steps=steps, denoising_end=end)])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "folder"), [("sdxl", "refiner", "sdxl-refiner"), ("deepfloyd", "super_resolution", "deepfloyd-second")]
+)
+def test_places_of_the_second_model_are_compared_too(name: str, kind: str, folder: str, tiny_model: Tiny) -> None:
+    torch.set_num_threads(1)
+    model: Any = load_model(described(tiny_model, name, **{kind: folder}), Workers(batch_size=B))
+    wanted = row(sampler="ddpm", height=64, width=64, num_inference_steps=4, denoising_end=0.8 if kind == "refiner" else None)
+    assert not model.places_that_differ(wanted)
+
+    def disturb(_: Any, __: Any, outputs: Any) -> None:
+        outputs[0][-1] += 1e-3
+
+    second = model.refiner if kind == "refiner" else model.second
+    handle = second.unet.register_forward_hook(disturb, prepend=True)
+    try:
+        assert model.places_that_differ(wanted) == [B - 1]
+    finally:
+        handle.remove()
+
+
+def test_a_second_model_with_another_byte_than_the_job_says_stops_the_job(job: Job, tiny_model: Tiny) -> None:
+    image = {"control_image": [encoded(picture())]}
+    path = job(columns(1, **image), beside={"controlnet": "sd-controlnet"})
+    asked = {"id": str(tiny_model("sd-controlnet")), "sha256": "0" * 64}
+    reason = r"have the hash ([0-9a-f]{64}), and the job asks for 0{64} \(model.controlnet.sha256\)"
+    with pytest.raises(Fatal, match=reason) as caught:
+        renderfarm.run(renderfarm.config.load_job(path, [f"model.controlnet={json.dumps(asked)}"]), engine="inline")
+    asked["sha256"] = str(caught.value).partition("the hash ")[2][:64]
+    assert renderfarm.run(renderfarm.config.load_job(path, [f"model.controlnet={json.dumps(asked)}"]), engine="inline").images == 1
 
 
 def of_the_pair(base: Any, refiner: Any, wanted: Sample) -> np.ndarray:
@@ -188,7 +232,7 @@ def job(write_job: Job, tiny_model: Tiny, tmp_path: Path) -> Job:
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "controlnet": ("sd", {"control_image": [encoded(picture(k)) for k in range(3)], "controlnet_conditioning_scale": [0.5, None, 1.0]}),
-    "refiner": ("sdxl", {"denoising_end": [0.5, None, 0.9], "num_inference_steps": [5, 6, 10]}),
+    "refiner": ("sdxl", {"denoising_end": [0.5, None, 0.9], "num_inference_steps": [5, 20, 20]}),
     "super_resolution": ("deepfloyd", {"negative_prompt": ["x", None, None]}),
 }
 FOLDERS = {"controlnet": "sd-controlnet", "refiner": "sdxl-refiner", "super_resolution": "deepfloyd-second"}

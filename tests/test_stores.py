@@ -193,3 +193,10 @@ def test_a_worker_that_does_not_see_the_drivers_cache_fetches_the_model_itself(
     finally:
         shutil.rmtree(of_workers, ignore_errors=True)
         of_workers.with_suffix(".json").unlink(missing_ok=True)
+
+
+def test_a_store_whose_names_lead_elsewhere_is_refused(url: str, tmp_path: Path) -> None:
+    fsspec.filesystem("memory").pipe("/bucket/model/unet/../../../evil.json", b"{}")
+    with pytest.raises(InvalidJob, match="which would lie elsewhere here; remove it"):
+        describe(ModelSpec(id=url))
+    assert not list(tmp_path.rglob("evil.json"))

@@ -398,3 +398,10 @@ def test_nothing_but_marks_is_lost(text: str) -> None:
     assert all(0 <= fragment.weight <= MAX_WEIGHT and fragment.text for part in found for fragment in part)
     remaining = iter(text)
     assert all(letter in remaining for letter in words(found))  # in the same order
+
+
+def test_weights_with_an_encoder_that_is_nowhere_are_refused(tiny_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("renderfarm.models.loaded.prepare_torch", lambda workers: "cuda")  # which a machine without one refuses first
+    info = with_weights(describe(ModelSpec(id=str(tiny_model("sd")))), "a1111")
+    with pytest.raises(Fatal, match="do not go together; use offload: model"):
+        load_model(info, Workers(batch_size=B, offload="sequential"))

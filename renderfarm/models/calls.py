@@ -140,9 +140,7 @@ class WholeCall(LoadedPipeline):
         return [True] * len(states)
 
     def places_that_differ(self, sample: Sample) -> list[int]:
-        # some schedules have no single step; and of an image's, only a part is run
-        short = replace(sample, num_inference_steps=min(sample.num_inference_steps, max(4, SAMPLERS[sample.sampler].min_steps)))
-        short = short if sample.strength is None else replace(short, strength=1.0)
+        short = self._short(sample)
         state = self.start(short, [self.encode_texts([text])[0] for text in self.texts(short)])
         differ: set[int] = set()
 
@@ -150,12 +148,22 @@ class WholeCall(LoadedPipeline):
             rows = list(outputs[0])  # B, or 2B with guidance
             differ.update(k % self.batch_size for k, row in enumerate(rows) if not torch.equal(row, rows[k - k % self.batch_size]))
 
-        handle = self.denoiser.register_forward_hook(compare)
+        handles = [denoiser.register_forward_hook(compare) for denoiser in self._compared()]
         try:
             self._call([state] * self.batch_size)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         return sorted(differ)
+
+    def _compared(self) -> list[torch.nn.Module]:
+        """Whose outputs are looked at."""
+        return [self.denoiser]
+
+    def _short(self, sample: Sample) -> Sample:
+        """With few steps; some schedules have no single one, and of an image's only a part is run."""
+        steps = min(sample.num_inference_steps, max(4, SAMPLERS[sample.sampler].min_steps))
+        return replace(sample, num_inference_steps=steps, strength=None if sample.strength is None else 1.0)
 
     def decode(self, state: State) -> np.ndarray:
         if state.picture is None:

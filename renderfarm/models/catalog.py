@@ -147,7 +147,7 @@ def _described(spec: ModelSpec) -> ModelInfo:
         adapters=_adapters(spec, family),
         pipeline_class=class_name,
         companions=companions,
-        super_resolution=spec.super_resolution.model_dump(exclude={"id", "revision"}) if spec.super_resolution else {},
+        super_resolution=spec.super_resolution.model_dump(exclude={"id", "revision", "sha256"}) if spec.super_resolution else {},
         attention_backends=class_name in DISPATCHED or class_name not in FAMILIES,
         warnings=()
         if class_name in FAMILIES

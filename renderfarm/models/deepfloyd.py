@@ -34,6 +34,9 @@ class DeepFloyd(WholeCall):
     def _load_arguments(self) -> dict[str, Any]:
         return NO_CHECKER
 
+    def _compared(self) -> list[torch.nn.Module]:
+        return super()._compared() if self.second is None else [*super()._compared(), self.second.unet]
+
     def _render(self, slots: Sequence[State], generators: list[torch.Generator]) -> np.ndarray:
         if self.second is None:
             return _finished(self.pipe(**self._arguments(slots), generator=generators, output_type="pt").images)

@@ -13,7 +13,7 @@ from renderfarm.errors import Fatal
 from renderfarm.models.base import SlotModel
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.files import SAFETY
-from renderfarm.models.fingerprint import damaged_blobs, model_sha256, weight_hashes
+from renderfarm.models.fingerprint import companion_hashes, damaged_blobs, model_sha256, weight_hashes
 from renderfarm.models.sources import find_beside, find_model
 
 
@@ -35,19 +35,25 @@ def load_model(info: ModelInfo, workers: Workers) -> SlotModel:
         found = {name: str(find_beside(given.id, given.revision, f"model.{name}", weights=True)) for name, given in beside.items()}
         info = replace(info, folder=str(find_model(info.source, weights=True)), companions=found)
         _check_files(info)
+        for name, folder in found.items():
+            _check(f"model.{name}", Path(folder), companion_hashes(Path(folder)), f"model.{name}.sha256", beside[name].sha256)
     module, _, name = info.adapter.partition(":")
     model: SlotModel = getattr(importlib.import_module(f"renderfarm.models.{module}"), name)(info, workers)
     return model
 
 
 def _check_files(info: ModelInfo) -> None:
+    folder = Path(str(info.folder))
+    _check(f"model {info.id}", folder, weight_hashes(folder, info.variant, safety_checker=info.safety_checker), "model.sha256", info.sha256)
+
+
+def _check(what: str, folder: Path, hashes: dict[str, str], field: str, wanted: str | None) -> None:
     """Raise Fatal for a model that is not the one that the hub or the job says."""
-    hashes = weight_hashes(Path(str(info.folder)), info.variant, safety_checker=info.safety_checker)
-    if damaged := damaged_blobs(Path(str(info.folder)), hashes):
-        raise Fatal(f"model {info.id}: these files are not what the hub has; remove them and run again: {', '.join(damaged)}")
+    if damaged := damaged_blobs(folder, hashes):
+        raise Fatal(f"{what}: these files are not what the hub has; remove them and run again: {', '.join(damaged)}")
     found = model_sha256({file: sha256 for file, sha256 in hashes.items() if file.partition("/")[0] not in SAFETY})
-    if info.sha256 not in (None, found):
+    if wanted not in (None, found):
         raise Fatal(
-            f"model {info.id}: its files have the hash {found}, and the job asks for {info.sha256} (model.sha256): a file was changed, "
+            f"{what}: its files have the hash {found}, and the job asks for {wanted} ({field}): a file was changed, "
             "damaged, or not fetched to its end; fetch the model again, or give the job the hash of the one you want"
         )

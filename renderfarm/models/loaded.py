@@ -58,6 +58,8 @@ class LoadedPipeline(ABC):
     def __init__(self, info: ModelInfo, workers: Workers) -> None:
         self.info, self.workers, self.batch_size = info, workers, fixed_batch_size(workers)
         self.device = prepare_torch(workers)
+        if info.prompt_weighting and workers.offload == "sequential":  # compel asks the text encoder where it is: nowhere
+            raise Fatal("render.prompt_weighting and workers.offload: sequential do not go together; use offload: model")
         self.dtype: torch.dtype = getattr(torch, workers.dtype)
         assert info.folder is not None
         self.pipe = self._load(info.folder)

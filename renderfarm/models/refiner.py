@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,39 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline
 
 from renderfarm.config import Workers
+from renderfarm.errors import InvalidInput
 from renderfarm.models.calls import State
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.tasks import WithImages
+from renderfarm.records import Sample
 
 
 class WithRefiner(WithImages):
     def __init__(self, info: ModelInfo, workers: Workers) -> None:
         super().__init__(info, workers)
         self.refiner = self._load_companion(StableDiffusionXLImg2ImgPipeline, "refiner", add_watermarker=False)
+
+    def start(self, sample: Sample, embeddings: Sequence[Any]) -> State:
+        """Raises InvalidInput where one of the two would have nothing to do: diffusers would paint what is there."""
+        of_each = []
+        for pipe, is_first in ((self.pipe, True), (self.refiner, False)):
+            scheduler, end = self._scheduler(sample, pipe.own_scheduler), sample.denoising_end or 0.0
+            scheduler.set_timesteps(sample.num_inference_steps)
+            trained = scheduler.config.num_train_timesteps
+            cutoff = round(trained - end * trained)  # as both calls do
+            of_each.append(sum(bool(t >= cutoff) == is_first for t in scheduler.timesteps))
+        if not all(of_each):
+            raise InvalidInput(
+                f"denoising_end {sample.denoising_end} of {sample.num_inference_steps} steps leaves {of_each[0]} to the model and "
+                f"{of_each[1]} to its refiner; give more steps, or a denoising_end nearer to the middle"
+            )
+        return super().start(sample, embeddings)
+
+    def _compared(self) -> list[torch.nn.Module]:
+        return [*super()._compared(), self.refiner.unet]
+
+    def _short(self, sample: Sample) -> Sample:
+        return replace(super()._short(sample), denoising_end=0.5)
 
     def _render(self, slots: Sequence[State], generators: list[torch.Generator]) -> np.ndarray:
         sample, arguments = slots[0].sample, self._arguments(slots)

@@ -45,6 +45,9 @@ def in_store(url: str, what: str, *, offline: bool) -> Place:
         if not listing:
             raise InvalidJob(f"{what}: there is nothing at {url}; correct the URL")
         _write(note, json.dumps(listing).encode(), what)
+    for name in listing:  # a store keeps them as they were written
+        if any(step in ("", ".", "..") for step in name.split("/")):
+            raise InvalidJob(f"{what}: the store has a file named {name!r}, which would lie elsewhere here; remove it")
     folder = note.with_suffix("") / hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()[:32]
 
     def get(wanted: Iterable[str]) -> Path:
