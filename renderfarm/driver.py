@@ -117,6 +117,7 @@ class Driver:
             )
         probe(self.store)
         commit.freeze_job(self.store, self.prepared.frozen())
+        self.progress.rate_before = float(commit.read_progress(self.store).get("images_per_second") or 0.0)
         for data in (*self.prepared.adapter_files.values(), *self.prepared.after_files.values()):
             commit.keep(self.store, data)
 

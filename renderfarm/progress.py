@@ -41,6 +41,8 @@ class Progress:
     workers: dict[str, WorkerProgress] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
     first_ready: float | None = None
+    rate_before: float = 0.0
+    """Images per second of the run before: what a run that has nothing to do leaves for `plan`."""
     counters: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def add_committed(self, receipt: PartReceipt) -> None:
@@ -112,7 +114,7 @@ class Progress:
             "new_images": self.new_images,
             "new_errors": self.new_errors,
             "error_classes": dict(self.error_classes),
-            "images_per_second": round(self.images_per_second, 3),
+            "images_per_second": round(self.images_per_second or self.rate_before, 3),
             "eta_seconds": self.eta_seconds and round(self.eta_seconds, 1),
             "useful_slots": self.useful_slots and round(self.useful_slots, 4),
             "lost_workers": self.lost_workers,

@@ -16,6 +16,8 @@ from checker import check_complete, error_rows, image_rows, pixels, tables
 import renderfarm
 from renderfarm.config import load_job
 from renderfarm.errors import Fatal, InvalidJob
+from renderfarm.estimate import estimate
+from renderfarm.preparation import prepare
 from renderfarm.schema import ERROR_COLUMNS, IMAGE_COLUMNS
 
 Write = Callable[..., Path]
@@ -350,3 +352,12 @@ def test_a_run_warns_of_ids_that_come_twice_and_of_columns_that_look_like_argume
     manifest = write_manifest(columns, name="seeds.parquet")
     other = renderfarm.run(write_job(manifest, output={"path": str(manifest.parent / "seeds")}), engine="inline")
     assert other.warnings == (hint,)
+
+
+def test_a_run_that_has_nothing_to_do_leaves_the_rate_for_plan(write_manifest: Write, write_job: Write) -> None:
+    path = write_job(write_manifest())
+    renderfarm.run(path, engine="inline")
+    before = estimate(prepare(load_job(path)))["images/s of the last run"]
+    assert before
+    assert renderfarm.run(path, engine="inline").new_images == 0
+    assert estimate(prepare(load_job(path)))["images/s of the last run"] == before
