@@ -237,7 +237,7 @@ class Driver:
             grid = self.prepared.grid()
             self._use(self._measured_grid(engine, event.info) if grid is None else grid)
         assert self.grid is not None
-        self.held = leases_held(event.info.batch_size, self.grid.part_rows)
+        self.held = leases_held(event.info.batch_size, self.grid.part_rows * self.prepared.usual.images_per_row)
         self.starting.discard(event.worker)
         self.free[event.worker] = []
         self.start_failures = 0

@@ -8,6 +8,7 @@ No engine appears here: `engines.inline` calls it in this process, `engines.ray`
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -45,9 +46,9 @@ MOST_LEASES = 32  # of small parts
 KILLER = "the workers that rendered this row died each time; look at its arguments, or at the device's memory"
 
 
-def leases_held(batch_size: int, part_rows: int) -> int:
+def leases_held(batch_size: int, images_per_part: float) -> int:
     """How many leases keep a worker's slots full: while one is published the others must hold a batch and its successor."""
-    return min(MOST_LEASES, max(LEASES_IN_FLIGHT, 1 + -(-2 * batch_size // part_rows)))
+    return min(MOST_LEASES, max(LEASES_IN_FLIGHT, 1 + math.ceil(2 * batch_size / images_per_part)))
 
 
 @dataclass(frozen=True)
