@@ -96,9 +96,10 @@ def test_a_second_sigterm_ends_at_once_with_75(engine: str, write_manifest: Writ
     manifest = write_manifest({"prompt": [f"row {k}" for k in range(400)]})
     job = write_job(manifest, output={"part_rows": 100}, render={"num_inference_steps": 20})
     process = start(job, "--engine", engine, RENDERFARM_FAKE_STEP_S="0.5")
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "out/_renderfarm/profile.json").exists() and time.monotonic() < deadline:
+    deadline, progress = time.monotonic() + 60, tmp_path / "out/_renderfarm/progress.json"
+    while not (progress.exists() and '"state": "ready"' in progress.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
+    time.sleep(1)  # a worker that is ready has leases a moment later; before, there is nothing to finish
     process.send_signal(signal.SIGTERM)
     time.sleep(0.05)
     process.send_signal(signal.SIGTERM)  # `timeout` signals a process and its group: one stop, not two
