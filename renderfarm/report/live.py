@@ -60,10 +60,11 @@ class Watcher:
 
 def _view(progress: Progress) -> Group:
     workers = Table(box=None, padding=(0, 2))
-    for column in ("worker", "state", "device", "leases", "images"):
+    for column in ("worker", "state", "device", "leases", "images", "images/s"):
         workers.add_column(column)
+    seconds = max(1.0, time.time() - (progress.first_ready or time.time()))
     for name, worker in list(progress.workers.items())[-16:]:
-        workers.add_row(name, worker.state, worker.device, str(worker.leases), str(worker.images))
+        workers.add_row(name, worker.state, worker.device, str(worker.leases), str(worker.images), f"{worker.images / seconds:.1f}")
     bar = Table.grid()  # a bare ProgressBar ends without a line break
     bar.add_row(ProgressBar(total=progress.parts, completed=progress.parts_done, width=60))
     lines: list[Text | Table] = [Text(one_line(progress)), bar, workers]
