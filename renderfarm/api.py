@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from renderfarm.config import Job, load_job
+from renderfarm.config import Job
 from renderfarm.driver import Driver, Observer, RunSummary
 from renderfarm.engines.base import Engine
 from renderfarm.errors import InvalidJob, RenderfarmError
+from renderfarm.jobfile import load_job
 from renderfarm.preparation import Prepared, prepare
 from renderfarm.reading import Output
 from renderfarm.report.card import write_card

@@ -60,7 +60,7 @@ def run(
 ) -> None:
     """Render what the output does not hold yet. Run it again and it continues."""
     from renderfarm.api import run as run_job
-    from renderfarm.config import load_job
+    from renderfarm.jobfile import load_job
     from renderfarm.report.live import Watcher
 
     loaded = load_job(job, sets, out, logical_date)
@@ -162,7 +162,7 @@ def validate(
     as_json: AsJson = False,
 ) -> None:
     """Check the job file and every row of its manifest; nothing is rendered or written."""
-    from renderfarm.config import load_job
+    from renderfarm.jobfile import load_job
     from renderfarm.preparation import prepare
     from renderfarm.validation import validate_rows
 
@@ -184,8 +184,8 @@ def validate(
 @app.command()
 def plan(job: JobFile, sets: Sets = None, out: Out = None, logical_date: LogicalDate = None, as_json: AsJson = False) -> None:
     """Show what `run` would do: rows, parts done and left, images, bytes and time."""
-    from renderfarm.config import load_job
     from renderfarm.estimate import estimate
+    from renderfarm.jobfile import load_job
     from renderfarm.preparation import prepare
 
     found = estimate(prepare(load_job(job, sets, out, logical_date)))
@@ -341,7 +341,8 @@ def models(
     as_json: AsJson = False,
 ) -> None:
     """List the model families that can be rendered, and the builtin models; with --model, what one of them takes and needs."""
-    from renderfarm.config import BUILTIN_MODELS, model_spec
+    from renderfarm.config import BUILTIN_MODELS
+    from renderfarm.jobfile import model_spec
     from renderfarm.models.families import FAMILIES, families_markdown
 
     if model is not None:
@@ -377,7 +378,7 @@ def samplers(
 
     info = None
     if model is not None:
-        from renderfarm.config import model_spec
+        from renderfarm.jobfile import model_spec
         from renderfarm.models.catalog import describe
 
         info = describe(model_spec(model))
@@ -442,7 +443,7 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Run a job on a running Ray cluster; the same job twice is one submission."""
-    from renderfarm.config import load_job
+    from renderfarm.jobfile import load_job
     from renderfarm.submit import submit_job, wait_for
 
     loaded = load_job(job, sets, out, logical_date)

@@ -1,28 +1,19 @@
 """The job file: one YAML, frozen pydantic models, every field explained.
 
-`load_job` is the only way in: it reads, substitutes `{{ ds }}`, applies `--set`, validates, and turns every mistake
-into one `InvalidJob` that names file, field and the nearest valid word. `${ENV}` stays as written in what is stored
-and is expanded only where a value is used (`expand_env`).
+`${ENV}` stays as written in what is stored and is expanded only where a value is used (`expand_env`).
 """
 
 from __future__ import annotations
 
-import datetime as dt
-import difflib
 import os
 import re
-import typing
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from renderfarm.errors import InvalidJob
 from renderfarm.seeds import MAX_SEED
 
-MAX_JOB_BYTES = 1 << 20
 BUILTIN_MODELS = {
     "builtin:shapes": "drawn shapes, 64 px: real and tiny, for demos and tests",
     "builtin:fake": "random pixels without torch, for fault drills and load measurements",
@@ -468,211 +459,5 @@ def expand_env(text: str) -> str:
     return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", value, text)
 
 
-def load_job(path: str | Path, sets: list[str] | None = None, out: str | None = None, logical_date: str | None = None) -> Job:
-    """Read and validate a job file.
-
-    `sets` are `field.sub=value` with YAML values; `out` replaces `output.path`; `logical_date` (YYYY-MM-DD) fills
-    `{{ ds }}` and `{{ ds_nodash }}`. Raises InvalidJob with one message.
-    """
-    path = Path(path)
-    data = _read_yaml(path)
-    for item in sets or []:
-        _set(data, item)
-    if out is not None:
-        if not out.strip():
-            raise InvalidJob("--out is empty; give a folder (is a shell variable unset?)")
-        output = data.get("output")
-        data["output"] = {**(output if isinstance(output, dict) else {}), "path": _absolute(out, Path.cwd())}
-    try:
-        job = Job.model_validate(_fill_dates(data, logical_date, path))
-    except RecursionError:  # a YAML anchor that holds itself
-        raise InvalidJob(f"{path}: a value contains itself; write it without YAML anchors") from None
-    except ValidationError as error:
-        raise InvalidJob(_explain(error, path)) from None
-    return _resolve(job, path.parent.absolute())
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML's safe loader, but a key that comes twice is an error: the second one would win in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice; keep one", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_JOB_BYTES:
-            raise InvalidJob(f"{path}: larger than 1 MiB; a job file holds settings, prompts go into the manifest")
-        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 - a SafeLoader
-    except FileNotFoundError:
-        raise InvalidJob(f"{path}: no such job file; give the path of a YAML file such as jobs/demo.yaml") from None
-    except OSError as error:
-        raise InvalidJob(f"{path}: cannot read the job file: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InvalidJob(f"{path}: not a text file; a job is a YAML file in UTF-8") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise InvalidJob(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    except (ValueError, RecursionError) as error:  # PyYAML lets these through: a date such as 2024-13-45, brackets a thousand deep
-        raise InvalidJob(f"{path}: not valid YAML: {error}; quote what is meant as text") from None
-    if not isinstance(data, dict):
-        raise InvalidJob(f"{path}: a job file is a YAML mapping with at least name, manifest, model and output")
-    return data
-
-
-def _set(data: dict[str, Any], item: str) -> None:
-    name, equals, text = item.partition("=")
-    if not equals or not name:
-        raise InvalidJob(f"--set {item}: write it as field.sub=value, for example --set render.num_inference_steps=8")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise InvalidJob(f"--set {item}: the value is not valid YAML") from None
-    *parents, last = name.split(".")
-    place = data
-    for depth, parent in enumerate(parents):
-        inner = place.get(parent)
-        if inner is None:
-            inner = {}
-        elif isinstance(inner, str) and depth == 0 and parent in ("manifest", "model"):
-            inner = {"path" if parent == "manifest" else "id": inner}
-        if not isinstance(inner, dict):
-            raise InvalidJob(f"--set {item}: {parent} is not a block in the job file")
-        place[parent] = inner = dict(inner)
-        place = inner
-    place[last] = value
-
-
-def _fill_dates(data: dict[str, Any], logical_date: str | None, path: Path) -> dict[str, Any]:
-    try:
-        day = dt.date.fromisoformat(logical_date) if logical_date else None
-    except ValueError:
-        raise InvalidJob(f"--logical-date {logical_date}: write it as YYYY-MM-DD") from None
-    words = {"ds": day.isoformat(), "ds_nodash": day.strftime("%Y%m%d")} if day else {}
-
-    def word(match: re.Match[str]) -> str:
-        name = match[1]
-        if name not in ("ds", "ds_nodash"):
-            raise InvalidJob(f"{path}: {{{{ {name} }}}} is not known; use {{{{ ds }}}} or {{{{ ds_nodash }}}}")
-        if not words:
-            raise InvalidJob(f"{path}: uses {{{{ {name} }}}}; give --logical-date YYYY-MM-DD")
-        return words[name]
-
-    def fill(value: Any) -> Any:
-        if isinstance(value, str):
-            return re.sub(r"\{\{\s*(.*?)\s*\}\}", word, value)
-        if isinstance(value, dict):
-            return {key: fill(inner) for key, inner in value.items()}
-        return [fill(inner) for inner in value] if isinstance(value, list) else value
-
-    return {key: fill(value) if key in ("manifest", "output") else value for key, value in data.items()}
-
-
-def _explain(error: ValidationError, path: Path) -> str:
-    lines = []
-    for problem in error.errors():
-        # union members and validators add steps such as `list[str]` to the location; only names and indices help
-        place = ".".join(str(step) for step in problem["loc"] if step != "str" and re.fullmatch(r"\w+", str(step)))
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            message = f"unknown field{_nearest(problem['loc'])}"
-        elif problem["type"] == "missing":
-            message = "is required"
-        elif problem["type"] == "literal_error":
-            message += f", not {problem['input']!r}"
-        lines.append(f"{path}: {place or 'job'}: {message}")
-    return "\n".join(dict.fromkeys(lines))
-
-
-def _nearest(location: tuple[int | str, ...]) -> str:
-    model: Any = Job
-    for step in location[:-1]:
-        if isinstance(step, int):  # of a list; its items' model was found
-            continue
-        annotation = model.model_fields[step].annotation if step in model.model_fields else None
-        kinds = (annotation, *typing.get_args(annotation))
-        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-        if model is None:
-            return ""
-    names = list(model.model_fields)
-    close = difflib.get_close_matches(str(location[-1]), names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; known fields: {', '.join(names)}"
-
-
-def model_spec(text: str, given: Sequence[str] = ()) -> ModelSpec:
-    """A model as a person names it on the command line: builtin:…, a folder (relative to here), or org/name@COMMIT.
-
-    `given`: its components from elsewhere, each as NAME=FOLDER or NAME=org/name@COMMIT[/SUBFOLDER].
-    """
-    id_, revision, _ = _named(text)
-    return ModelSpec(id=id_, revision=revision, components=component_specs(given))
-
-
-def component_specs(given: Sequence[str]) -> dict[str, ComponentSpec]:
-    found = {}
-    for item in given:
-        name, equals, text = item.partition("=")
-        if not equals or not name or not text:
-            raise InvalidJob(f"--component {item}: write it as NAME=FOLDER or NAME=org/name@COMMIT/SUBFOLDER, for example vae=./other-vae")
-        id_, revision, subfolder = _named(text)
-        found[name] = ComponentSpec(id=id_, revision=revision, subfolder=subfolder)
-    return found
-
-
-def _named(text: str) -> tuple[str, str | None, str | None]:
-    """Id, revision and subfolder."""
-    if text.startswith((".", "/", "~")) or Path(text).exists():
-        return _absolute(text, Path.cwd()), None, None
-    id_, _, rest = text.partition("@")
-    revision, _, subfolder = rest.partition("/")
-    return id_, revision or None, subfolder or None
-
-
 def is_url(text: str) -> bool:
     return re.match(r"^[a-z0-9+.-]+://", text, re.IGNORECASE) is not None
-
-
-def _absolute(text: str, base: Path) -> str:
-    """Local paths become absolute (against `base`); URLs and `${ENV}` starts stay as they are."""
-    if is_url(text) or text.startswith("${"):
-        return text
-    return os.path.normpath(base / Path(text).expanduser())
-
-
-def _model_folder(model_id: str, base: Path) -> str:
-    """A hub id stays what it is."""
-    return _absolute(model_id, base) if model_id.startswith((".", "/", "~")) else model_id
-
-
-def _resolve(job: Job, base: Path) -> Job:
-    paths = job.manifest.path if isinstance(job.manifest.path, list) else [job.manifest.path]
-    absolute = [_absolute(path, base) for path in paths]
-    folder = job.inputs.folder
-    adapters = {name: _absolute(path, base) for name, path in job.model.adapters.items()}
-    companions = {name: getattr(job.model, name) for name in COMPANIONS}
-    resolved = {name: given and given.model_copy(update={"id": _model_folder(given.id, base)}) for name, given in companions.items()}
-    resolved["components"] = {
-        name: given.model_copy(update={"id": _model_folder(given.id, base)}) for name, given in job.model.components.items()
-    }
-    return job.model_copy(
-        update={
-            "manifest": job.manifest.model_copy(update={"path": absolute if len(absolute) > 1 else absolute[0]}),
-            "model": job.model.model_copy(update={"id": _model_folder(job.model.id, base), "adapters": adapters, **resolved}),
-            "output": job.output.model_copy(update={"path": _absolute(job.output.path, base)}),
-            "inputs": job.inputs.model_copy(update={"folder": folder and _absolute(folder, base)}),
-            "after": tuple(_resolve_step(step, base) for step in job.after),
-        }
-    )
-
-
-def _resolve_step(step: Step, base: Path) -> Step:
-    if step.upscale is None:
-        return step
-    weights = _absolute(step.upscale.weights, base)
-    return step.model_copy(update={"upscale": step.upscale.model_copy(update={"weights": weights})})

@@ -17,8 +17,9 @@ from pydantic import ValidationError
 
 from renderfarm import commit
 from renderfarm.after import Chain, thawed
-from renderfarm.config import COMPANIONS, ModelSpec, Offload, Workers, is_url, model_spec
+from renderfarm.config import COMPANIONS, ModelSpec, Offload, Workers, is_url
 from renderfarm.errors import Fatal, InvalidJob
+from renderfarm.jobfile import model_spec
 from renderfarm.models.base import SlotModel
 from renderfarm.models.catalog import describe, for_task, with_weights
 from renderfarm.models.families import IMAGES_OF

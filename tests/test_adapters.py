@@ -17,8 +17,9 @@ from oracle import CLASSES, B, plain_pipeline, reference, row
 
 import renderfarm
 from renderfarm import adapters
-from renderfarm.config import ModelSpec, Workers, load_job
+from renderfarm.config import ModelSpec, Workers
 from renderfarm.errors import Fatal, InvalidInput, InvalidJob
+from renderfarm.jobfile import load_job
 from renderfarm.models.catalog import describe
 from renderfarm.models.load import load_model
 from renderfarm.preparation import prepare

@@ -26,9 +26,10 @@ from upscalers import Compact, RRDBNet, enlarged, random_network, save
 
 import renderfarm
 from renderfarm import after
-from renderfarm.config import Colour, Job, Step, Upscale, Watermark, load_job
+from renderfarm.config import Colour, Job, Step, Upscale, Watermark
 from renderfarm.errors import Fatal, InvalidInput, InvalidJob
 from renderfarm.estimate import estimate
+from renderfarm.jobfile import load_job
 from renderfarm.models.fake import Fake
 from renderfarm.models.measure import seconds_per_image
 from renderfarm.preparation import prepare

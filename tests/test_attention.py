@@ -17,8 +17,9 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from oracle import DTYPES, LEGAL, Model, row
 
 import renderfarm
-from renderfarm.config import AttentionBackend, ModelSpec, Workers, load_job
+from renderfarm.config import AttentionBackend, ModelSpec, Workers
 from renderfarm.errors import Fatal, InvalidJob
+from renderfarm.jobfile import load_job
 from renderfarm.models.catalog import describe
 from renderfarm.models.load import load_model
 from renderfarm.preparation import prepare

@@ -94,8 +94,8 @@ def test_verify_and_inspect_say_what_is_right_and_exit_3_where_it_is_not(write_m
 
 def prepared_only(job: Path, out: Path) -> Path:
     """An output that `run` began and that no worker has touched."""
-    from renderfarm.config import load_job
     from renderfarm.driver import Driver
+    from renderfarm.jobfile import load_job
     from renderfarm.preparation import prepare
 
     Driver(prepare(load_job(job)), threading.Event(), lambda progress: None).begin()
@@ -182,7 +182,7 @@ def test_bad_input_gets_one_message_that_says_what_to_do(write_manifest: Write, 
 
 
 def test_every_shipped_job_file_is_valid() -> None:
-    from renderfarm.config import load_job
+    from renderfarm.jobfile import load_job
 
     jobs = sorted((ROOT / "jobs").glob("*.yaml"))
     assert len(jobs) >= 4

@@ -21,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from renderfarm import commit
-from renderfarm.config import load_job
 from renderfarm.errors import InvalidJob, ProfileMismatch
+from renderfarm.jobfile import load_job
 from renderfarm.layouts import files
 from renderfarm.preparation import prepare
 from renderfarm.records import Part, PartReceipt

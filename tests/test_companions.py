@@ -167,9 +167,9 @@ def test_a_second_model_with_another_byte_than_the_job_says_stops_the_job(job: J
     asked = {"id": str(tiny_model("sd-controlnet")), "sha256": "0" * 64}
     reason = r"have the hash ([0-9a-f]{64}), and the job asks for 0{64} \(model.controlnet.sha256\)"
     with pytest.raises(Fatal, match=reason) as caught:
-        renderfarm.run(renderfarm.config.load_job(path, [f"model.controlnet={json.dumps(asked)}"]), engine="inline")
+        renderfarm.run(renderfarm.jobfile.load_job(path, [f"model.controlnet={json.dumps(asked)}"]), engine="inline")
     asked["sha256"] = str(caught.value).partition("the hash ")[2][:64]
-    assert renderfarm.run(renderfarm.config.load_job(path, [f"model.controlnet={json.dumps(asked)}"]), engine="inline").images == 1
+    assert renderfarm.run(renderfarm.jobfile.load_job(path, [f"model.controlnet={json.dumps(asked)}"]), engine="inline").images == 1
 
 
 def of_the_pair(base: Any, refiner: Any, wanted: Sample) -> np.ndarray:
@@ -301,7 +301,7 @@ def test_rows_through_ray_have_the_same_pixels_with_one_worker_and_with_two(kind
     values, found = columns(12, **{column: cells * 4 for column, cells in more.items()}), []
     for workers in (1, 2):
         path = job(values, name, {kind: FOLDERS[kind]}, output={"path": str(tmp_path / f"out{workers}"), "part_rows": 7 - 2 * workers})
-        assert renderfarm.run(renderfarm.config.load_job(path, [f"workers.max={workers}"]), engine="ray").images == 12
+        assert renderfarm.run(renderfarm.jobfile.load_job(path, [f"workers.max={workers}"]), engine="ray").images == 12
         found.append({record["row"]: record["pixel_sha256"] for record in image_rows(tmp_path / f"out{workers}")})
     assert found[0] == found[1]
     assert len(set(found[0].values())) == 12

@@ -11,8 +11,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from renderfarm.config import MAX_JOB_BYTES, Job, expand_env, load_job
+from renderfarm.config import Job, expand_env
 from renderfarm.errors import InvalidJob
+from renderfarm.jobfile import MAX_JOB_BYTES, load_job
 from renderfarm.seeds import MAX_SEED
 
 MINIMAL = {"name": "t", "manifest": "prompts.parquet", "model": "builtin:fake", "output": {"path": "out"}}

@@ -20,9 +20,10 @@ from oracle import CLASSES, LEGAL, Model, row
 from test_adapters import make_adapter
 
 import renderfarm
-from renderfarm.config import ModelSpec, Workers, load_job
+from renderfarm.config import ModelSpec, Workers
 from renderfarm.engines.ray import RayEngine
 from renderfarm.errors import Fatal, InvalidJob
+from renderfarm.jobfile import load_job
 from renderfarm.models.catalog import IMAGES_OF, describe, for_task
 from renderfarm.models.torch_setup import describe_profile, prepare_torch
 from renderfarm.preparation import prepare

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 import renderfarm
-from renderfarm.config import load_job
 from renderfarm.driver import Driver, RunSummary
 from renderfarm.engines.base import Done, Event, Failed, Ready
 from renderfarm.errors import Fatal, ProfileMismatch, RenderFailed, RenderfarmError, Transient, WorkerLost
+from renderfarm.jobfile import load_job
 from renderfarm.models.fake import Fake, State
 from renderfarm.preparation import Prepared, prepare
 from renderfarm.records import Lease

@@ -29,7 +29,7 @@ print(find_model(ModelSpec(id="org/name", revision={COMMIT!r}), weights=True))
 """
 AGAIN = """
 import json, renderfarm
-from renderfarm.config import load_job
+from renderfarm.jobfile import load_job
 from renderfarm.verification import Choice, verify
 def again(job, out, verified):
     assert renderfarm.run(load_job(job, out=out), engine="inline").images == 2
@@ -168,7 +168,7 @@ def test_of_a_component_from_the_hub_only_its_own_files_are_fetched(
     published: Path, client: Client, tiny_model: Callable[[str], Path]
 ) -> None:
     script = f"""
-from renderfarm.config import model_spec
+from renderfarm.jobfile import model_spec
 from renderfarm.models.sources import find_model
 print(find_model(model_spec({str(tiny_model("sd"))!r}, ["vae=org/name@{COMMIT}/vae"]), weights=True))
 """

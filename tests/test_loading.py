@@ -25,8 +25,9 @@ from torchao.quantization import Int8WeightOnlyConfig
 
 import renderfarm
 from renderfarm.cli import _model_and_parts
-from renderfarm.config import ComponentSpec, ModelSpec, Workers, load_job, model_spec
+from renderfarm.config import ComponentSpec, ModelSpec, Workers
 from renderfarm.errors import Fatal, InvalidJob, ProfileMismatch
+from renderfarm.jobfile import load_job, model_spec
 from renderfarm.models.about import about
 from renderfarm.models.catalog import describe
 from renderfarm.models.fingerprint import weight_hashes

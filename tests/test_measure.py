@@ -16,9 +16,10 @@ from checker import check_complete
 
 import renderfarm
 from renderfarm import commit
-from renderfarm.config import ModelSpec, Workers, load_job
+from renderfarm.config import ModelSpec, Workers
 from renderfarm.errors import Fatal, InvalidJob, OutOfMemory
 from renderfarm.estimate import estimate
+from renderfarm.jobfile import load_job
 from renderfarm.models.catalog import describe
 from renderfarm.models.fake import Fake, State
 from renderfarm.models.measure import best_batch_size, seconds_per_image

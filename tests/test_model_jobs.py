@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from renderfarm.config import load_job
 from renderfarm.estimate import estimate
+from renderfarm.jobfile import load_job
 from renderfarm.preparation import prepare
 
 JOBS = Path(__file__).parents[1] / "jobs" / "models"

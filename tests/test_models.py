@@ -21,8 +21,9 @@ from oracle import CLASSES, row
 from safetensors.numpy import load_file
 
 import renderfarm
-from renderfarm.config import ModelSpec, Workers, load_job
+from renderfarm.config import ModelSpec, Workers
 from renderfarm.errors import Fatal, Filtered, InvalidInput, InvalidJob
+from renderfarm.jobfile import load_job
 from renderfarm.models import catalog
 from renderfarm.models.about import about
 from renderfarm.models.catalog import describe

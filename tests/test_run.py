@@ -14,9 +14,9 @@ import pytest
 from checker import check_complete, error_rows, image_rows, pixels, tables
 
 import renderfarm
-from renderfarm.config import load_job
 from renderfarm.errors import Fatal, InvalidJob
 from renderfarm.estimate import estimate
+from renderfarm.jobfile import load_job
 from renderfarm.preparation import prepare
 from renderfarm.schema import ERROR_COLUMNS, IMAGE_COLUMNS
 

@@ -18,8 +18,9 @@ from checker import image_rows
 from fsspec.implementations.memory import MemoryFileSystem
 
 import renderfarm
-from renderfarm.config import ComponentSpec, ModelSpec, load_job
+from renderfarm.config import ComponentSpec, ModelSpec
 from renderfarm.errors import Fatal, InvalidJob, Transient
+from renderfarm.jobfile import load_job
 from renderfarm.models.about import about
 from renderfarm.models.catalog import describe
 from renderfarm.models.fingerprint import cache_folder

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from checker import check_complete
 
-from renderfarm.config import load_job
 from renderfarm.errors import InvalidJob
+from renderfarm.jobfile import load_job
 from renderfarm.submit import submit_job
 
 Write = Callable[..., Path]

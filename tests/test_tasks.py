@@ -25,9 +25,10 @@ from pictures_given import encoded, mask, picture
 from PIL import Image
 
 import renderfarm
-from renderfarm.config import Inputs, Job, ModelSpec, Workers, load_job
+from renderfarm.config import Inputs, Job, ModelSpec, Workers
 from renderfarm.errors import InvalidInput, InvalidJob, Transient
 from renderfarm.inputs import Fetcher, is_public
+from renderfarm.jobfile import load_job
 from renderfarm.models.catalog import describe, for_task
 from renderfarm.models.families import FAMILIES
 from renderfarm.models.load import load_model

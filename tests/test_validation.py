@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from renderfarm.config import load_job
 from renderfarm.errors import InvalidJob
+from renderfarm.jobfile import load_job
 from renderfarm.preparation import prepare
 from renderfarm.validation import KEPT_PROBLEMS, Validation, validate_rows
 

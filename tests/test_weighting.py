@@ -29,8 +29,9 @@ from test_adapters import make_adapter
 from test_tasks import CLASSES
 
 import renderfarm
-from renderfarm.config import ModelSpec, Workers, load_job
+from renderfarm.config import ModelSpec, Workers
 from renderfarm.errors import Fatal, InvalidInput, InvalidJob
+from renderfarm.jobfile import load_job
 from renderfarm.models.catalog import ModelInfo, describe, for_task, with_weights
 from renderfarm.models.families import FAMILIES
 from renderfarm.models.load import load_model

@@ -17,10 +17,10 @@ from typing import Any
 import ray
 
 import renderfarm
-from renderfarm.config import load_job
 from renderfarm.engines.base import Failed, Ready
 from renderfarm.engines.ray import RayEngine
 from renderfarm.errors import RenderfarmError
+from renderfarm.jobfile import load_job
 from renderfarm.preparation import prepare
 from renderfarm.worker import WorkerSpec
 
