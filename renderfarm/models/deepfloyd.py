@@ -13,7 +13,7 @@ from diffusers import IFSuperResolutionPipeline
 from renderfarm.config import Workers
 from renderfarm.models.calls import State, WholeCall
 from renderfarm.models.catalog import ModelInfo
-from renderfarm.models.loaded import only_finite
+from renderfarm.models.loaded import described, only_finite
 
 NO_CHECKER: dict[str, Any] = {"safety_checker": None, "watermarker": None}
 
@@ -61,8 +61,7 @@ class DeepFloyd(WholeCall):
     def profile(self) -> dict[str, Any]:
         if self.second is None:
             return super().profile()
-        config = self.second.own_scheduler.config
-        scheduler = {name: value for name, value in config.items() if not name.startswith("_")}
+        scheduler = described(self.second.own_scheduler.config)
         return super().profile() | {"super_resolution": dict(self.info.super_resolution) | {"scheduler": scheduler}}
 
 

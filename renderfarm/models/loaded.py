@@ -6,6 +6,7 @@ import importlib.util
 import os
 import warnings
 from abc import ABC
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ def set_up(pipe: Any) -> None:
     processor = getattr(pipe, "image_processor", None)
     if processor is not None:
         processor.postprocess = _seen_through(processor.postprocess)
+
+
+def described(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration for the profile: names with `_` are diffusers' own notes, one of them a list in hash order."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def _seen_through(postprocess: Any) -> Any:
@@ -168,8 +174,7 @@ class LoadedPipeline(ABC):
             torch.accelerator.synchronize()
 
     def profile(self) -> dict[str, Any]:
-        # names with `_` are diffusers' own notes, one of them a list in hash order
-        scheduler = {key: value for key, value in self.scheduler_config.items() if not key.startswith("_")}
+        scheduler = described(self.scheduler_config)
         own = {"text_length": self.text_length, "vae_slicing": True, "scheduler": scheduler, "safety_checker": self.info.safety_checker}
         own |= quantization_profile(self.info)
         if self.info.adapters:

@@ -14,6 +14,7 @@ from renderfarm.config import Workers
 from renderfarm.errors import InvalidInput
 from renderfarm.models.calls import State
 from renderfarm.models.catalog import ModelInfo
+from renderfarm.models.loaded import described
 from renderfarm.models.tasks import WithImages
 from renderfarm.records import Sample
 
@@ -57,5 +58,4 @@ class WithRefiner(WithImages):
         return pictures
 
     def profile(self) -> dict[str, Any]:
-        config = self.refiner.own_scheduler.config
-        return super().profile() | {"refiner_scheduler": {name: value for name, value in config.items() if not name.startswith("_")}}
+        return super().profile() | {"refiner_scheduler": described(self.refiner.own_scheduler.config)}
