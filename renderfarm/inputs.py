@@ -25,7 +25,7 @@ from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 
 from renderfarm import commit
 from renderfarm.config import Inputs, is_url
-from renderfarm.errors import InvalidInput, RenderfarmError, Transient
+from renderfarm.errors import Fatal, InvalidInput, RenderfarmError, Transient
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.pictures import decode, shown, sized
 from renderfarm.records import IMAGE_ARGUMENTS, InputImage, Sample
@@ -35,6 +35,7 @@ from renderfarm.storage import Store
 FETCHED_AT_A_TIME = 8
 REDIRECTS = 5
 ATTEMPTS, PAUSE_S = 3, 1.0
+MAX_DECODED_BYTES = 4 << 30  # of a part; a worker holds two or three
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -47,11 +48,22 @@ class Fetcher:
         self.folder = Path(str(inputs.folder)).resolve()
 
     def fetch(self, samples: Sequence[Sample]) -> list[Sample | RenderfarmError]:
-        """Each sample with its images and its size, or why it cannot be rendered."""
+        """Each sample with its images and its size, or why it cannot be rendered. Raises Fatal where they are too much at once."""
         wanted = {image for sample in samples for name in IMAGE_ARGUMENTS if (image := getattr(sample, name)) is not None}
+        firsts = {_asked(sample): sample for sample in samples}  # a row's copies share its pictures
         with ThreadPoolExecutor(FETCHED_AT_A_TIME, thread_name_prefix="fetch") as pool:
             found = dict(zip(wanted, pool.map(self._try_bytes, wanted), strict=True))
-            return list(pool.map(lambda sample: self._with_images(sample, found), samples))
+            ready, held = dict[Any, Sample | RenderfarmError](), 0
+            for asked, first in zip(firsts, pool.map(lambda sample: self._with_images(sample, found), firsts.values()), strict=True):
+                ready[asked] = first
+                held += _decoded_bytes(first)
+                if held > MAX_DECODED_BYTES:
+                    pool.shutdown(cancel_futures=True)
+                    raise Fatal(
+                        f"the decoded images that one part's rows give need more than {MAX_DECODED_BYTES >> 30} GiB of a worker's memory; "
+                        "lower output.part_rows (in a new output), or give smaller images"
+                    )
+        return [_like(ready[_asked(sample)], sample) for sample in samples]
 
     def _try_bytes(self, image: InputImage) -> InputImage | RenderfarmError:
         """What may pass is tried again; what does not is the row's end, and a later run may retry the row."""
@@ -123,6 +135,22 @@ class Fetcher:
             raise InvalidInput(f"{source!r} does not exist; paths start at {self.folder.name}/ (inputs.folder)") from None
         except (OSError, ValueError) as error:
             raise InvalidInput(f"{source!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _asked(sample: Sample) -> Any:
+    """What decides a sample's pictures."""
+    return (*(getattr(sample, name) for name in IMAGE_ARGUMENTS), sample.height, sample.width, sample.resize)
+
+
+def _decoded_bytes(sample: Sample | RenderfarmError) -> int:
+    given = [getattr(sample, name, None) for name in IMAGE_ARGUMENTS]
+    return sum(image.picture.width * image.picture.height * len(image.picture.getbands()) for image in given if image is not None)
+
+
+def _like(ready: Sample | RenderfarmError, sample: Sample) -> Sample | RenderfarmError:
+    if isinstance(ready, RenderfarmError):
+        return ready
+    return replace(sample, height=ready.height, width=ready.width, **{name: getattr(ready, name) for name in IMAGE_ARGUMENTS})
 
 
 def _pixels(size: tuple[int, int]) -> str:

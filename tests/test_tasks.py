@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -26,7 +27,7 @@ from PIL import Image
 
 import renderfarm
 from renderfarm.config import Inputs, Job, ModelSpec, Workers
-from renderfarm.errors import InvalidInput, InvalidJob, Transient
+from renderfarm.errors import Fatal, InvalidInput, InvalidJob, Transient
 from renderfarm.inputs import Fetcher, is_public
 from renderfarm.jobfile import load_job
 from renderfarm.models.catalog import describe, for_task
@@ -281,6 +282,32 @@ def fetch(tmp_path: Path, url: str, **inputs: Any) -> Any:
     wanted = row(sampler="euler", strength=0.5, height=0, width=0, image=InputImage(url))
     (found,) = Fetcher(allowed, model, open_store(str(tmp_path / "o"))).fetch([wanted])
     return found
+
+
+def test_a_row_s_copies_share_one_decoded_image(tmp_path: Path) -> None:
+    fetcher, copies, other = copies_of_an_image(tmp_path)
+    found: list[Any] = fetcher.fetch([*copies, other])
+    first, second, third = found
+    assert first.image.picture is second.image.picture
+    assert (first.seed, second.seed) == (1, 2)
+    assert third.image.picture.size == (64, 32)
+
+
+def test_decoded_images_beyond_a_part_s_memory_stop_the_job_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetcher, copies, other = copies_of_an_image(tmp_path)
+    monkeypatch.setattr("renderfarm.inputs.MAX_DECODED_BYTES", 32 * 32 * 3)
+    assert all(isinstance(found, Sample) for found in fetcher.fetch(copies))
+    with pytest.raises(Fatal, match=r"lower output\.part_rows"):
+        fetcher.fetch([*copies, other])
+
+
+def copies_of_an_image(tmp_path: Path) -> tuple[Fetcher, list[Sample], Sample]:
+    (tmp_path / "a.png").write_bytes(Site.image)
+    model = for_task(describe(ModelSpec(id="builtin:shapes")), ("image",))
+    inputs = Inputs.model_construct(**{**Inputs().model_dump(), "folder": str(tmp_path)})
+    wanted = row(sampler="euler", strength=0.5, height=0, width=0, image=InputImage("a.png"))
+    copies = [replace(wanted, seed=seed) for seed in (1, 2)]
+    return (Fetcher(inputs, model, open_store(str(tmp_path / "o"))), copies, replace(wanted, height=32, width=64, resize="stretch"))
 
 
 @pytest.mark.parametrize("page", ["/pub/ok.png", "/pub/inside", "/pub/ok.png?signature=abc"])
