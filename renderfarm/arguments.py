@@ -18,7 +18,7 @@ ARGUMENTS: dict[str, str] = {
     "num_inference_steps": INTEGER,
     "guidance_scale": NUMBER,
     "sampler": TEXT_OR_INTEGER,
-    # taken by some families only; where one is not taken, a column of that name is refused rather than ignored
+    # taken by some families only; where one is not taken, a row that gives it is an error, not rendered without it
     "prompt_2": TEXT,
     "prompt_3": TEXT,
     "negative_prompt_2": TEXT,

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from renderfarm.arguments import ARGUMENTS, PRESETS, accepts
+from renderfarm.arguments import ARGUMENTS, IMAGE, PRESETS, accepts
 from renderfarm.config import ManifestSpec, expand_env
 from renderfarm.errors import Fatal, InvalidJob, Transient
 from renderfarm.schema import output_name
@@ -365,7 +365,7 @@ def _map_columns(spec: ManifestSpec, schema: pa.Schema, path: str, supported: fr
             f"manifest: {{path: …, columns: {{prompt: {names[0] if names else 'caption'}}}}}"
         )
     for argument, name in columns.items():
-        if argument not in supported:
+        if argument not in supported and ARGUMENTS[argument] == IMAGE:  # images decide the task; of the others each row is asked
             raise InvalidJob(
                 f"{path}: column {name!r} is the argument `{argument}`, which this model does not take here; "
                 f"drop it, or let it travel as a plain column: manifest: {{columns: {{{argument}: null}}}}"

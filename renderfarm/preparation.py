@@ -44,12 +44,21 @@ class Prepared:
     @cached_property
     def warnings(self) -> tuple[str, ...]:
         """What a user should know before a long run; none of it stops the job."""
-        found = [*self.model.warnings, *self.manifest.hints()]
+        found = [*self.model.warnings, *self.column_hints()]
         if "seed" not in self.manifest.columns and (again := self.manifest.repeated_ids()):
             found.append(
                 f"{again:,} rows have the id of another row, and get its noise; `renderfarm validate` names them: give each its own"
             )
         return tuple(found)
+
+    def column_hints(self) -> list[str]:
+        """Columns that may not be what they look like."""
+        return self.manifest.hints() + [
+            f"column {name!r} is the argument {argument}, which {self.model.pipeline_class or self.model.name} does not take in "
+            f"{self.model.task}: rows that give one end as errors; to keep it as a plain column: manifest: {{columns: {{{argument}: null}}}}"
+            for argument, name in self.manifest.columns.items()
+            if argument not in self.model.arguments
+        ]
 
     def grid(self) -> Grid | None:
         """None: `part_rows: auto`, and no worker has measured yet."""
@@ -133,11 +142,6 @@ def prepare(job: Job) -> Prepared:
     model = with_weights(describe(job.model), job.render.prompt_weighting)
     manifest = open_manifest(job.manifest, model.arguments)
     model = for_task(model, manifest.columns)
-    if refused := sorted(manifest.columns.keys() - model.arguments):
-        raise InvalidJob(
-            f"manifest: {', '.join(refused)}: not an argument of {model.task}; drop it, or let it travel as a plain column: "
-            f"manifest: {{columns: {{{refused[0]}: null}}}}"
-        )
     _check_render(job, model)
     if model.companions and several_devices(job.workers) is not None:
         raise InvalidJob(

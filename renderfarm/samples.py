@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from renderfarm import adapters, weighting
+from renderfarm.arguments import ARGUMENTS
 from renderfarm.config import Job, Render
 from renderfarm.errors import InvalidInput, RenderfarmError
 from renderfarm.manifest import EXTRA, ROW
@@ -138,7 +139,12 @@ def _images(values: dict[str, Any], job: Job) -> int:
 
 def _samples(values: dict[str, Any], ordinal: int, row_id: str, count: int, job: Job, model: ModelInfo) -> Iterator[Sample]:
     for name in values:
-        _cell(values, name)  # also those that no sample needs: an id that cannot be read would move the seed
+        value = _cell(values, name)  # also those that no sample needs: an id that cannot be read would move the seed
+        if name in ARGUMENTS and name not in model.arguments and value not in (None, ""):
+            raise InvalidInput(
+                f"{name} is not an argument of {model.pipeline_class or model.name} in {model.task}; leave it null, or keep the column as "
+                f"a plain one: manifest: {{columns: {{{name}: null}}}}. Legal: {', '.join(sorted(model.arguments))}"
+            )
     prompt = _prompt(values)
     negative = _text(values, "negative_prompt")
     height, width = _size(values, job, model)

@@ -37,7 +37,7 @@ class Validation:
 def validate_rows(prepared: Prepared) -> Validation:
     """Stream the manifest through the very checks that a worker makes. Memory: 8 bytes a row for duplicate ids."""
     manifest = prepared.manifest
-    found, ids = Validation(hints=[*manifest.hints(), *prepared.model.warnings]), array("Q")
+    found, ids = Validation(hints=[*prepared.column_hints(), *prepared.model.warnings]), array("Q")
     ranges = ((part.start, part.stop) for part in prepared.grid_of(ROWS_AT_A_TIME))
     for table in manifest.stream(ranges):
         for row in expand_rows(table, prepared.job, prepared.model):

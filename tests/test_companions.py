@@ -273,7 +273,6 @@ def test_a_job_records_the_second_model_and_verify_renders_with_it_again(kind: s
         ("sd", {"refiner": "sdxl-refiner"}, {}, r"takes none here \(StableDiffusionXLPipeline does\)"),
         ("sdxl", {"refiner": "sdxl"}, {}, "is a StableDiffusionXLPipeline, and must be a StableDiffusionXLImg2ImgPipeline"),
         ("sdxl", {"refiner": "sdxl-refiner"}, {"image": [encoded(picture())]}, "is for text-to-image, and the manifest's images make this"),
-        ("sdxl", {}, {"denoising_end": [0.5]}, "`denoising_end`, which this model does not take"),
     ],
 )
 def test_a_second_model_that_does_not_fit_is_refused_before_work_starts(

@@ -120,11 +120,20 @@ def test_a_class_that_is_not_in_the_table_is_called_as_it_is_and_said_not_to_be_
     assert "PixArtAlphaPipeline was not compared" in card
 
 
-def test_a_negative_prompt_for_a_model_that_has_none_is_refused_before_work_starts(
-    model: Callable[..., Model], write_manifest: Write, write_job: Write
+@pytest.mark.parametrize("name", ["lcm", "flux2-dev"])
+def test_a_negative_prompt_for_a_model_that_has_none_is_an_error_of_its_row(
+    name: str, model: Callable[..., Model], write_manifest: Write, write_job: Write, tmp_path: Path
 ) -> None:
-    folder = str(model("lcm").folder)
-    with pytest.raises(InvalidJob, match="negative_prompt"):
-        renderfarm.run(write_job(write_manifest({"prompt": ["a"], "negative_prompt": ["b"]}), model=folder), engine="inline")
+    folder = str(model(name).folder)
+    manifest = write_manifest({"prompt": ["a", "b", "c"], "negative_prompt": ["d", None, ""], "seed": [1, 2, 3]})
+    size = {"height": 32, "width": 32, "num_inference_steps": 2}
+    job = write_job(manifest, model=folder, render=size)
+    summary = renderfarm.run(job, engine="inline")
+    assert (summary.images, summary.errors) == (2, 1)
+    assert "column 'negative_prompt' is the argument negative_prompt, which" in "".join(summary.warnings)
+    (error,) = error_rows(tmp_path / "out")
+    assert (error["row"], error["error_class"]) == (0, "InvalidInput")
+    assert error["error_message"].startswith("negative_prompt is not an argument of ")
+    assert ", prompt," in error["error_message"].partition("Legal: ")[2]
     with pytest.raises(InvalidJob, match="negative_prompt is not an argument of this model"):
-        renderfarm.run(write_job(write_manifest(), model=folder, render={"negative_prompt": "b"}), engine="inline")
+        renderfarm.run(write_job(manifest, model=folder, render={**size, "negative_prompt": "b"}), engine="inline")

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from opening import SUPPORTED, Write, opened, refusal, rows, table
 
-from renderfarm.arguments import ARGUMENTS, PRESETS
+from renderfarm.arguments import ARGUMENTS, IMAGE, PRESETS
 from renderfarm.manifest import EXTRA, ROW
 
 # -------------------------------------------------------------------------------------------------------- columns
@@ -72,13 +72,19 @@ def test_a_column_of_nulls_alone_fits_any_argument(write_manifest: Write) -> Non
     assert rows(path) == {ROW: [0], "prompt": ["a"], "negative_prompt": [None], "seed": [None], "sampler": [None]}
 
 
-@pytest.mark.parametrize("argument", sorted(set(ARGUMENTS) - SUPPORTED))
-def test_an_argument_that_the_model_does_not_take_is_refused_with_a_way_out(write_manifest: Write, argument: str) -> None:
+@pytest.mark.parametrize("argument", ["image", "mask_image", "control_image"])
+def test_an_image_that_the_model_does_not_take_is_refused_with_a_way_out(write_manifest: Write, argument: str) -> None:
     path = write_manifest({"prompt": ["a"], argument: pa.nulls(1, pa.string())})
     message = refusal(path)
     assert message.startswith(f"{path}: column {argument!r} is the argument `{argument}`, which this model does not take here; ")
     assert f"manifest: {{columns: {{{argument}: null}}}}" in message
     assert rows(path, columns={argument: None}) == {ROW: [0], "prompt": ["a"], EXTRA + argument: [None]}
+
+
+@pytest.mark.parametrize("argument", sorted(name for name, kind in ARGUMENTS.items() if name not in SUPPORTED and kind != IMAGE))
+def test_any_other_argument_is_read_so_that_each_row_can_be_judged(write_manifest: Write, argument: str) -> None:
+    path = write_manifest({"prompt": ["a"], argument: pa.nulls(1)})
+    assert rows(path) == {ROW: [0], "prompt": ["a"], argument: [None]}
 
 
 def test_two_columns_of_one_name_are_refused_in_any_file(write_manifest: Write, tmp_path: Path) -> None:
