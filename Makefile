@@ -8,8 +8,9 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 demo: .venv/installed
 	$(BIN)/renderfarm run jobs/demo.yaml
 
+# Two processes, each with its own Ray and its own tiny models; a wait that spins would take the other's core
 test: .venv/installed-dev
-	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_OPTIONS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
