@@ -33,6 +33,7 @@ from renderfarm.faces import FEATHER, Detector, check_detector, cut_out, place, 
 from renderfarm.jobfile import load_job
 from renderfarm.models.networks import FaceNetwork, identify_face
 from renderfarm.models.restorer import FaceRestorer
+from renderfarm.retouch import colour
 from renderfarm.verification import Choice, verify
 
 Write = Callable[..., Path]
@@ -342,6 +343,18 @@ def test_faces_are_the_networks_and_every_other_pixel_is_as_it_was_rendered(done
     assert max(counts) > 1, "one with several"
 
 
+def test_faces_that_overlap_are_each_made_of_the_picture_as_it_came_the_right_one_on_top() -> None:
+    picture, data = smooth(96, 96), save(weights())
+    picture[32:64, 32:64, 0] = picture[32:64, 64:, 0] = 250
+    network = FaceRestorer(data, TINY, Detector(detector(POINTS / 512 * 1.5 - 0.25)), 1.0, "cpu")
+    places = [place(points, TINY.side) for points in network.detector(picture)]
+    assert [(round((64 - b.real) / a.real), round(TINY.side / abs(a))) for a, b in places] == [(48, 48), (80, 48)], "middles and sides"
+    wanted = picture
+    for at in places:
+        wanted = put_back(wanted, network.restored(cut_out(picture, at, TINY.side)), at, 1.0)
+    np.testing.assert_array_equal(network(picture), wanted)
+
+
 def test_half_the_strength_is_half_way_and_a_picture_alone_is_as_among_others(done: Path) -> None:
     data = (done / "gfpgan.safetensors").read_bytes()
     full, half = restorer(data), restorer(data, strength=0.5)
@@ -422,6 +435,7 @@ def test_what_comes_before_the_last_network_is_done_with_it_and_the_rest_beside(
     chain.load({digest(one): one for one in (data, detector())}.__getitem__, "cpu", "float32")
     picture = with_red(64, 64, (0, 0)) | np.uint8(225)  # as grey as it becomes, it is a face
     made = chain.in_render_thread(picture)
+    np.testing.assert_array_equal(made, restorer(data)(colour(picture, Colour(saturation=0))))
     assert (made[:32, :32] != made[:32, :32, :1]).any(), "the network's colours"
     beside = chain.beside(made)
     np.testing.assert_array_equal(beside, beside[..., :1].repeat(3, 2))
