@@ -104,6 +104,10 @@ FOREIGN = {
     "its noise is missing": (lambda t: t.pop("stylegan_decoder.noises.noise3"), "but 1 of its tensors .*noises.noise3"),
     "a layer too many": (lambda t: t.update(more=np.ones(1, np.float32)), "such as more"),
     "another shape": (lambda t: t.update({"final_linear.bias": np.ones(4, np.float32)}), "such as final_linear.bias"),
+    "a layer without a shape": (
+        lambda t: t.update({"conv_body_down.0.conv1.weight": np.array(1, np.float32)}),
+        "is no GFPGAN network",
+    ),
     "no floats": (lambda t: t.update({"final_conv.bias": np.ones(4, np.int8)}), "no floats"),
     "under two names": (lambda t: t.update({"params.final_conv.bias": np.ones(4, np.float32)}), "under two names"),
     "the decoder is missing": (lambda t: [t.pop(name) for name in list(t) if "style" in name], "is no GFPGAN network"),

@@ -65,8 +65,8 @@ def _conv(name: str, inputs: int, outputs: int, side: int = 3) -> Shapes:
 
 @dataclass(frozen=True)
 class FaceNetwork:
-    """GFPGAN's. `encoder`: its U-Net's features from `side` down to 4 px, each half as wide as before; `decoder`: StyleGAN2's,
-    from 4 px up to `side`; `style`: numbers that style one of its layers."""
+    """GFPGAN's. `encoder`: features of its U-Net at `side` px, at half of that, and so on down to 4 px; `decoder`: those of
+    StyleGAN2, from 4 px up to `side`; `style`: how many numbers style one of its layers."""
 
     encoder: tuple[int, ...]
     decoder: tuple[int, ...]
@@ -148,7 +148,7 @@ def identify_face(data: bytes) -> FaceNetwork:
     shapes = {name: shape for name, shape in _shapes(data).items() if not name.startswith(unused)}
     try:
         network = _gfpgan(shapes)
-    except (KeyError, ValueError, TypeError):
+    except (LookupError, ValueError):  # as in `identify`
         raise ValueError("is no GFPGAN network as its versions 1.3 and 1.4 have it") from None
     _check(shapes, network.shapes(), f"GFPGAN of {network.side} px")
     return network
