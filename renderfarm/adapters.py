@@ -49,17 +49,22 @@ def read_files(files: Mapping[str, str]) -> dict[str, bytes]:
 
 def read_weights(field: str, given: str) -> bytes:
     """A `.safetensors` file's bytes. Raises InvalidJob, naming the job's `field`, where it can be none."""
+    data = read_file(field, given, ".safetensors", "other formats may hold code, so convert it")
+    if data[8:9] != b"{" or 8 + int.from_bytes(data[:8], "little") > len(data):
+        raise InvalidJob(f"{field}: {expand_env(given)} is damaged, or no safetensors file; fetch it again")
+    return data
+
+
+def read_file(field: str, given: str, ending: str, advice: str) -> bytes:
+    """The bytes of a file that the job names. Raises InvalidJob where it has another ending, with advice, or cannot be read."""
     path = expand_env(given)
-    if not path.endswith(".safetensors"):
-        raise InvalidJob(f"{field}: {path} is no .safetensors file; other formats may hold code, so convert it")
+    if not path.endswith(ending):
+        raise InvalidJob(f"{field}: {path} is no {ending} file; {advice}")
     try:
         with open(path, "rb") as file:
-            data = file.read()
+            return file.read()
     except OSError as error:
         raise InvalidJob(f"{field}: {path} cannot be read: {error.strerror}; paths start at the job file") from None
-    if data[8:9] != b"{" or 8 + int.from_bytes(data[:8], "little") > len(data):
-        raise InvalidJob(f"{field}: {path} is damaged, or no safetensors file; fetch it again")
-    return data
 
 
 def sha256(data: bytes) -> str:

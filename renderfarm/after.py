@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 from PIL import features
 
-from renderfarm.adapters import read_weights, sha256
-from renderfarm.config import Step, Upscale
+from renderfarm.adapters import read_file, read_weights, sha256
+from renderfarm.config import STEP_FILES, RestoreFaces, Step
 from renderfarm.errors import Fatal, InvalidJob, NonFiniteOutput, RenderFailed, RenderfarmError
-from renderfarm.models.networks import identify
+from renderfarm.faces import Detector, check_detector
+from renderfarm.models.networks import identify, identify_face
 from renderfarm.retouch import colour, write_on
 
 HOOKS = "renderfarm.watermarks"
@@ -30,37 +31,51 @@ TRIAL_PX = 256
 
 Work = Callable[[np.ndarray], np.ndarray]
 
+# Of each step's files: raises ValueError, with the reason, for what the step cannot use
+CHECKS: dict[tuple[str, str], Callable[[bytes], Any]] = {
+    ("upscale", "weights"): identify,
+    ("restore_faces", "weights"): identify_face,
+    ("restore_faces", "detector"): check_detector,
+}
+
 
 # ---------------------------------------------------------------------------------------------- before a worker starts
 
 
 def read_steps(steps: Iterable[Step]) -> tuple[tuple[Step, ...], dict[str, bytes]]:
-    """The steps with their weights' hashes, and those weights by hash. Raises InvalidJob for steps that cannot work."""
+    """The steps with the hashes of their files, and those files by hash. Raises InvalidJob for steps that cannot work."""
     read, files = [], dict[str, bytes]()
     for number, step in enumerate(steps):
-        field = f"after[{number}].{step.kind}"
-        if step.upscale is not None:
-            data = read_weights(f"{field}.weights", step.upscale.weights)
-            step = step.model_copy(update={"upscale": _checked(field, step.upscale, data)})
+        at = f"after[{number}].{step.kind}"
+        for field, hashed in STEP_FILES.get(step.kind, {}).items():
+            data = _read(at, field, step)
             files[sha256(data)] = data
-        elif step.watermark is not None and step.watermark.hook is not None:
+            named = getattr(step, step.kind).model_copy(update={hashed: sha256(data)})
+            step = step.model_copy(update={step.kind: named})
+        if step.watermark is not None and step.watermark.hook is not None:
             find_hook(step.watermark.hook)
         read.append(step)
     return tuple(read), files
 
 
-def _checked(field: str, upscale: Upscale, data: bytes) -> Upscale:
-    found = sha256(data)
-    if upscale.sha256 not in (None, found):
+def _read(at: str, field: str, step: Step) -> bytes:
+    """A file that a step names, if it is what the step needs and the job asks for."""
+    given = getattr(step, step.kind)
+    path, wanted = getattr(given, field), getattr(given, STEP_FILES[step.kind][field])
+    if field == "detector":
+        data = read_file(f"{at}.{field}", path, ".onnx", "give it YuNet as OpenCV publishes it")
+    else:
+        data = read_weights(f"{at}.{field}", path)
+    if wanted not in (None, found := sha256(data)):
         raise InvalidJob(
-            f"{field}: {upscale.weights} has the hash {found}, and the job asks for {upscale.sha256}: it was changed, damaged, or "
+            f"{at}: {path} has the hash {found}, and the job asks for {wanted}: it was changed, damaged, or "
             "not fetched to its end; fetch it again, or give the job the hash of the one you want"
         )
     try:
-        identify(data)
+        CHECKS[step.kind, field](data)
     except ValueError as error:
-        raise InvalidJob(f"{field}: {upscale.weights} {error}") from None
-    return upscale.model_copy(update={"sha256": found})
+        raise InvalidJob(f"{at}: {path} {error}") from None
+    return data
 
 
 def scale(files: dict[str, bytes], steps: Iterable[Step]) -> int:
@@ -73,19 +88,20 @@ def scale(files: dict[str, bytes], steps: Iterable[Step]) -> int:
 
 
 def frozen(steps: Iterable[Step]) -> list[dict[str, Any]]:
-    """The steps as JSON: what decides pixels, so weights by their hash and not by their place."""
-    return [step.model_dump(exclude={"upscale": {"weights"}}, exclude_none=True) for step in steps]
+    """The steps as JSON: what decides pixels, so files by their hash and not by their place."""
+    places = {kind: set(fields) for kind, fields in STEP_FILES.items()}
+    return [step.model_dump(exclude=places, exclude_none=True) for step in steps]
 
 
 def thawed(stored: Iterable[dict[str, Any]]) -> tuple[Step, ...]:
-    """The steps that `frozen` gave, or the profile, which says more of each."""
+    """The steps that `frozen` gave, or the profile, which says more of each. Files are named by their hash."""
     stored = [{kind: step[kind] for kind in Step.model_fields if kind in step} for step in stored]
-    return tuple(
-        Step.model_validate({**step, "upscale": {"weights": f"{step['upscale']['sha256']}.safetensors", "tile": None} | step["upscale"]})
-        if "upscale" in step
-        else Step.model_validate(step)
-        for step in stored
-    )
+    return tuple(Step.model_validate({kind: _thawed(kind, given) for kind, given in step.items()}) for step in stored)
+
+
+def _thawed(kind: str, given: dict[str, Any]) -> dict[str, Any]:
+    places = {field: given[hashed] for field, hashed in STEP_FILES.get(kind, {}).items()}
+    return places | ({"tile": None} if kind == "upscale" else {}) | given  # a None is not stored, and is no default
 
 
 def find_hook(name: str) -> EntryPoint:
@@ -107,7 +123,7 @@ class Chain:
     def __init__(self, steps: Sequence[Step]) -> None:
         self.steps = tuple(steps)
         self._names = [f"after[{number}].{step.kind}" for number, step in enumerate(steps)]
-        self._last_network = max((number for number, step in enumerate(steps, 1) if step.upscale is not None), default=0)
+        self._last_network = max((number for number, step in enumerate(steps, 1) if step.kind in STEP_FILES), default=0)
         self._work: list[Work] = []
         self._details: list[dict[str, Any]] = []
 
@@ -161,6 +177,8 @@ def _make(step: Step, read: Callable[[str], bytes], device: str, dtype: str) -> 
         data = read(step.upscale.sha256)
         network = identify(data)
         return Upscaler(data, network, step.upscale.tile, device, dtype), {"network": vars(network)}
+    if step.restore_faces is not None:
+        return _restorer(step.restore_faces, read, device)
     if step.colour is not None:
         wanted = step.colour
         return lambda pixels: colour(pixels, wanted), {}
@@ -170,6 +188,16 @@ def _make(step: Step, read: Callable[[str], bytes], device: str, dtype: str) -> 
     text, opacity = step.watermark.text, step.watermark.opacity
     assert text is not None
     return lambda pixels: write_on(pixels, text, opacity), {"freetype": features.version("freetype2")}
+
+
+def _restorer(step: RestoreFaces, read: Callable[[str], bytes], device: str) -> tuple[Work, dict[str, Any]]:
+    from renderfarm.models.restorer import FaceRestorer  # torch
+
+    assert step.sha256 is not None
+    assert step.detector_sha256 is not None
+    data, detector = read(step.sha256), Detector(read(step.detector_sha256))
+    network = identify_face(data)
+    return FaceRestorer(data, network, detector, step.strength, device), {"network": vars(network), **detector.profile()}
 
 
 def _hooked(point: EntryPoint) -> tuple[Work, dict[str, Any]]:

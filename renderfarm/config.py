@@ -182,6 +182,22 @@ class Upscale(Strict):
     memory. null: the whole picture at once, without the faint differences at the edges of tiles."""
 
 
+class RestoreFaces(Strict):
+    """Each face is found by YuNet (on the CPU), painted anew by GFPGAN in float32, and put back where it was. A picture without a
+    face stays as it is. Needs renderfarm[faces]."""
+
+    weights: Annotated[str, Field(min_length=1)]
+    """GFPGAN's, version 1.3 or 1.4, as a `.safetensors` file, relative to the job file."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """Of that file: another one stops the job before it renders."""
+    detector: Annotated[str, Field(min_length=1)]
+    """YuNet, the `.onnx` file that OpenCV publishes (`face_detection_yunet_2023mar.onnx`), relative to the job file."""
+    detector_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """As `sha256`, of the detector."""
+    strength: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+    """How much of the restored face is seen: 1 all of it, 0.5 half of it over half of what was rendered."""
+
+
 class Colour(Strict):
     """Pillow's enhancers, in this order; 1 changes nothing."""
 
@@ -220,6 +236,7 @@ class Step(Strict):
     """One of these."""
 
     upscale: Upscale | None = None
+    restore_faces: RestoreFaces | None = None
     colour: Colour | None = None
     watermark: Watermark | None = None
 
@@ -227,21 +244,15 @@ class Step(Strict):
     def kind(self) -> str:
         return next(name for name, value in self if value is not None)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_faces(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "restore_faces" in data:
-            raise ValueError(
-                "restore_faces is not there: besides a network for faces it needs a detector that finds them, and renderfarm has "
-                "neither; leave the step out"
-            )
-        return data
-
     @model_validator(mode="after")
     def _one_kind(self) -> Step:
         if sum(value is not None for _, value in self) != 1:
-            raise ValueError("a step is one of upscale, colour, watermark; write each as an item of its own")
+            raise ValueError(f"a step is one of {', '.join(Step.model_fields)}; write each as an item of its own")
         return self
+
+
+# The steps that are networks: their fields that name a file, and beside each the field of that file's SHA-256
+STEP_FILES = {"upscale": {"weights": "sha256"}, "restore_faces": {"weights": "sha256", "detector": "detector_sha256"}}
 
 
 class Inputs(Strict):

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from renderfarm.config import COMPANIONS, ComponentSpec, Job, ModelSpec, Step, is_url
+from renderfarm.config import COMPANIONS, STEP_FILES, ComponentSpec, Job, ModelSpec, Step, is_url
 from renderfarm.errors import InvalidJob
 
 MAX_JOB_BYTES = 1 << 20
@@ -222,7 +222,6 @@ def _resolve(job: Job, base: Path) -> Job:
 
 
 def _resolve_step(step: Step, base: Path) -> Step:
-    if step.upscale is None:
-        return step
-    weights = _absolute(step.upscale.weights, base)
-    return step.model_copy(update={"upscale": step.upscale.model_copy(update={"weights": weights})})
+    given = getattr(step, step.kind)
+    paths = {field: _absolute(getattr(given, field), base) for field in STEP_FILES.get(step.kind, ())}
+    return step.model_copy(update={step.kind: given.model_copy(update=paths)})

@@ -150,7 +150,7 @@ def prepare(job: Job) -> Prepared:
         )
     steps, after_files = after.read_steps(job.after)
     if after_files and model.folder is None:
-        raise InvalidJob("after: builtin:fake draws without torch, which a network needs; use builtin:shapes, or leave upscale out")
+        raise InvalidJob("after: builtin:fake draws without torch, which networks need; use builtin:shapes, or leave them out")
     _check_enlarged(job, model, after.scale(after_files, steps))
     if job.workers.attention_backend is not None and not model.attention_backends:
         raise InvalidJob(

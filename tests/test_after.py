@@ -26,7 +26,7 @@ from upscalers import Compact, RRDBNet, enlarged, random_network, save
 
 import renderfarm
 from renderfarm import after
-from renderfarm.config import Colour, Job, Step, Upscale, Watermark
+from renderfarm.config import Colour, Job, RestoreFaces, Step, Upscale, Watermark
 from renderfarm.errors import Fatal, InvalidInput, InvalidJob
 from renderfarm.estimate import estimate
 from renderfarm.jobfile import load_job
@@ -348,10 +348,9 @@ def test_weights_that_cannot_be_used_are_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("step", "message"),
     [
-        ({"restore_faces": {"weights": "a"}}, "after.0: restore_faces is not there: besides a network for faces it needs a detector"),
         ({"upscal": {"weights": "a"}}, "after.0.upscal: unknown field; did you mean 'upscale'?"),
         ({"upscale": {"weight": "a"}}, "after.0.upscale.weight: unknown field; did you mean 'weights'?"),
-        ({}, "after.0: a step is one of upscale, colour, watermark"),
+        ({}, "after.0: a step is one of upscale, restore_faces, colour, watermark"),
         ({"colour": {"contrast": 2}, "watermark": {"text": "a"}}, "after.0: a step is one of"),
         ({"colour": {}}, "after.0.colour: changes nothing"),
         ({"colour": {"brightness": 0}}, "after.0.colour.brightness: Input should be greater than 0"),
@@ -477,8 +476,9 @@ def test_a_function_that_fails_on_a_picture_fails_that_row(hooks: Path, write_ma
 def test_steps_come_back_from_json_as_they_went() -> None:
     sha256 = "ab" * 32
     steps = (
-        Step(upscale=Upscale(weights=f"{sha256}.safetensors", sha256=sha256, tile=None)),
-        Step(upscale=Upscale(weights=f"{sha256}.safetensors", sha256=sha256, tile=96)),
+        Step(upscale=Upscale(weights=sha256, sha256=sha256, tile=None)),
+        Step(upscale=Upscale(weights=sha256, sha256=sha256, tile=96)),
+        Step(restore_faces=RestoreFaces(weights=sha256, sha256=sha256, detector="cd" * 32, detector_sha256="cd" * 32, strength=0.5)),
         Step(colour=Colour(saturation=0.5)),
         Step(watermark=Watermark(text="a", opacity=0.25)),
         Step(watermark=Watermark(hook="mark")),

@@ -119,7 +119,7 @@ FOREIGN: dict[str, tuple[dict[str, torch.Tensor], str]] = {
     "a layer too many": (without("") | {"more.weight": CONV}, "not part of it, such as more.weight"),
     "another shape": (without("") | {"conv_last.weight": CONV}, "of another shape .* conv_last.weight"),
     "numbers that are no floats": (without("") | {"conv_last.bias": torch.zeros(3, dtype=torch.int8)}, "no floats"),
-    "one tensor under two names": (without("") | {"params.conv_last.bias": torch.zeros(3)}, "no network of"),
+    "one tensor under two names": (without("") | {"params.conv_last.bias": torch.zeros(3)}, "holds a tensor under two names"),
     "a LoRA": ({"unet.down.lora_A.weight": torch.zeros(2, 4)}, "no network of Real-ESRGAN's kinds"),
     "nothing": ({}, "no network of Real-ESRGAN's kinds"),
     "a first layer that is no convolution": ({"conv_first.weight": torch.zeros(3)}, "no network of"),
