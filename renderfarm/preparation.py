@@ -55,7 +55,8 @@ class Prepared:
         """Columns that may not be what they look like."""
         return self.manifest.hints() + [
             f"column {name!r} is the argument {argument}, which {self.model.pipeline_class or self.model.name} does not take in "
-            f"{self.model.task}: rows that give one end as errors; to keep it as a plain column: manifest: {{columns: {{{argument}: null}}}}"
+            f"{self.model.task}: rows that give one end as errors; to keep it as a plain column: "
+            f"manifest: {{columns: {{{argument}: null}}}}"
             for argument, name in self.manifest.columns.items()
             if argument not in self.model.arguments
         ]
