@@ -204,7 +204,7 @@ def deepfloyd() -> diffusers.IFPipeline:
 
 def deepfloyd_second() -> diffusers.IFSuperResolutionPipeline:
     """Twice as large as the first stage's pictures; as published, with a text encoder of its own that nobody needs."""
-    denoiser = pixel_unet(sample_size=64, in_channels=6, class_embed_type="timestep")
+    denoiser = pixel_unet(sample_size=64, in_channels=6, class_embed_type="timestep", block_out_channels=(16, 32))
     noising = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     return diffusers.IFSuperResolutionPipeline(
         t5_tokenizer(), t5(), denoiser, pixel_scheduler(), noising, None, None, None, requires_safety_checker=False

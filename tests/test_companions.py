@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,9 +52,16 @@ def render(info: ModelInfo, dtype: str, rows: list[Sample]) -> list[np.ndarray]:
         loop.close()
 
 
+FEW_STEPS: dict[str, Any] = {"super_resolution": {"num_inference_steps": 3}}
+
+
+def with_companions(tiny_model: Tiny, name: str, companions: dict[str, str]) -> dict[str, Any]:
+    beside = {kind: {"id": str(tiny_model(folder)), **FEW_STEPS.get(kind, {})} for kind, folder in companions.items()}
+    return {"id": str(tiny_model(name)), **beside}
+
+
 def described(tiny_model: Tiny, name: str, **companions: str) -> ModelInfo:
-    beside = {kind: {"id": str(tiny_model(folder))} for kind, folder in companions.items()}
-    return describe(ModelSpec.model_validate({"id": str(tiny_model(name)), **beside}))
+    return describe(ModelSpec.model_validate(with_companions(tiny_model, name, companions)))
 
 
 def test_the_controlled_classes_compared_here_are_those_of_the_table() -> None:
@@ -186,34 +194,67 @@ def of_the_pair(base: Any, refiner: Any, wanted: Sample) -> np.ndarray:
     return np.asarray(refiner(**arguments, image=latents, denoising_start=wanted.denoising_end).images[0])
 
 
+SECOND_STAGES: dict[str, tuple[Any, Any]] = {
+    "text-to-image": (diffusers.IFPipeline, diffusers.IFSuperResolutionPipeline),
+    "image-to-image": (diffusers.IFImg2ImgPipeline, diffusers.IFImg2ImgSuperResolutionPipeline),
+    "inpainting": (diffusers.IFInpaintingPipeline, diffusers.IFInpaintingSuperResolutionPipeline),
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_second_stage_enlarges_the_first_ones_pictures_as_in_diffusers(dtype: str, tiny_model: Tiny, record_property: Compared) -> None:
-    record_property("compared", "IFSuperResolutionPipeline")
-    settings = {"num_inference_steps": 3, "guidance_scale": 3.0, "noise_level": 100}
+@pytest.mark.parametrize("task", SECOND_STAGES)
+def test_a_second_stage_enlarges_the_first_ones_pictures_as_in_diffusers(
+    task: str, dtype: str, tiny_model: Tiny, record_property: Compared
+) -> None:
+    classes, needed = SECOND_STAGES[task], IMAGES_OF[task]  # type: ignore[index]
+    record_property("compared", classes[1].__name__)
+    settings = {"num_inference_steps": 3, "guidance_scale": 3.0, "noise_level": 100, **({"strength": 0.7} if needed else {})}
     spec = {"id": str(tiny_model("deepfloyd")), "super_resolution": {"id": str(tiny_model("deepfloyd-second")), **settings}}
-    info = describe(ModelSpec.model_validate(spec))
-    assert (info.height, info.width, info.factor) == (64, 64, 16)
+    info = for_task(describe(ModelSpec.model_validate(spec)), needed)
+    assert (info.task, info.height, info.width, info.factor) == (task, 64, 64, 16)
     rows = []
-    for number, sampler in enumerate(LEGAL["deepfloyd"][:5]):
-        values: dict[str, Any] = {"prompt": f"star {number}", "sampler": sampler, "guidance_scale": (4.0, 1.0)[number % 2]}
-        if number % 3 == 0:
+    for number, sampler in enumerate([*LEGAL["deepfloyd"][:5], "ddpm"]):
+        kind = number % 5  # the last shares its call with the first
+        values: dict[str, Any] = {"prompt": f"star {number}", "sampler": sampler, "guidance_scale": (4.0, 1.0)[kind % 2]}
+        if kind % 3 == 0:
             values["negative_prompt"] = "a square"
-        rows.append(row(number, height=(64, 80)[number > 2], width=64, **values))
-    first = plain_pipeline(diffusers.IFPipeline, tiny_model("deepfloyd"), dtype, safety_checker=None)
-    second = plain_pipeline(
-        diffusers.IFSuperResolutionPipeline, tiny_model("deepfloyd-second"), dtype, safety_checker=None, text_encoder=None
-    )
-    for wanted, made in zip(rows, render(info, dtype, rows), strict=True):
-        kind, changes = REFERENCE[wanted.sampler]
-        first.scheduler = kind.from_config(first.original_config, **changes)
+        size = (64, (64, 80)[kind > 2])
+        images = {name: image for name, image in {"image": picture(number, size), "mask_image": mask(size)}.items() if name in needed}
+        values |= {name: InputImage(None, encoded(image)) for name, image in images.items()} | ({"strength": 0.7} if needed else {})
+        rows.append((row(number, height=size[1], width=64, **values), {name: [image] * B for name, image in images.items()}))
+    first = plain_pipeline(classes[0], tiny_model("deepfloyd"), dtype, safety_checker=None)
+    absent = dict.fromkeys(("safety_checker", "text_encoder", "watermarker"))
+    second = plain_pipeline(classes[1], tiny_model("deepfloyd-second"), dtype, **absent)
+    ours = render(info, dtype, [wanted for wanted, _ in rows])
+    for (wanted, images), made in zip(rows, ours, strict=True):
+        scheduler, changes = REFERENCE[wanted.sampler]
+        first.scheduler = scheduler.from_config(first.original_config, **changes)
         second.scheduler = diffusers.DDPMScheduler.from_config(second.original_config)
         generators = [torch.Generator().manual_seed(wanted.seed) for _ in range(B)]
         positive, negative = first.encode_prompt([wanted.prompt] * B, negative_prompt=[wanted.negative_prompt or ""] * B)
         texts = {"prompt_embeds": positive, "negative_prompt_embeds": negative, "generator": generators}
-        half = {"height": wanted.height // 2, "width": 32, "num_inference_steps": 3, "guidance_scale": wanted.guidance_scale}
-        small = first(**texts, **half, output_type="pt").images
-        large = second(image=small, **texts, height=wanted.height, width=64, **settings).images[0]
+        asked = {"strength": 0.7} if needed else {"height": wanted.height // 2, "width": 32}
+        small = first(**texts, **images, **asked, num_inference_steps=3, guidance_scale=wanted.guidance_scale, output_type="pt").images
+        asked = {"original_image": images.pop("image")} if needed else {"height": wanted.height, "width": 64}
+        large = second(image=small, **texts, **images, **asked, **settings).images[0]
         np.testing.assert_array_equal(made, np.asarray(large), err_msg=str(wanted))
+    assert len({made.tobytes() for made in ours}) == len(rows)
+
+
+@pytest.mark.parametrize(("task", "steps", "noise"), [("text-to-image", 50, 250), ("image-to-image", 50, 250), ("inpainting", 100, 0)])
+def test_a_second_stage_that_the_job_says_nothing_of_has_its_calls_own_settings(
+    task: str, steps: int, noise: int, tiny_model: Tiny
+) -> None:
+    spec = {"id": str(tiny_model("deepfloyd")), "super_resolution": str(tiny_model("deepfloyd-second"))}
+    info = for_task(describe(ModelSpec.model_validate(spec)), IMAGES_OF[task])  # type: ignore[index]
+    found = load_model(info, Workers(batch_size=B)).profile()["super_resolution"]
+    assert (found["num_inference_steps"], found["noise_level"], found["guidance_scale"]) == (steps, noise, 4.0)
+    assert found.get("strength") == (None if task == "text-to-image" else 0.8)
+
+
+def test_a_second_stage_without_a_step_is_refused(tiny_model: Tiny) -> None:
+    with pytest.raises(ValueError, match=r"strength 0\.1 of 9 steps runs none of them"):
+        ModelSpec.model_validate({"id": "m", "super_resolution": {"id": "s", "num_inference_steps": 9, "strength": 0.1}})
 
 
 def columns(count: int, **more: Any) -> dict[str, Any]:
@@ -224,7 +265,7 @@ def columns(count: int, **more: Any) -> dict[str, Any]:
 def job(write_job: Job, tiny_model: Tiny, tmp_path: Path) -> Job:
     def write(values: dict[str, Any], name: str = "sd", beside: dict[str, str] | None = None, **changes: Any) -> Path:
         pq.write_table(pa.table(values), tmp_path / "m.parquet")
-        model = {"id": str(tiny_model(name)), **{kind: str(tiny_model(folder)) for kind, folder in (beside or {}).items()}}
+        model = with_companions(tiny_model, name, beside or {})
         return write_job(tmp_path / "m.parquet", model=model, workers={"batch_size": B}, **changes)
 
     return write
@@ -236,6 +277,62 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "super_resolution": ("deepfloyd", {"negative_prompt": ["x", None, None]}),
 }
 FOLDERS = {"controlnet": "sd-controlnet", "refiner": "sdxl-refiner", "super_resolution": "deepfloyd-second"}
+
+
+def with_half(of: Path, folder: Path) -> tuple[Path, Path]:
+    """A copy of `of` with its denoiser's weights halved, in half precision; and one that has these beside its own, as a variant."""
+    alone, beside = folder / "alone", folder / "beside"
+    for copy in (alone, beside):
+        shutil.copytree(of, copy)
+    part = "unet" if (of / "unet").is_dir() else ""
+    net = (diffusers.UNet2DConditionModel if part else diffusers.ControlNetModel).from_pretrained(of / part)
+    with torch.no_grad():
+        for weights in net.parameters():
+            weights *= 0.5
+    net.half().save_pretrained(alone / part)
+    net.save_pretrained(beside / part, variant="fp16")
+    return alone, beside
+
+
+@pytest.mark.parametrize("kind", COMPANIONS)
+def test_a_variant_of_a_second_model_is_loaded_and_hashed_instead_of_its_own_weights(kind: str, tiny_model: Tiny, tmp_path: Path) -> None:
+    name = CASES[kind][0]
+    alone, beside = with_half(tiny_model(FOLDERS[kind]), tmp_path)
+    given = [{"id": str(beside)}, {"id": str(beside), "variant": "fp16"}, {"id": str(alone)}]
+    settings = {"num_inference_steps": 2} if kind == "super_resolution" else {}
+    infos = [describe(ModelSpec.model_validate({"id": str(tiny_model(name)), kind: one | settings})) for one in given]
+    values: dict[str, Any] = {"sampler": "ddpm", "height": 64, "width": 64, "num_inference_steps": 4}
+    if kind == "controlnet":
+        infos = [for_task(info, ["control_image"]) for info in infos]
+        shares = {"controlnet_conditioning_scale": 1.0, "control_guidance_start": 0.0, "control_guidance_end": 1.0}
+        values |= {"control_image": InputImage(None, encoded(picture(1, (64, 64)))), **shares}
+    values |= {"denoising_end": 0.5} if kind == "refiner" else {}
+    own, half, same = (render(info, "float32", [row(**values)])[0] for info in infos)
+    np.testing.assert_array_equal(half, same)
+    assert (own != half).mean() > 0.3
+    weights = load_model(infos[1], Workers(batch_size=B)).profile()["weights"]
+    assert [file for file in weights if file.startswith(f"{kind}/") and "fp16" in file]
+    assert f"{kind}/{'' if kind == 'controlnet' else 'unet/'}diffusion_pytorch_model.safetensors" not in weights
+
+
+def test_a_job_records_a_second_models_variant_and_refuses_one_that_is_not_there(job: Job, tiny_model: Tiny, tmp_path: Path) -> None:
+    _, beside = with_half(tiny_model("sd-controlnet"), tmp_path)
+    path = job(columns(1, control_image=[encoded(picture())]))
+
+    def run(**given: str) -> None:
+        asked = json.dumps({"id": str(beside), **given})
+        assert renderfarm.run(renderfarm.jobfile.load_job(path, [f"model.controlnet={asked}"]), engine="inline").images == 1
+
+    with pytest.raises(InvalidJob, match=r"model\.controlnet: no component has the variant ema .*; variants that there are: fp16"):
+        run(variant="ema")
+    run(variant="fp16")
+    (again,) = verify(str(tmp_path / "out"), Choice(), str(tiny_model("sd")), {"controlnet": str(beside)}).again
+    assert again.result == "identical"
+    with pytest.raises(InvalidJob, match=r'model\.controlnet\.variant: "fp16" there, null now'):
+        run()
+    (beside / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(InvalidJob, match=r"model\.controlnet has weights of a variant only: give variant: fp16"):
+        run()
 
 
 @pytest.mark.parametrize("kind", COMPANIONS)
@@ -294,13 +391,23 @@ def test_numbers_out_of_their_range_are_error_rows(job: Job, tmp_path: Path) -> 
         assert reason in error["error_message"]
 
 
+IMAGES = {"image": [encoded(picture(k, (64, 64))) for k in range(3)], "strength": [0.5, None, 1.0]}
+MASKS = {"mask_image": [encoded(mask((64, 64), inverted=k > 1)) for k in range(3)]}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", COMPANIONS)
-def test_rows_through_ray_have_the_same_pixels_with_one_worker_and_with_two(kind: str, job: Job, local_ray: None, tmp_path: Path) -> None:
-    name, more = CASES[kind]
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [*((kind, CASES[kind][1]) for kind in COMPANIONS), ("super_resolution", IMAGES), ("super_resolution", IMAGES | MASKS)],
+    ids=[*COMPANIONS, "super_resolution image-to-image", "super_resolution inpainting"],
+)
+def test_rows_through_ray_have_the_same_pixels_with_one_worker_and_with_two(
+    kind: str, more: dict[str, Any], job: Job, local_ray: None, tmp_path: Path
+) -> None:
     values, found = columns(12, **{column: cells * 4 for column, cells in more.items()}), []
     for workers in (1, 2):
-        path = job(values, name, {kind: FOLDERS[kind]}, output={"path": str(tmp_path / f"out{workers}"), "part_rows": 7 - 2 * workers})
+        output = {"path": str(tmp_path / f"out{workers}"), "part_rows": 7 - 2 * workers}
+        path = job(values, CASES[kind][0], {kind: FOLDERS[kind]}, output=output)
         assert renderfarm.run(renderfarm.jobfile.load_job(path, [f"workers.max={workers}"]), engine="ray").images == 12
         found.append({record["row"]: record["pixel_sha256"] for record in image_rows(tmp_path / f"out{workers}")})
     assert found[0] == found[1]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from renderfarm.config import COMPANIONS, ModelSpec, expand_env
+from renderfarm.config import COMPANIONS, Checkpoint, ModelSpec, expand_env
 from renderfarm.errors import Fatal, InvalidJob, Transient
 from renderfarm.models.families import (
     ALWAYS,
@@ -80,6 +80,11 @@ class ModelInfo:
         """The images that every row must give."""
         return IMAGES_OF[self.task]
 
+    def variant_of(self, companion: str) -> str | None:
+        """As `variant`, of a model that is used beside this one."""
+        given = self.source and getattr(self.source, companion)
+        return given.variant if given else None
+
     @property
     def name(self) -> str:
         """The id as tables and profile show it: a local folder by its name, since its place decides no pixel."""
@@ -147,7 +152,7 @@ def _described(spec: ModelSpec) -> ModelInfo:
         adapters=_adapters(spec, family),
         pipeline_class=class_name,
         companions=companions,
-        super_resolution=spec.super_resolution.model_dump(exclude={"id", "revision", "sha256"}) if spec.super_resolution else {},
+        super_resolution=spec.super_resolution.model_dump(exclude=set(Checkpoint.model_fields)) if spec.super_resolution else {},
         attention_backends=class_name in DISPATCHED or class_name not in FAMILIES,
         warnings=()
         if class_name in FAMILIES
@@ -205,7 +210,7 @@ def _companions(spec: ModelSpec, class_name: str, denoiser: Config) -> dict[str,
         if class_name not in rule.classes:
             raise InvalidJob(f"model.{name}: {class_name} takes none here ({', '.join(rule.classes)} does); leave it out")
         companion_id = expand_env(given.id)
-        folder = find_beside(companion_id, given.revision, f"model.{name}", weights=False)
+        folder = find_beside(given, f"model.{name}", weights=False)
         config = read_json(folder / rule.file, f"model.{name}: {companion_id} is not in diffusers' format")
         if config.get("_class_name") != rule.class_name:
             raise InvalidJob(f"model.{name}: {companion_id} is a {config.get('_class_name')}, and must be a {rule.class_name}")

@@ -230,6 +230,7 @@ _TASKS: dict[str, dict[Task, ImageTask]] = {
         "image-to-image": ImageTask("FluxImg2ImgPipeline", 0.6, least_strength="ceil"),
         "inpainting": ImageTask("FluxInpaintPipeline", 0.6, least_strength="ceil"),
     },
+    "Flux2KleinPipeline": {"inpainting": ImageTask("Flux2KleinInpaintPipeline", 0.8, "flux2:Flux2Klein", "ceil")},
     "QwenImagePipeline": {
         "image-to-image": ImageTask("QwenImageImg2ImgPipeline", 0.6, "qwen_image:QwenImage", "ceil"),
         "inpainting": ImageTask("QwenImageInpaintPipeline", 0.6, "qwen_image:QwenImage", "ceil"),
@@ -237,6 +238,10 @@ _TASKS: dict[str, dict[Task, ImageTask]] = {
     "ZImagePipeline": {
         "image-to-image": ImageTask("ZImageImg2ImgPipeline", 0.6, "z_image:ZImage", "ceil"),
         "inpainting": ImageTask("ZImageInpaintPipeline", 1.0, "z_image:ZImage", "ceil"),
+    },
+    "IFPipeline": {
+        "image-to-image": ImageTask("IFImg2ImgPipeline", 0.7, "deepfloyd:DeepFloyd"),
+        "inpainting": ImageTask("IFInpaintingPipeline", 1.0, "deepfloyd:DeepFloyd"),
     },
 }
 _WEIGHTED = ("StableDiffusionPipeline", LCM, "StableDiffusionXLPipeline")  # all their texts are CLIP's
