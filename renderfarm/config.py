@@ -95,6 +95,15 @@ class SuperResolution(Checkpoint):
         return self
 
 
+class Upscaler(Checkpoint):
+    """Stable Diffusion's ×4 upscaler, for the pictures of the stages before; its settings are the job's, not a row's."""
+
+    num_inference_steps: Annotated[int, Field(ge=1, le=998)] = 75
+    guidance_scale: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 9.0
+    noise_level: Annotated[int, Field(ge=0, le=350)] = 20
+    """How much noise the small picture gets before it is enlarged."""
+
+
 class ModelSpec(Checkpoint):
     """`id` may also be `builtin:shapes`."""
 
@@ -112,11 +121,15 @@ class ModelSpec(Checkpoint):
     """SDXL's refiner: it takes over where `denoising_end` says, with the noise that is left."""
     super_resolution: Annotated[SuperResolution, BeforeValidator(_by_id, json_schema_input_type=SuperResolution | str)] | None = None
     """DeepFloyd IF's second stage. Heights and widths are then those of its pictures."""
+    upscaler: Annotated[Upscaler, BeforeValidator(_by_id, json_schema_input_type=Upscaler | str)] | None = None
+    """DeepFloyd IF's third stage (a `StableDiffusionUpscalePipeline`), or what follows its first. Heights and widths are then
+    those of its pictures."""
     safety_checker: bool = False
     """Run the model's own safety checker, if it has one; an image that it refuses ends as an error row."""
 
 
-COMPANIONS = ("controlnet", "refiner", "super_resolution")
+STAGES = ("super_resolution", "upscaler")
+COMPANIONS = ("controlnet", "refiner", *STAGES)
 
 
 class Render(Strict):

@@ -1,4 +1,4 @@
-"""A second model beside the job's: ControlNets, SDXL's refiner, DeepFloyd's second stage, each with diffusers' own pixels."""
+"""A second model beside the job's: ControlNets, SDXL's refiner, DeepFloyd's later stages, each with diffusers' own pixels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pictures_given import encoded, mask, picture
 from PIL import Image
 
 import renderfarm
-from renderfarm.config import COMPANIONS, ModelSpec, Workers
+from renderfarm.config import COMPANIONS, STAGES, ModelSpec, Workers
 from renderfarm.errors import Fatal, InvalidInput, InvalidJob
 from renderfarm.models.catalog import ModelInfo, describe, for_task
 from renderfarm.models.families import FAMILIES, IMAGES_OF
@@ -52,7 +52,13 @@ def render(info: ModelInfo, dtype: str, rows: list[Sample]) -> list[np.ndarray]:
         loop.close()
 
 
-FEW_STEPS: dict[str, Any] = {"super_resolution": {"num_inference_steps": 3}}
+FOLDERS = {
+    "controlnet": "sd-controlnet",
+    "refiner": "sdxl-refiner",
+    "super_resolution": "deepfloyd-second",
+    "upscaler": "deepfloyd-third",
+}
+FEW_STEPS: dict[str, Any] = {stage: {"num_inference_steps": 3} for stage in STAGES}
 
 
 def with_companions(tiny_model: Tiny, name: str, companions: dict[str, str]) -> dict[str, Any]:
@@ -150,7 +156,12 @@ def test_a_hand_over_that_leaves_one_of_the_pair_without_a_step_is_an_error(
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "folder"), [("sdxl", "refiner", "sdxl-refiner"), ("deepfloyd", "super_resolution", "deepfloyd-second")]
+    ("name", "kind", "folder"),
+    [
+        ("sdxl", "refiner", "sdxl-refiner"),
+        ("deepfloyd", "super_resolution", "deepfloyd-second"),
+        ("deepfloyd", "upscaler", "deepfloyd-third"),
+    ],
 )
 def test_places_of_the_second_model_are_compared_too(name: str, kind: str, folder: str, tiny_model: Tiny) -> None:
     torch.set_num_threads(1)
@@ -161,7 +172,7 @@ def test_places_of_the_second_model_are_compared_too(name: str, kind: str, folde
     def disturb(_: Any, __: Any, outputs: Any) -> None:
         outputs[0][-1] += 1e-3
 
-    second = model.refiner if kind == "refiner" else model.second
+    second = model.refiner if kind == "refiner" else model.stages[kind]
     handle = second.unet.register_forward_hook(disturb, prepend=True)
     try:
         assert model.places_that_differ(wanted) == [B - 1]
@@ -194,51 +205,88 @@ def of_the_pair(base: Any, refiner: Any, wanted: Sample) -> np.ndarray:
     return np.asarray(refiner(**arguments, image=latents, denoising_start=wanted.denoising_end).images[0])
 
 
-SECOND_STAGES: dict[str, tuple[Any, Any]] = {
+STAGES_OF: dict[str, tuple[Any, Any]] = {
     "text-to-image": (diffusers.IFPipeline, diffusers.IFSuperResolutionPipeline),
     "image-to-image": (diffusers.IFImg2ImgPipeline, diffusers.IFImg2ImgSuperResolutionPipeline),
     "inpainting": (diffusers.IFInpaintingPipeline, diffusers.IFInpaintingSuperResolutionPipeline),
 }
+SECOND = {"num_inference_steps": 3, "guidance_scale": 3.0, "noise_level": 100}
+THIRD = {"num_inference_steps": 2, "guidance_scale": 2.0, "noise_level": 50}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("task", SECOND_STAGES)
-def test_a_second_stage_enlarges_the_first_ones_pictures_as_in_diffusers(
-    task: str, dtype: str, tiny_model: Tiny, record_property: Compared
+@pytest.mark.parametrize(
+    ("task", "stages"),
+    [*((task, ("super_resolution",)) for task in STAGES_OF), ("text-to-image", ("upscaler",)), ("inpainting", STAGES)],
+)
+def test_a_stage_enlarges_the_pictures_of_the_stage_before_as_in_diffusers(
+    task: str, stages: tuple[str, ...], dtype: str, tiny_model: Tiny, record_property: Compared
 ) -> None:
-    classes, needed = SECOND_STAGES[task], IMAGES_OF[task]  # type: ignore[index]
-    record_property("compared", classes[1].__name__)
-    settings = {"num_inference_steps": 3, "guidance_scale": 3.0, "noise_level": 100, **({"strength": 0.7} if needed else {})}
-    spec = {"id": str(tiny_model("deepfloyd")), "super_resolution": {"id": str(tiny_model("deepfloyd-second")), **settings}}
-    info = for_task(describe(ModelSpec.model_validate(spec)), needed)
-    assert (info.task, info.height, info.width, info.factor) == (task, 64, 64, 16)
+    needed: tuple[str, ...] = IMAGES_OF[task]  # type: ignore[index]
+    settings = {"super_resolution": SECOND | ({"strength": 0.7} if needed else {}), "upscaler": THIRD}
+    spec = {name: {"id": str(tiny_model(FOLDERS[name])), **settings[name]} for name in stages}
+    info = for_task(describe(ModelSpec.model_validate({"id": str(tiny_model("deepfloyd")), **spec})), needed)
+    ratio = 2 ** len(stages)
+    assert (info.task, info.height, info.width, info.factor) == (task, 32 * ratio, 32 * ratio, 8 * ratio)
     rows = []
-    for number, sampler in enumerate([*LEGAL["deepfloyd"][:5], "ddpm"]):
-        kind = number % 5  # the last shares its call with the first
+    for number, sampler in enumerate([*LEGAL["deepfloyd"][:5], "ddpm"] if ratio == 2 else ["dpm++2m", "ddpm", "ddpm"]):
+        kind = number % 5  # where there are six rows, the last shares its call with the first
         values: dict[str, Any] = {"prompt": f"star {number}", "sampler": sampler, "guidance_scale": (4.0, 1.0)[kind % 2]}
         if kind % 3 == 0:
             values["negative_prompt"] = "a square"
-        size = (64, (64, 80)[kind > 2])
+        size = (32 * ratio, (32, 40)[kind > 2] * ratio)
         images = {name: image for name, image in {"image": picture(number, size), "mask_image": mask(size)}.items() if name in needed}
         values |= {name: InputImage(None, encoded(image)) for name, image in images.items()} | ({"strength": 0.7} if needed else {})
-        rows.append((row(number, height=size[1], width=64, **values), {name: [image] * B for name, image in images.items()}))
-    first = plain_pipeline(classes[0], tiny_model("deepfloyd"), dtype, safety_checker=None)
-    absent = dict.fromkeys(("safety_checker", "text_encoder", "watermarker"))
-    second = plain_pipeline(classes[1], tiny_model("deepfloyd-second"), dtype, **absent)
+        rows.append((row(number, height=size[1], width=size[0], **values), images))
+    reference = of_the_stages(task, {name: settings[name] for name in stages}, dtype, tiny_model, record_property)
     ours = render(info, dtype, [wanted for wanted, _ in rows])
     for (wanted, images), made in zip(rows, ours, strict=True):
+        np.testing.assert_array_equal(made, reference(wanted, images), err_msg=str(wanted))
+    assert len({made.tobytes() for made in ours}) == len(rows)
+
+
+def of_the_stages(
+    task: str, settings: dict[str, Any], dtype: str, tiny_model: Tiny, record_property: Compared
+) -> Callable[[Sample, dict[str, Any]], np.ndarray]:
+    """As diffusers' documentation has them one after another, with B copies and generators."""
+    classes = STAGES_OF[task]
+    first = plain_pipeline(classes[0], tiny_model("deepfloyd"), dtype, safety_checker=None)
+    absent = dict.fromkeys(("safety_checker", "text_encoder", "watermarker"))
+    later: dict[str, Any] = {}
+    if "super_resolution" in settings:
+        later["super_resolution"] = plain_pipeline(classes[1], tiny_model("deepfloyd-second"), dtype, **absent)
+    if "upscaler" in settings:
+        later["upscaler"] = plain_pipeline(diffusers.StableDiffusionUpscalePipeline, tiny_model("deepfloyd-third"), dtype)
+    for pipe in later.values():
+        record_property("compared", type(pipe).__name__)
+
+    def reference(wanted: Sample, given: dict[str, Any]) -> np.ndarray:
         scheduler, changes = REFERENCE[wanted.sampler]
         first.scheduler = scheduler.from_config(first.original_config, **changes)
-        second.scheduler = diffusers.DDPMScheduler.from_config(second.original_config)
-        generators = [torch.Generator().manual_seed(wanted.seed) for _ in range(B)]
-        positive, negative = first.encode_prompt([wanted.prompt] * B, negative_prompt=[wanted.negative_prompt or ""] * B)
-        texts = {"prompt_embeds": positive, "negative_prompt_embeds": negative, "generator": generators}
-        asked = {"strength": 0.7} if needed else {"height": wanted.height // 2, "width": 32}
-        small = first(**texts, **images, **asked, num_inference_steps=3, guidance_scale=wanted.guidance_scale, output_type="pt").images
-        asked = {"original_image": images.pop("image")} if needed else {"height": wanted.height, "width": 64}
-        large = second(image=small, **texts, **images, **asked, **settings).images[0]
-        np.testing.assert_array_equal(made, np.asarray(large), err_msg=str(wanted))
-    assert len({made.tobytes() for made in ours}) == len(rows)
+        for pipe in later.values():
+            pipe.scheduler = type(pipe.scheduler).from_config(pipe.original_config)
+        images = {name: [image] * B for name, image in given.items()}
+        generators = {"generator": [torch.Generator().manual_seed(wanted.seed) for _ in range(B)]}
+        prompts, negatives = [wanted.prompt] * B, [wanted.negative_prompt or ""] * B
+        positive, negative = first.encode_prompt(prompts, negative_prompt=negatives)
+        texts = {"prompt_embeds": positive, "negative_prompt_embeds": negative, **generators}
+        ratio = 2 ** len(later)
+        asked: dict[str, Any] = {"strength": 0.7} if images else {"height": wanted.height // ratio, "width": wanted.width // ratio}
+        scale = wanted.guidance_scale
+        made = first(**texts, **images, **asked, num_inference_steps=3, guidance_scale=scale, output_type="pt").images
+        if "super_resolution" in later:
+            asked = {"original_image": images.pop("image")} if images else {name: 2 * side for name, side in asked.items()}
+            made = later["super_resolution"](
+                image=made, **texts, **images, **asked, **settings["super_resolution"], output_type="pt"
+            ).images
+        made = (made / 2 + 0.5).clamp(0, 1)
+        if "upscaler" in later:
+            texts = {"prompt": prompts, "negative_prompt": negatives, **generators}
+            return np.asarray(later["upscaler"](image=made, **texts, **settings["upscaler"]).images[0])
+        pictures: np.ndarray = made[0].permute(1, 2, 0).float().numpy()
+        return (pictures * 255).round().astype(np.uint8)
+
+    return reference
 
 
 @pytest.mark.parametrize(("task", "steps", "noise"), [("text-to-image", 50, 250), ("image-to-image", 50, 250), ("inpainting", 100, 0)])
@@ -275,8 +323,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "controlnet": ("sd", {"control_image": [encoded(picture(k)) for k in range(3)], "controlnet_conditioning_scale": [0.5, None, 1.0]}),
     "refiner": ("sdxl", {"denoising_end": [0.5, None, 0.9], "num_inference_steps": [5, 20, 20]}),
     "super_resolution": ("deepfloyd", {"negative_prompt": ["x", None, None]}),
+    "upscaler": ("deepfloyd", {"negative_prompt": ["x", None, None]}),
 }
-FOLDERS = {"controlnet": "sd-controlnet", "refiner": "sdxl-refiner", "super_resolution": "deepfloyd-second"}
 
 
 def with_half(of: Path, folder: Path) -> tuple[Path, Path]:
@@ -299,7 +347,7 @@ def test_a_variant_of_a_second_model_is_loaded_and_hashed_instead_of_its_own_wei
     name = CASES[kind][0]
     alone, beside = with_half(tiny_model(FOLDERS[kind]), tmp_path)
     given = [{"id": str(beside)}, {"id": str(beside), "variant": "fp16"}, {"id": str(alone)}]
-    settings = {"num_inference_steps": 2} if kind == "super_resolution" else {}
+    settings = FEW_STEPS.get(kind, {})
     infos = [describe(ModelSpec.model_validate({"id": str(tiny_model(name)), kind: one | settings})) for one in given]
     values: dict[str, Any] = {"sampler": "ddpm", "height": 64, "width": 64, "num_inference_steps": 4}
     if kind == "controlnet":
@@ -347,7 +395,7 @@ def test_a_job_records_the_second_model_and_verify_renders_with_it_again(kind: s
         assert rows[0]["init_control_image_sha256"] == hashlib.sha256(more["control_image"][0]).hexdigest()
     if kind == "refiner":
         assert [record["denoising_end"] for record in rows] == [0.5, 0.8, 0.9]
-    if kind == "super_resolution":
+    if kind in STAGES:
         assert {(record["height"], record["width"]) for record in rows} == {(64, 64)}
         with Image.open(next((tmp_path / "out").glob("data/*/*.png"))) as opened:
             assert opened.size == (64, 64)

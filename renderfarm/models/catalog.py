@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from renderfarm.config import COMPANIONS, Checkpoint, ModelSpec, expand_env
+from renderfarm.config import COMPANIONS, STAGES, Checkpoint, ModelSpec, expand_env
 from renderfarm.errors import Fatal, InvalidJob, Transient
 from renderfarm.models.families import (
     ALWAYS,
@@ -26,6 +26,7 @@ from renderfarm.models.families import (
     Family,
     Sizes,
     Task,
+    vae_scale,
 )
 from renderfarm.models.sources import find_beside, find_model, read_index, read_json
 from renderfarm.samplers import GLOBAL_STATE, Kind, own_sampler, trained_for
@@ -63,9 +64,9 @@ class ModelInfo:
     strength: float | None = None
     """The task's default, where it begins with an image."""
     companions: Mapping[str, str] = field(default_factory=dict)
-    """The folders of models that are used beside this one: `controlnet`, `refiner`, `super_resolution`."""
-    super_resolution: Mapping[str, Any] = field(default_factory=dict)
-    """That stage's arguments of the call."""
+    """The folders of models that are used beside this one, by their names in `config.COMPANIONS`."""
+    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Of those that enlarge its pictures (`config.STAGES`), the arguments of their calls; None: the call's own default."""
     least_strength: Literal["floor", "ceil", "lcm"] = "floor"
     """How strength and steps must fit (`ImageTask`)."""
     source: ModelSpec | None = None
@@ -152,7 +153,7 @@ def _described(spec: ModelSpec) -> ModelInfo:
         adapters=_adapters(spec, family),
         pipeline_class=class_name,
         companions=companions,
-        super_resolution=spec.super_resolution.model_dump(exclude=set(Checkpoint.model_fields)) if spec.super_resolution else {},
+        stages={name: given.model_dump(exclude=set(Checkpoint.model_fields)) for name in STAGES if (given := getattr(spec, name))},
         attention_backends=class_name in DISPATCHED or class_name not in FAMILIES,
         warnings=()
         if class_name in FAMILIES
@@ -198,6 +199,7 @@ _COMPANIONS = {
     ),
     "refiner": _CompanionOf(("StableDiffusionXLPipeline",), "model_index.json", "StableDiffusionXLImg2ImgPipeline"),
     "super_resolution": _CompanionOf(("IFPipeline",), "model_index.json", "IFSuperResolutionPipeline"),
+    "upscaler": _CompanionOf(("IFPipeline",), "model_index.json", "StableDiffusionUpscalePipeline"),
 }
 
 
@@ -224,12 +226,15 @@ def _companions(spec: ModelSpec, class_name: str, denoiser: Config) -> dict[str,
 
 
 def _enlarged(companions: Mapping[str, str], denoiser: Config) -> int:
-    """How many times larger a second stage's pictures are than the model's own."""
-    if "super_resolution" not in companions:
-        return 1
-    unet = read_json(Path(companions["super_resolution"]) / "unet/config.json", "model.super_resolution: unet/config.json is damaged")
-    ratio: int = unet["sample_size"] // denoiser["sample_size"]
-    return ratio
+    """How many times larger the last stage's pictures are than the model's own."""
+
+    def configuration(stage: str, file: str) -> Config:
+        return read_json(Path(companions[stage]) / file, f"model.{stage}: {file} is missing or damaged")
+
+    ratio = 1
+    if "super_resolution" in companions:
+        ratio = configuration("super_resolution", "unet/config.json")["sample_size"] // denoiser["sample_size"]
+    return ratio * (vae_scale(configuration("upscaler", "vae/config.json")) if "upscaler" in companions else 1)
 
 
 def for_task(info: ModelInfo, given: Collection[str]) -> ModelInfo:

@@ -1,5 +1,5 @@
-"""DeepFloyd IF: draws pixels, no latents; by itself its first stage (64×64 in the published one), or with the second one, which
-enlarges its pictures."""
+"""DeepFloyd IF: draws pixels, no latents; by itself its first stage (64×64 in the published one), or with stages behind it that
+enlarge its pictures: its own second one, and Stable Diffusion's ×4 upscaler."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import IFImg2ImgSuperResolutionPipeline, IFInpaintingSuperResolutionPipeline, IFSuperResolutionPipeline
+from diffusers import (
+    IFImg2ImgSuperResolutionPipeline,
+    IFInpaintingSuperResolutionPipeline,
+    IFSuperResolutionPipeline,
+    StableDiffusionUpscalePipeline,
+)
 from PIL import Image
 
 from renderfarm.config import Workers
@@ -33,71 +38,85 @@ class DeepFloyd(WholeCall):
 
     def __init__(self, info: ModelInfo, workers: Workers) -> None:
         super().__init__(info, workers)
-        self.second: Any = None
-        self.ratio = 1
-        if "super_resolution" in info.companions:
+        self.stages: dict[str, Any] = {}
+        self.ratios = {"first": 1, "second": 1}
+        """How many times smaller than the row's size each stage works."""
+        if "super_resolution" in info.stages:
             # the first stage reads the texts for both
             absent = {"text_encoder": None, "tokenizer": None, **NO_CHECKER}
-            self.second = self._load_companion(SECOND_STAGES[info.task], "super_resolution", **absent)
-            self.ratio = self.second.unet.config.sample_size // self.pipe.unet.config.sample_size
-            self.settings = _settings(self.second, info)
+            second = self._load_companion(SECOND_STAGES[info.task], "super_resolution", **absent)
+            self.stages["super_resolution"] = second
+            self.ratios["first"] = second.unet.config.sample_size // self.pipe.unet.config.sample_size
+        if "upscaler" in info.stages:
+            third = self._load_companion(StableDiffusionUpscalePipeline, "upscaler", **NO_CHECKER)
+            self.stages["upscaler"] = third
+            self.ratios = {stage: ratio * third.vae_scale_factor for stage, ratio in self.ratios.items()}
 
     def _load_arguments(self) -> dict[str, Any]:
         return NO_CHECKER
 
     def _compared(self) -> list[torch.nn.Module]:
-        return super()._compared() if self.second is None else [*super()._compared(), self.second.unet]
+        return [*super()._compared(), *(stage.unet for stage in self.stages.values())]
 
     def _arguments(self, states: Sequence[State]) -> dict[str, Any]:
-        """The first stage's, whose pictures are smaller than the rows' where there is a second one."""
+        """The first stage's."""
         arguments = super()._arguments(states)
-        return arguments | {side: arguments[side] // self.ratio for side in ("height", "width") if side in arguments}
+        return arguments | {side: arguments[side] // self.ratios["first"] for side in ("height", "width") if side in arguments}
 
     def _images(self, samples: Sequence[Sample]) -> dict[str, Any]:
-        return _arrays(super()._images(samples), self.ratio)
+        return _arrays(super()._images(samples), self.ratios["first"])
 
     def _render(self, slots: Sequence[State], generators: list[torch.Generator]) -> np.ndarray:
+        samples = [slot.sample for slot in slots]
         pictures = self.pipe(**self._arguments(slots), generator=generators, output_type="pt").images
-        if self.second is not None:
-            pictures = self._enlarged(pictures, [slot.sample for slot in slots], generators)
+        if "super_resolution" in self.stages:
+            pictures = self._enlarged(pictures, samples, generators)
         # what these calls do with `output_type="np"`, but NaN where a picture is not finite, which they would clip
-        found: np.ndarray = (only_finite(pictures) / 2 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).float().numpy()
+        pictures = (only_finite(pictures) / 2 + 0.5).clamp(0, 1)
+        if "upscaler" in self.stages:
+            pictures = self._upscaled(pictures, samples, generators)
+        found: np.ndarray = pictures.cpu().permute(0, 2, 3, 1).float().numpy()
         return found
 
     def _enlarged(self, small_B3hw: torch.Tensor, samples: Sequence[Sample], generators: list[torch.Generator]) -> torch.Tensor:
-        negatives = [sample.negative_prompt or "" for sample in samples]
-        texts = self.pipe.encode_prompt([sample.prompt for sample in samples], negative_prompt=negatives, device=self.device)
-        self.second.scheduler = type(self.second.own_scheduler).from_config(self.second.own_scheduler.config)
-        if images := _arrays(super()._images(samples)):
+        prompts, negatives = _texts(samples)
+        texts = self.pipe.encode_prompt(prompts, negative_prompt=negatives, device=self.device)
+        ratio = self.ratios["second"]
+        if images := _arrays(super()._images(samples), ratio):
             asked = {"original_image": images["image"]} | {name: images[name] for name in ("mask_image",) if name in images}
         else:
-            asked = {side: getattr(samples[0], side) for side in ("height", "width")}
-        large: torch.Tensor = self.second(
-            image=small_B3hw,
-            prompt_embeds=texts[0],
-            negative_prompt_embeds=texts[1],
-            **asked,
-            **self.settings,
-            generator=generators,
-            output_type="pt",
-        ).images
-        return large
+            asked = {side: getattr(samples[0], side) // ratio for side in ("height", "width")}
+        asked |= {"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]}
+        return self._called("super_resolution", image=small_B3hw, **asked, generator=generators)
+
+    def _upscaled(self, small_B3hw: torch.Tensor, samples: Sequence[Sample], generators: list[torch.Generator]) -> torch.Tensor:
+        """From and to 0..1: given -1..1, this call would look at the darkest pixel of the batch to tell which it is."""
+        prompts, negatives = _texts(samples)
+        return self._called("upscaler", image=small_B3hw, prompt=prompts, negative_prompt=negatives, generator=generators)
+
+    def _called(self, stage: str, **arguments: Any) -> torch.Tensor:
+        pipe = self.stages[stage]
+        pipe.scheduler = type(pipe.own_scheduler).from_config(pipe.own_scheduler.config)
+        found: torch.Tensor = pipe(**arguments, **self._settings(stage), output_type="pt").images
+        return found
+
+    def _settings(self, stage: str) -> dict[str, Any]:
+        """Arguments of its call, as the job says or else the call; not all of them are every task's."""
+        taken = inspect.signature(self.stages[stage].__call__).parameters
+        given = self.info.stages[stage].items()
+        return {name: taken[name].default if value is None else value for name, value in given if name in taken}
 
     def profile(self) -> dict[str, Any]:
-        if self.second is None:
-            return super().profile()
-        scheduler = described(self.second.own_scheduler.config)
-        return super().profile() | {"super_resolution": self.settings | {"scheduler": scheduler}}
+        schedulers = {name: {"scheduler": described(stage.own_scheduler.config)} for name, stage in self.stages.items()}
+        return super().profile() | {name: self._settings(name) | scheduler for name, scheduler in schedulers.items()}
 
 
-def _settings(second: Any, info: ModelInfo) -> dict[str, Any]:
-    """The second stage's arguments, as the job says or else its call; not all of them are every task's."""
-    taken = inspect.signature(second.__call__).parameters
-    given = info.super_resolution.items()
-    return {name: taken[name].default if value is None else value for name, value in given if name in taken}
+def _texts(samples: Sequence[Sample]) -> tuple[list[str], list[str]]:
+    """Prompts and negative prompts."""
+    return [sample.prompt for sample in samples], [sample.negative_prompt or "" for sample in samples]
 
 
-def _arrays(arguments: dict[str, Any], ratio: int = 1) -> dict[str, Any]:
+def _arrays(arguments: dict[str, Any], ratio: int) -> dict[str, Any]:
     """Pictures as arrays, H×W×3 from -1 to 1 and masks H×W from 0 to 1: what these calls make of Pillow's, but in the row's
     size (over `ratio`), and not in the one that the stage was trained on."""
 
