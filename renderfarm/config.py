@@ -122,8 +122,8 @@ class ModelSpec(Checkpoint):
     super_resolution: Annotated[SuperResolution, BeforeValidator(_by_id, json_schema_input_type=SuperResolution | str)] | None = None
     """DeepFloyd IF's second stage. Heights and widths are then those of its pictures."""
     upscaler: Annotated[Upscaler, BeforeValidator(_by_id, json_schema_input_type=Upscaler | str)] | None = None
-    """DeepFloyd IF's third stage (a `StableDiffusionUpscalePipeline`), or what follows its first. Heights and widths are then
-    those of its pictures."""
+    """DeepFloyd IF's third stage (a `StableDiffusionUpscalePipeline`); it may follow the first one, too. Heights and widths are
+    then those of its pictures."""
     safety_checker: bool = False
     """Run the model's own safety checker, if it has one; an image that it refuses ends as an error row."""
 

@@ -4,7 +4,7 @@ enlarge its pictures: its own second one, and Stable Diffusion's ×4 upscaler.""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,7 @@ class DeepFloyd(WholeCall):
             third = self._load_companion(StableDiffusionUpscalePipeline, "upscaler", **NO_CHECKER)
             self.stages["upscaler"] = third
             self.ratios = {stage: ratio * third.vae_scale_factor for stage, ratio in self.ratios.items()}
+        self.settings = {name: _settings(stage, info.stages[name]) for name, stage in self.stages.items()}
 
     def _load_arguments(self) -> dict[str, Any]:
         return NO_CHECKER
@@ -82,8 +83,9 @@ class DeepFloyd(WholeCall):
         prompts, negatives = _texts(samples)
         texts = self.pipe.encode_prompt(prompts, negative_prompt=negatives, device=self.device)
         ratio = self.ratios["second"]
-        if images := _arrays(super()._images(samples), ratio):
-            asked = {"original_image": images["image"]} | {name: images[name] for name in ("mask_image",) if name in images}
+        if images := _arrays(super()._images(samples), ratio):  # and the row's strength, which is the first stage's
+            names = {"image": "original_image", "mask_image": "mask_image"}
+            asked = {names[name]: pictures for name, pictures in images.items() if name in names}
         else:
             asked = {side: getattr(samples[0], side) // ratio for side in ("height", "width")}
         asked |= {"prompt_embeds": texts[0], "negative_prompt_embeds": texts[1]}
@@ -97,18 +99,31 @@ class DeepFloyd(WholeCall):
     def _called(self, stage: str, **arguments: Any) -> torch.Tensor:
         pipe = self.stages[stage]
         pipe.scheduler = type(pipe.own_scheduler).from_config(pipe.own_scheduler.config)
-        found: torch.Tensor = pipe(**arguments, **self._settings(stage), output_type="pt").images
+        found: torch.Tensor = pipe(**arguments, **self.settings[stage], output_type="pt").images
         return found
 
-    def _settings(self, stage: str) -> dict[str, Any]:
-        """Arguments of its call, as the job says or else the call; not all of them are every task's."""
-        taken = inspect.signature(self.stages[stage].__call__).parameters
-        given = self.info.stages[stage].items()
-        return {name: taken[name].default if value is None else value for name, value in given if name in taken}
+    def places_that_differ(self, sample: Sample) -> list[int]:
+        """A few steps of the later stages will do, as of the first."""
+        settings, self.settings = self.settings, {name: _few_steps(one) for name, one in self.settings.items()}
+        try:
+            return super().places_that_differ(sample)
+        finally:
+            self.settings = settings
 
     def profile(self) -> dict[str, Any]:
         schedulers = {name: {"scheduler": described(stage.own_scheduler.config)} for name, stage in self.stages.items()}
-        return super().profile() | {name: self._settings(name) | scheduler for name, scheduler in schedulers.items()}
+        return super().profile() | {name: self.settings[name] | scheduler for name, scheduler in schedulers.items()}
+
+
+def _settings(stage: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of its call, as the job says or else the call; not all of them are every task's."""
+    taken = inspect.signature(stage.__call__).parameters
+    return {name: taken[name].default if value is None else value for name, value in given.items() if name in taken}
+
+
+def _few_steps(settings: dict[str, Any]) -> dict[str, Any]:
+    few = {"num_inference_steps": min(4, settings["num_inference_steps"]), "strength": 1.0}
+    return settings | {name: value for name, value in few.items() if name in settings}
 
 
 def _texts(samples: Sequence[Sample]) -> tuple[list[str], list[str]]:
