@@ -300,7 +300,17 @@ def test_a_second_stage_that_the_job_says_nothing_of_has_its_calls_own_settings(
     assert found.get("strength") == (None if task == "text-to-image" else 0.8)
 
 
-def test_a_second_stage_without_a_step_is_refused(tiny_model: Tiny) -> None:
+def test_a_stage_whose_configuration_does_not_say_its_size_is_refused(tiny_model: Tiny, tmp_path: Path) -> None:
+    for name, file, key in (("super_resolution", "unet/config.json", "sample_size"), ("upscaler", "vae/config.json", "block_out_channels")):
+        shutil.copytree(tiny_model(FOLDERS[name]), tmp_path / name)
+        config = json.loads((tmp_path / name / file).read_text())
+        del config[key]
+        (tmp_path / name / file).write_text(json.dumps(config))
+        with pytest.raises(InvalidJob, match=rf"model\.{name}: {file} is missing, damaged, or does not say how large its pictures are"):
+            describe(ModelSpec.model_validate({"id": str(tiny_model("deepfloyd")), name: str(tmp_path / name)}))
+
+
+def test_a_second_stage_without_a_step_is_refused() -> None:
     with pytest.raises(ValueError, match=r"strength 0\.1 of 9 steps runs none of them"):
         ModelSpec.model_validate({"id": "m", "super_resolution": {"id": "s", "num_inference_steps": 9, "strength": 0.1}})
 
@@ -419,6 +429,8 @@ def test_a_job_records_the_second_model_and_verify_renders_with_it_again(kind: s
         ("sdxl", {"refiner": "sdxl"}, {}, "is a StableDiffusionXLPipeline, and must be a StableDiffusionXLImg2ImgPipeline"),
         ("sdxl", {"refiner": "sdxl-refiner"}, {"image": [encoded(picture())]}, "is for text-to-image, and the manifest's images make this"),
         ("sdxl", {}, {"denoising_end": [0.5]}, "`denoising_end`, which this model does not take"),
+        ("sd", {"upscaler": "deepfloyd-third"}, {}, r"takes none here \(IFPipeline does\)"),
+        ("deepfloyd", {"upscaler": "deepfloyd-second"}, {}, "is a IFSuperResolutionPipeline, and must be a StableDiffusionUpscalePipeline"),
     ],
 )
 def test_a_second_model_that_does_not_fit_is_refused_before_work_starts(
@@ -441,21 +453,21 @@ def test_numbers_out_of_their_range_are_error_rows(job: Job, tmp_path: Path) -> 
 
 IMAGES = {"image": [encoded(picture(k, (64, 64))) for k in range(3)], "strength": [0.5, None, 1.0]}
 MASKS = {"mask_image": [encoded(mask((64, 64), inverted=k > 1)) for k in range(3)]}
+THROUGH_RAY: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    **{kind: ((kind,), CASES[kind][1]) for kind in ("controlnet", "refiner", "super_resolution")},
+    "image-to-image in two stages": (("super_resolution",), IMAGES),
+    "inpainting in three stages": (STAGES, IMAGES | MASKS),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "more"),
-    [*((kind, CASES[kind][1]) for kind in COMPANIONS), ("super_resolution", IMAGES), ("super_resolution", IMAGES | MASKS)],
-    ids=[*COMPANIONS, "super_resolution image-to-image", "super_resolution inpainting"],
-)
-def test_rows_through_ray_have_the_same_pixels_with_one_worker_and_with_two(
-    kind: str, more: dict[str, Any], job: Job, local_ray: None, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("case", THROUGH_RAY)
+def test_rows_through_ray_have_the_same_pixels_with_one_worker_and_with_two(case: str, job: Job, local_ray: None, tmp_path: Path) -> None:
+    kinds, more = THROUGH_RAY[case]
     values, found = columns(12, **{column: cells * 4 for column, cells in more.items()}), []
     for workers in (1, 2):
         output = {"path": str(tmp_path / f"out{workers}"), "part_rows": 7 - 2 * workers}
-        path = job(values, CASES[kind][0], {kind: FOLDERS[kind]}, output=output)
+        path = job(values, CASES[kinds[0]][0], {kind: FOLDERS[kind] for kind in kinds}, output=output)
         assert renderfarm.run(renderfarm.jobfile.load_job(path, [f"workers.max={workers}"]), engine="ray").images == 12
         found.append({record["row"]: record["pixel_sha256"] for record in image_rows(tmp_path / f"out{workers}")})
     assert found[0] == found[1]

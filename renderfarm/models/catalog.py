@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -228,13 +228,15 @@ def _companions(spec: ModelSpec, class_name: str, denoiser: Config) -> dict[str,
 def _enlarged(companions: Mapping[str, str], denoiser: Config) -> int:
     """How many times larger the last stage's pictures are than the model's own."""
 
-    def configuration(stage: str, file: str) -> Config:
-        return read_json(Path(companions[stage]) / file, f"model.{stage}: {file} is missing or damaged")
+    def of(stage: str, file: str, ratio: Callable[[Config], int]) -> int:
+        problem = f"model.{stage}: {file} is missing, damaged, or does not say how large its pictures are"
+        try:
+            return ratio(read_json(Path(companions[stage]) / file, problem)) if stage in companions else 1
+        except (KeyError, TypeError):
+            raise InvalidJob(problem) from None
 
-    ratio = 1
-    if "super_resolution" in companions:
-        ratio = configuration("super_resolution", "unet/config.json")["sample_size"] // denoiser["sample_size"]
-    return ratio * (vae_scale(configuration("upscaler", "vae/config.json")) if "upscaler" in companions else 1)
+    second = of("super_resolution", "unet/config.json", lambda unet: unet["sample_size"] // denoiser["sample_size"])
+    return second * of("upscaler", "vae/config.json", vae_scale)
 
 
 def for_task(info: ModelInfo, given: Collection[str]) -> ModelInfo:
