@@ -34,14 +34,35 @@ class ManifestSpec(Strict):
     """Render only rows whose columns have these values (a value or a list); `row` takes ranges: `{row: "0-199,300"}`."""
 
 
-class ComponentSpec(Strict):
-    id: str
-    """A folder in diffusers' format (with a `config.json`), relative to the job file, a hub id `org/name`, or a store's URL; for a denoiser
-    also a `.gguf` file (renderfarm[gguf])."""
+class Source(Strict):
+    """Where a model, or a part of one, comes from."""
+
+    id: Annotated[str, Field(min_length=1)]
+    """A folder in diffusers' format, relative to the job file, a hub id `org/name`, or a store's URL (`s3://bucket/model`)."""
     revision: str | None = None
-    """A full commit hash; required for a hub id."""
+    """A full commit hash; required for a hub id, so that the weights cannot change under the job."""
+
+
+def _by_id(value: Any) -> Any:
+    return {"id": value} if isinstance(value, str) else value
+
+
+class ComponentSpec(Source):
+    """For a denoiser the id may also be that of a `.gguf` file (renderfarm[gguf])."""
+
     subfolder: str | None = None
     """Where the component lies in a whole model, e.g. `vae`."""
+
+
+class Checkpoint(Source):
+    """A pipeline, or a ControlNet, with its weights."""
+
+    variant: Annotated[str, Field(pattern=r"^\w[\w.-]{0,31}$")] | None = None
+    """Which weights to load where a model has several: `fp16` takes `*.fp16.safetensors` of the components that have them.
+    Independent of `workers.dtype`, to which they are converted."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """What `renderfarm models --model` prints for a pipeline: one with another byte stops the job before it renders, and the
+    message says the hash that was found."""
 
 
 class Quantization(Strict):
@@ -56,37 +77,37 @@ class Quantization(Strict):
     of its configuration classes (`Int8WeightOnlyConfig`), and the others are that one's."""
 
 
-class Companion(Strict):
-    """A second model that is used beside the job's: a folder, or a hub id with its commit."""
-
-    id: Annotated[str, Field(min_length=1)]
-    revision: str | None = None
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    """As `model.sha256`: one with another byte stops the job; the message says the hash that was found."""
-
-
-def _by_id(value: Any) -> Any:
-    return {"id": value} if isinstance(value, str) else value
-
-
-class SuperResolution(Companion):
+class SuperResolution(Checkpoint):
     """A stage that enlarges the pictures of the stage before; its settings are the job's, not a row's."""
 
-    num_inference_steps: Annotated[int, Field(ge=1, le=998)] = 50
+    num_inference_steps: Annotated[int, Field(ge=1, le=998)] | None = None
+    """None: 50, for inpainting 100."""
     guidance_scale: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 4.0
-    noise_level: Annotated[int, Field(ge=0, le=999)] = 250
+    noise_level: Annotated[int, Field(ge=0, le=999)] | None = None
+    """How much noise the small picture gets before it is enlarged. None: 250, for inpainting 0."""
+    strength: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.8
+    """Where rows give an image: how much of it this stage paints anew. About that share of its steps runs."""
+
+    @model_validator(mode="after")
+    def _runs(self) -> SuperResolution:
+        if int((steps := self.num_inference_steps or 50) * self.strength) < 1:
+            raise ValueError(f"strength {self.strength} of {steps} steps runs none of them; give more of either")
+        return self
+
+
+class Upscaler(Checkpoint):
+    """Stable Diffusion's ×4 upscaler, for the pictures of the stages before; its settings are the job's, not a row's."""
+
+    num_inference_steps: Annotated[int, Field(ge=1, le=998)] = 75
+    guidance_scale: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = 9.0
+    noise_level: Annotated[int, Field(ge=0, le=350)] = 20
     """How much noise the small picture gets before it is enlarged."""
 
 
-class ModelSpec(Strict):
-    id: str
-    """`builtin:shapes`, a folder in diffusers' format, a hub id `org/name`, or a store's URL (`s3://bucket/model`)."""
-    revision: str | None = None
-    """A full commit hash; required for a hub id, so that the weights cannot change under the job."""
-    variant: Annotated[str, Field(pattern=r"^\w[\w.-]{0,31}$")] | None = None
-    """Which weights to load where a model has several: `fp16` takes `*.fp16.safetensors` of the components that have them.
-    Independent of `workers.dtype`, to which they are converted."""
-    components: dict[str, ComponentSpec] = {}
+class ModelSpec(Checkpoint):
+    """`id` may also be `builtin:shapes`."""
+
+    components: dict[str, Annotated[ComponentSpec, BeforeValidator(_by_id, json_schema_input_type=ComponentSpec | str)]] = {}
     """Parts of the model (`vae`, `text_encoder`, `unet`, `scheduler` …) that others take the place of: a folder, or
     `{id: org/name, revision: <commit>, subfolder: vae}`."""
     quantization: Quantization | None = None
@@ -94,24 +115,21 @@ class ModelSpec(Strict):
     adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")], str] = {}
     """LoRA adapters by a name of your own: each a `.safetensors` file, relative to the job file. Rows and `render.adapters`
     say which are on, and how strongly. Needs renderfarm[lora]."""
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    """What `renderfarm models --model` prints: a model with another byte stops the job before it renders."""
-    controlnet: Annotated[Companion, BeforeValidator(_by_id, json_schema_input_type=Companion | str)] | None = None
+    controlnet: Annotated[Checkpoint, BeforeValidator(_by_id, json_schema_input_type=Checkpoint | str)] | None = None
     """A ControlNet for Stable Diffusion or SDXL, in diffusers' format; each row gives its `control_image`."""
-    refiner: Annotated[Companion, BeforeValidator(_by_id, json_schema_input_type=Companion | str)] | None = None
+    refiner: Annotated[Checkpoint, BeforeValidator(_by_id, json_schema_input_type=Checkpoint | str)] | None = None
     """SDXL's refiner: it takes over where `denoising_end` says, with the noise that is left."""
     super_resolution: Annotated[SuperResolution, BeforeValidator(_by_id, json_schema_input_type=SuperResolution | str)] | None = None
     """DeepFloyd IF's second stage. Heights and widths are then those of its pictures."""
+    upscaler: Annotated[Upscaler, BeforeValidator(_by_id, json_schema_input_type=Upscaler | str)] | None = None
+    """DeepFloyd IF's third stage (a `StableDiffusionUpscalePipeline`); it may follow the first one, too. Heights and widths are
+    then those of its pictures."""
     safety_checker: bool = False
     """Run the model's own safety checker, if it has one; an image that it refuses ends as an error row."""
 
-    @field_validator("components", mode="before", json_schema_input_type=dict[str, ComponentSpec | str])
-    @classmethod
-    def _component_ids(cls, value: Any) -> Any:
-        return {name: {"id": one} if isinstance(one, str) else one for name, one in value.items()} if isinstance(value, dict) else value
 
-
-COMPANIONS = ("controlnet", "refiner", "super_resolution")
+STAGES = ("super_resolution", "upscaler")
+COMPANIONS = ("controlnet", "refiner", *STAGES)
 
 
 class Render(Strict):

@@ -9,7 +9,7 @@ from typing import Any
 
 from renderfarm import after, commit, weighting
 from renderfarm.adapters import parse, read_files, sha256, written
-from renderfarm.config import COMPANIONS, Companion, Job, expand_env, several_devices
+from renderfarm.config import COMPANIONS, Checkpoint, Job, expand_env, several_devices
 from renderfarm.errors import InvalidInput, InvalidJob
 from renderfarm.manifest import Manifest, open_manifest
 from renderfarm.models.catalog import ModelInfo, describe, for_task, shown_name, with_weights
@@ -133,7 +133,7 @@ class Prepared:
         }
 
 
-def _frozen(companion: Companion) -> dict[str, Any]:
+def _frozen(companion: Checkpoint) -> dict[str, Any]:
     """A local folder by its name, as a model's."""
     return companion.model_dump(exclude={"sha256"}) | {"id": shown_name(expand_env(companion.id))}
 

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from renderfarm import commit
 from renderfarm.after import Chain, thawed
-from renderfarm.config import COMPANIONS, ModelSpec, Offload, Workers, is_url
+from renderfarm.config import COMPANIONS, STAGES, ModelSpec, Offload, Workers, is_url
 from renderfarm.errors import Fatal, InvalidJob
 from renderfarm.jobfile import model_spec
 from renderfarm.models.base import SlotModel
@@ -101,8 +101,9 @@ def _model(output: Output, profile: dict[str, Any]) -> dict[str, Any]:
         "adapters": profile.get("adapters") or {},
         "quantization": _without(profile.get("quantization"), "version"),
     }
-    if (stage := profile.get("super_resolution")) is not None:
-        known["super_resolution"] = (output.job["model"].get("super_resolution") or {}) | _without(stage, "scheduler")
+    for name in STAGES:
+        if (stage := profile.get(name)) is not None:
+            known[name] = (output.job["model"].get(name) or {}) | _without(stage, "scheduler")
     return {**output.job["model"], **known}
 
 

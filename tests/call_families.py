@@ -9,7 +9,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
-from families import WORDS, t5, t5_tokenizer, vae
+from families import WORDS, clip, clip_tokenizer, t5, t5_tokenizer, unet, vae
 from tokenizers.pre_tokenizers import ByteLevel
 
 NARROW = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
@@ -204,11 +204,21 @@ def deepfloyd() -> diffusers.IFPipeline:
 
 def deepfloyd_second() -> diffusers.IFSuperResolutionPipeline:
     """Twice as large as the first stage's pictures; as published, with a text encoder of its own that nobody needs."""
-    denoiser = pixel_unet(sample_size=64, in_channels=6, class_embed_type="timestep")
+    denoiser = pixel_unet(sample_size=64, in_channels=6, class_embed_type="timestep", block_out_channels=(16, 32))
     noising = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     return diffusers.IFSuperResolutionPipeline(
         t5_tokenizer(), t5(), denoiser, pixel_scheduler(), noising, None, None, None, requires_safety_checker=False
     )
+
+
+def deepfloyd_third() -> diffusers.StableDiffusionUpscalePipeline:
+    """Twice as large as the pictures that it is given, as its autoencoder is a shallow one."""
+    schedulers = (
+        diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        diffusers.DDIMScheduler(**LINEAR, prediction_type="v_prediction"),
+    )
+    denoiser = unet(in_channels=7, num_class_embeds=1000, block_out_channels=(16, 32))
+    return diffusers.StableDiffusionUpscalePipeline(vae(scaling_factor=0.08333), clip(False), clip_tokenizer(), denoiser, *schedulers)
 
 
 BUILDERS: dict[str, Callable[[], Any]] = {
@@ -221,5 +231,6 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "sana": sana,
     "deepfloyd": deepfloyd,
     "deepfloyd-second": deepfloyd_second,
+    "deepfloyd-third": deepfloyd_third,
     "generic": pixart_alpha,
 }

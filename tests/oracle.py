@@ -84,6 +84,8 @@ AS_ASKED: dict[Any, dict[str, Any]] = {
     diffusers.PixArtSigmaPipeline: {"use_resolution_binning": False, "clean_caption": False},
     diffusers.SanaPipeline: {"use_resolution_binning": False, "clean_caption": False, "complex_human_instruction": None},
     diffusers.IFPipeline: {"clean_caption": False},
+    diffusers.IFImg2ImgPipeline: {"clean_caption": False},
+    diffusers.IFInpaintingPipeline: {"clean_caption": False},
 }
 NUMBERS = (
     *("height", "width", "guidance_scale", "true_cfg_scale", "strength"),
@@ -204,7 +206,7 @@ def reference(
     arguments |= {name: getattr(wanted, name) for name in NUMBERS if getattr(wanted, name) is not None}
     arguments |= AS_ASKED.get(type(pipe), {})
     arguments |= {name: [image] * batch_size for name, image in images.items()}
-    if "negative_prompt" in arguments and isinstance(pipe, diffusers.Flux2KleinPipeline):
+    if "negative_prompt" in arguments and isinstance(pipe, diffusers.Flux2KleinPipeline | diffusers.Flux2KleinInpaintPipeline):
         arguments["negative_prompt_embeds"] = pipe.encode_prompt(arguments.pop("negative_prompt"))[0]
     if type(pipe).__name__.startswith("QwenImage"):
         arguments |= padded_texts(pipe, {name: arguments.pop(name) for name in ("prompt", "negative_prompt") if name in arguments})

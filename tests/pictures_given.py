@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def picture(number: int = 0, size: tuple[int, int] = (32, 32), mode: str = "RGB") -> Image.Image:
@@ -14,10 +14,10 @@ def picture(number: int = 0, size: tuple[int, int] = (32, 32), mode: str = "RGB"
     return Image.fromarray(noise).resize(size, Image.Resampling.NEAREST).convert(mode)
 
 
-def mask(size: tuple[int, int] = (32, 32)) -> Image.Image:
+def mask(size: tuple[int, int] = (32, 32), *, inverted: bool = False) -> Image.Image:
     found = Image.new("L", size)
     found.paste(255, (8, 8, 24, 24))
-    return found
+    return ImageOps.invert(found) if inverted else found
 
 
 def encoded(image: Image.Image, format_: str = "PNG", **options: Any) -> bytes:

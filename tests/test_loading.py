@@ -136,7 +136,7 @@ def test_a_variant_that_is_not_there_is_refused_with_those_that_are(own: Callabl
     with pytest.raises(InvalidJob, match=r"no component has the variant ema .*; variants that there are: fp16"):
         describe(ModelSpec(id=str(folder), variant="ema"))
     (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(InvalidJob, match=r"its unet has weights of a variant only: give model\.variant: fp16"):
+    with pytest.raises(InvalidJob, match=r"its unet has weights of a variant only: give variant: fp16"):
         describe(ModelSpec(id=str(folder)))
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from renderfarm.config import COMPANIONS, ModelSpec, expand_env
+from renderfarm.config import COMPANIONS, STAGES, Checkpoint, ModelSpec, expand_env
 from renderfarm.errors import Fatal, InvalidJob, Transient
 from renderfarm.models.families import (
     ALWAYS,
@@ -26,6 +26,7 @@ from renderfarm.models.families import (
     Family,
     Sizes,
     Task,
+    vae_scale,
 )
 from renderfarm.models.sources import find_beside, find_model, read_index, read_json
 from renderfarm.samplers import GLOBAL_STATE, Kind, own_sampler, trained_for
@@ -63,9 +64,9 @@ class ModelInfo:
     strength: float | None = None
     """The task's default, where it begins with an image."""
     companions: Mapping[str, str] = field(default_factory=dict)
-    """The folders of models that are used beside this one: `controlnet`, `refiner`, `super_resolution`."""
-    super_resolution: Mapping[str, Any] = field(default_factory=dict)
-    """That stage's arguments of the call."""
+    """The folders of models that are used beside this one, by their names in `config.COMPANIONS`."""
+    stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Of those that enlarge its pictures (`config.STAGES`), the arguments of their calls; None: the call's own default."""
     least_strength: Literal["floor", "ceil", "lcm"] = "floor"
     """How strength and steps must fit (`ImageTask`)."""
     source: ModelSpec | None = None
@@ -79,6 +80,11 @@ class ModelInfo:
     def images(self) -> tuple[str, ...]:
         """The images that every row must give."""
         return IMAGES_OF[self.task]
+
+    def variant_of(self, companion: str) -> str | None:
+        """As `variant`, of a model that is used beside this one."""
+        given = self.source and getattr(self.source, companion)
+        return given.variant if given else None
 
     @property
     def name(self) -> str:
@@ -147,7 +153,7 @@ def _described(spec: ModelSpec) -> ModelInfo:
         adapters=_adapters(spec, family),
         pipeline_class=class_name,
         companions=companions,
-        super_resolution=spec.super_resolution.model_dump(exclude={"id", "revision", "sha256"}) if spec.super_resolution else {},
+        stages={name: given.model_dump(exclude=set(Checkpoint.model_fields)) for name in STAGES if (given := getattr(spec, name))},
         attention_backends=class_name in DISPATCHED or class_name not in FAMILIES,
         warnings=()
         if class_name in FAMILIES
@@ -193,6 +199,7 @@ _COMPANIONS = {
     ),
     "refiner": _CompanionOf(("StableDiffusionXLPipeline",), "model_index.json", "StableDiffusionXLImg2ImgPipeline"),
     "super_resolution": _CompanionOf(("IFPipeline",), "model_index.json", "IFSuperResolutionPipeline"),
+    "upscaler": _CompanionOf(("IFPipeline",), "model_index.json", "StableDiffusionUpscalePipeline"),
 }
 
 
@@ -205,7 +212,7 @@ def _companions(spec: ModelSpec, class_name: str, denoiser: Config) -> dict[str,
         if class_name not in rule.classes:
             raise InvalidJob(f"model.{name}: {class_name} takes none here ({', '.join(rule.classes)} does); leave it out")
         companion_id = expand_env(given.id)
-        folder = find_beside(companion_id, given.revision, f"model.{name}", weights=False)
+        folder = find_beside(given, f"model.{name}", weights=False)
         config = read_json(folder / rule.file, f"model.{name}: {companion_id} is not in diffusers' format")
         if config.get("_class_name") != rule.class_name:
             raise InvalidJob(f"model.{name}: {companion_id} is a {config.get('_class_name')}, and must be a {rule.class_name}")
@@ -219,12 +226,17 @@ def _companions(spec: ModelSpec, class_name: str, denoiser: Config) -> dict[str,
 
 
 def _enlarged(companions: Mapping[str, str], denoiser: Config) -> int:
-    """How many times larger a second stage's pictures are than the model's own."""
-    if "super_resolution" not in companions:
-        return 1
-    unet = read_json(Path(companions["super_resolution"]) / "unet/config.json", "model.super_resolution: unet/config.json is damaged")
-    ratio: int = unet["sample_size"] // denoiser["sample_size"]
-    return ratio
+    """How many times larger the last stage's pictures are than the model's own."""
+
+    def of(stage: str, file: str, ratio: Callable[[Config], int]) -> int:
+        problem = f"model.{stage}: {file} is missing, damaged, or does not say how large its pictures are"
+        try:
+            return ratio(read_json(Path(companions[stage]) / file, problem)) if stage in companions else 1
+        except (KeyError, TypeError):
+            raise InvalidJob(problem) from None
+
+    second = of("super_resolution", "unet/config.json", lambda unet: unet["sample_size"] // denoiser["sample_size"])
+    return second * of("upscaler", "vae/config.json", vae_scale)
 
 
 def for_task(info: ModelInfo, given: Collection[str]) -> ModelInfo:

@@ -38,7 +38,7 @@ class Sizes:
 
 
 def _of_unet(unet: Config, vae: Config) -> Sizes:
-    scale = _vae_scale(vae)
+    scale = vae_scale(vae)
     side = unet["sample_size"]
     height, width = (side, side) if isinstance(side, int) else side
     # StableDiffusionPipeline.check_inputs wants multiples of 8
@@ -46,19 +46,19 @@ def _of_unet(unet: Config, vae: Config) -> Sizes:
 
 
 def _of_sd3(transformer: Config, vae: Config) -> Sizes:
-    side, factor = transformer["sample_size"] * _vae_scale(vae), transformer["patch_size"] * _vae_scale(vae)
+    side, factor = transformer["sample_size"] * vae_scale(vae), transformer["patch_size"] * vae_scale(vae)
     # a table of positions, of which the transformer takes the middle
     return Sizes(side, side, factor, min(4 * side, transformer["pos_embed_max_size"] * factor))
 
 
 def _of_flux(transformer: Config, vae: Config) -> Sizes:
-    side = 128 * _vae_scale(vae)  # FluxPipeline.default_sample_size; the configuration names none
-    return Sizes(side, side, 2 * _vae_scale(vae), 4 * side)
+    side = 128 * vae_scale(vae)  # FluxPipeline.default_sample_size; the configuration names none
+    return Sizes(side, side, 2 * vae_scale(vae), 4 * side)
 
 
 def _of_patches(denoiser: Config, vae: Config) -> Sizes:
     """Transformers over 2×2 patches whose pipelines have 1024 pixels as their default: FLUX.2, Z-Image."""
-    factor = 2 * _vae_scale(vae)
+    factor = 2 * vae_scale(vae)
     return Sizes(1024, 1024, factor, 4096)
 
 
@@ -68,8 +68,8 @@ def _of_qwen_image(denoiser: Config, vae: Config) -> Sizes:
 
 
 def _of_pixart(transformer: Config, vae: Config) -> Sizes:
-    side = transformer["sample_size"] * _vae_scale(vae)
-    return Sizes(side, side, math.lcm(8, transformer["patch_size"] * _vae_scale(vae)), 4 * side)
+    side = transformer["sample_size"] * vae_scale(vae)
+    return Sizes(side, side, math.lcm(8, transformer["patch_size"] * vae_scale(vae)), 4 * side)
 
 
 def _of_sana(transformer: Config, vae: Config) -> Sizes:
@@ -83,13 +83,14 @@ def _of_pixels(unet: Config, vae: Config) -> Sizes:
 
 def _of_any(denoiser: Config, vae: Config) -> Sizes:
     """A guess: what most classes have in their configurations; else 1024 pixels."""
-    scale = _vae_scale(vae) if "block_out_channels" in vae else 1
+    scale = vae_scale(vae) if "block_out_channels" in vae else 1
     side = denoiser.get("sample_size")
     side = side * scale if isinstance(side, int) else 1024
     return Sizes(side, side, math.lcm(8, scale), 4 * side)
 
 
-def _vae_scale(vae: Config) -> int:
+def vae_scale(vae: Config) -> int:
+    """How many times larger its pictures are than its latents."""
     scale: int = 2 ** (len(vae["block_out_channels"]) - 1)
     return scale
 
@@ -230,6 +231,7 @@ _TASKS: dict[str, dict[Task, ImageTask]] = {
         "image-to-image": ImageTask("FluxImg2ImgPipeline", 0.6, least_strength="ceil"),
         "inpainting": ImageTask("FluxInpaintPipeline", 0.6, least_strength="ceil"),
     },
+    "Flux2KleinPipeline": {"inpainting": ImageTask("Flux2KleinInpaintPipeline", 0.8, "flux2:Flux2Klein", "ceil")},
     "QwenImagePipeline": {
         "image-to-image": ImageTask("QwenImageImg2ImgPipeline", 0.6, "qwen_image:QwenImage", "ceil"),
         "inpainting": ImageTask("QwenImageInpaintPipeline", 0.6, "qwen_image:QwenImage", "ceil"),
@@ -237,6 +239,10 @@ _TASKS: dict[str, dict[Task, ImageTask]] = {
     "ZImagePipeline": {
         "image-to-image": ImageTask("ZImageImg2ImgPipeline", 0.6, "z_image:ZImage", "ceil"),
         "inpainting": ImageTask("ZImageInpaintPipeline", 1.0, "z_image:ZImage", "ceil"),
+    },
+    "IFPipeline": {
+        "image-to-image": ImageTask("IFImg2ImgPipeline", 0.7, "deepfloyd:DeepFloyd"),
+        "inpainting": ImageTask("IFInpaintingPipeline", 1.0, "deepfloyd:DeepFloyd"),
     },
 }
 _WEIGHTED = ("StableDiffusionPipeline", LCM, "StableDiffusionXLPipeline")  # all their texts are CLIP's

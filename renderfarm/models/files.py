@@ -133,10 +133,15 @@ def check_weights(files: Collection[str], index: Index, variant: str | None, mod
     for name, inside in there.items():
         if f"{name}/config.json" in inside and (safety_checker or name not in SAFETY):
             check_component(inside, variant, f"model {model}: its {name}")
-    known = _named(set().union(*(variants(inside) for inside in there.values())))
+    check_variant(set().union(*(variants(inside) for inside in there.values())), variant, f"model {model}")
+
+
+def check_variant(there: Iterable[str | None], variant: str | None, what: str) -> None:
+    """`there`: what `variants` finds. `what`: the model, to begin a message with."""
+    known = _named(there)
     if variant is not None and variant not in known:
         raise InvalidJob(
-            f"model {model}: no component has the variant {variant} (*.{variant}.safetensors); variants that there are: "
+            f"{what}: no component has the variant {variant} (*.{variant}.safetensors); variants that there are: "
             f"{', '.join(known) or 'none'}"
         )
 
@@ -147,7 +152,7 @@ def check_component(files: Collection[str], variant: str | None, what: str) -> N
     if None in known or variant in known or any(file.endswith(QUANTISED) for file in files):
         return
     if others := _named(known):
-        raise InvalidJob(f"{what} has weights of a variant only: give model.variant: {' or '.join(others)}")
+        raise InvalidJob(f"{what} has weights of a variant only: give variant: {' or '.join(others)}")
     if pickled := sorted(os.path.basename(file) for file in files if file.endswith(PICKLED)):
         raise InvalidJob(
             f"{what} has pickled weights only ({pickled[0]}), which may hold code; load it with diffusers where you trust it, and save it "

@@ -30,11 +30,11 @@ def weight_hashes(folder: Path, variant: str | None = None, *, safety_checker: b
     return found
 
 
-def companion_hashes(folder: Path) -> dict[str, str]:
+def companion_hashes(folder: Path, variant: str | None) -> dict[str, str]:
     """The same of a second model: a pipeline, or a single component."""
-    if (folder / "model_index.json").is_file():
-        return weight_hashes(folder, safety_checker=False)
-    return {name: file_sha256(folder / name) for name in sorted(read_of_component([path.name for path in folder.iterdir()], None))}
+    if (folder / INDEX).is_file():
+        return weight_hashes(folder, variant, safety_checker=False)
+    return {name: file_sha256(folder / name) for name in sorted(read_of_component([path.name for path in folder.iterdir()], variant))}
 
 
 def model_sha256(hashes: dict[str, str]) -> str:

@@ -7,8 +7,11 @@ from typing import Any
 
 from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 
+from renderfarm.errors import InvalidInput
 from renderfarm.models.calls import State, WholeCall
 from renderfarm.records import Sample
+
+INPAINTED_PIXELS = 1024 * 1024  # at most: a larger image is made smaller by the call
 
 
 class Flux2(WholeCall):
@@ -31,6 +34,14 @@ class Flux2(WholeCall):
 
 class Flux2Klein(WholeCall):
     text_length = 512  # as above
+
+    def start(self, sample: Sample, embeddings: Sequence[Any]) -> State:
+        if sample.image is not None and sample.height * sample.width > INPAINTED_PIXELS:
+            raise InvalidInput(
+                f"the row asks for {sample.width}×{sample.height} pixels, and this model's inpainting paints {INPAINTED_PIXELS:,} at "
+                "most; give a smaller height and width, and inputs.resize"
+            )
+        return super().start(sample, embeddings)
 
     def _guided(self, sample: Sample) -> bool:
         return sample.guidance_scale > 1 and not self.pipe.config.is_distilled

@@ -32,11 +32,12 @@ def load_model(info: ModelInfo, workers: Workers) -> SlotModel:
     os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # read when diffusers is imported: a model is data, never code
     if info.source is not None:
         beside = {name: getattr(info.source, name) for name in info.companions}
-        found = {name: str(find_beside(given.id, given.revision, f"model.{name}", weights=True)) for name, given in beside.items()}
+        found = {name: str(find_beside(given, f"model.{name}", weights=True)) for name, given in beside.items()}
         info = replace(info, folder=str(find_model(info.source, weights=True)), companions=found)
         _check_files(info)
         for name, folder in found.items():
-            _check(f"model.{name}", Path(folder), companion_hashes(Path(folder)), f"model.{name}.sha256", beside[name].sha256)
+            hashes = companion_hashes(Path(folder), beside[name].variant)
+            _check(f"model.{name}", Path(folder), hashes, f"model.{name}.sha256", beside[name].sha256)
     module, _, name = info.adapter.partition(":")
     model: SlotModel = getattr(importlib.import_module(f"renderfarm.models.{module}"), name)(info, workers)
     return model

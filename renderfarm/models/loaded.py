@@ -122,8 +122,9 @@ class LoadedPipeline(ABC):
     def _load_companion(self, kind: Any, name: str, **arguments: Any) -> Any:
         """Another pipeline of the job's, or a part that the pipeline takes, from its own folder."""
         folder = self.info.companions[name]
+        arguments |= {"use_safetensors": True, "local_files_only": True, "variant": self.info.variant_of(name)}
         try:
-            loaded = kind.from_pretrained(folder, dtype=self.dtype, use_safetensors=True, local_files_only=True, **arguments)
+            loaded = kind.from_pretrained(folder, dtype=self.dtype, **arguments)
         except Exception as error:  # as for the model
             raise Fatal(f"model.{name}: cannot be loaded from {folder}: {error}") from error
         if hasattr(loaded, "scheduler"):  # else it is a part of the pipeline, which is put on the device as one

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from renderfarm.config import ComponentSpec, ModelSpec, expand_env, is_url
+from renderfarm.config import Checkpoint, ComponentSpec, ModelSpec, expand_env, is_url
 from renderfarm.errors import Fatal, InvalidJob
 from renderfarm.models.files import (
     INDEX,
@@ -24,12 +24,14 @@ from renderfarm.models.files import (
     check_configuration,
     check_index,
     check_name,
+    check_variant,
     check_weights,
     components,
     holds_weights,
     local,
     read_files,
     read_of_component,
+    variants,
 )
 from renderfarm.models.fingerprint import cache_folder
 from renderfarm.models.hub import on_hub
@@ -68,16 +70,17 @@ def find_model(spec: ModelSpec, *, weights: bool) -> Path:
     return folder
 
 
-def find_beside(id_: str, revision: str | None, what: str, *, weights: bool) -> Path:
+def find_beside(given: Checkpoint, what: str, *, weights: bool) -> Path:
     """The same of a model that is used beside another: a whole pipeline, or one component. `what`: the field of the job."""
-    place = _place(id_, revision, what, pinned=False)
+    place = _place(expand_env(given.id), given.revision, what, pinned=given.sha256 is not None)
     if INDEX in place.files:
-        return find_model(ModelSpec(id=id_, revision=revision), weights=weights)
+        return find_model(ModelSpec.model_validate(given.model_dump(include=set(Checkpoint.model_fields))), weights=weights)
     files = [file for file in place.files if "/" not in file]
-    check_component(files, None, what)
-    folder = place.get(read_of_component(files, None) if weights else filter(_is_configuration, files))
+    check_component(files, given.variant, what)
+    check_variant(variants(files), given.variant, what)
+    folder = place.get(read_of_component(files, given.variant) if weights else filter(_is_configuration, files))
     if (config := folder / "config.json").is_file():
-        check_configuration(read_json(config, f"{what}: config.json is damaged"), "config.json", id_)
+        check_configuration(read_json(config, f"{what}: config.json is damaged"), "config.json", given.id)
     return folder
 
 

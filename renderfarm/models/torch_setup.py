@@ -135,7 +135,7 @@ def describe_profile(info: ModelInfo, workers: Workers, device: str) -> dict[str
 def _all_hashes(info: ModelInfo) -> dict[str, str]:
     found = weight_hashes(Path(info.folder), info.variant, safety_checker=info.safety_checker) if info.folder else {}
     for name, folder in info.companions.items():
-        found |= {f"{name}/{path}": digest for path, digest in companion_hashes(Path(folder)).items()}
+        found |= {f"{name}/{path}": digest for path, digest in companion_hashes(Path(folder), info.variant_of(name)).items()}
     return found
 
 
