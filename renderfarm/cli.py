@@ -332,23 +332,24 @@ def inspect(
 
 @app.command()
 def models(
-    model: Annotated[
-        str | None, typer.Option(help="What is known of this one: builtin:shapes, a folder, or org/name@COMMIT; hashes its files.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="What is known of this one: builtin:shapes, a folder, or org/name@COMMIT.")] = None,
     variant: Annotated[str | None, typer.Option(help="Of its weights, as a job's model.variant: fp16.")] = None,
     components: Components = None,
+    fetch: Annotated[bool, typer.Option("--fetch", help="Fetch its weights, too, and hash them.")] = False,
+    job: Annotated[Path | None, typer.Option(help="The memory that a job's weights need in each worker; nothing is loaded.")] = None,
+    sets: Sets = None,
     markdown: Annotated[bool, typer.Option(help="Print the table of renderfarm/models/FAMILIES.md.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the model families that can be rendered, and the builtin models; with --model, what one of them takes and needs."""
+    """List the model families that can be rendered, and the builtin models; with --model, what one of them takes and needs;
+    with --job, what a job needs."""
     from renderfarm.config import BUILTIN_MODELS
-    from renderfarm.jobfile import model_spec
     from renderfarm.models.families import FAMILIES, families_markdown
 
-    if model is not None:
-        from renderfarm.models.about import about
-
-        found = about(model_spec(model, components or ()).model_copy(update={"variant": variant}))
+    if model is not None and job is not None:
+        raise InvalidJob("--model and --job are two questions; ask one of them")
+    if model is not None or job is not None:
+        found = _needs(job, sets) if job is not None else _about(str(model), variant, components, fetch)
         if as_json:
             _print_json(found)
         else:
@@ -364,6 +365,21 @@ def models(
         out_console.print(f"{name:16} {text}")
     for name in FAMILIES:
         out_console.print(f"{name}: any folder or pinned hub id with this class in model_index.json")
+
+
+def _about(model: str, variant: str | None, components: list[str] | None, fetch: bool) -> dict[str, Any]:
+    from renderfarm.jobfile import model_spec
+    from renderfarm.models.about import about
+
+    return about(model_spec(model, components or ()).model_copy(update={"variant": variant}), fetch=fetch)
+
+
+def _needs(job: Path, sets: list[str] | None) -> dict[str, Any]:
+    from renderfarm.jobfile import load_job
+    from renderfarm.needs import needs
+    from renderfarm.preparation import prepare
+
+    return needs(prepare(load_job(job, sets)))
 
 
 @app.command()

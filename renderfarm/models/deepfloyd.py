@@ -45,6 +45,7 @@ class DeepFloyd(WholeCall):
         small = self.pipe(**first, generator=generators, output_type="pt").images
         negatives = [sample.negative_prompt or "" for sample in samples]
         texts = self.pipe.encode_prompt([sample.prompt for sample in samples], negative_prompt=negatives, device=self.device)
+        self.pipe.maybe_free_model_hooks()  # with `offload: model`, its text encoder would stay beside the second stage
         self.second.scheduler = type(self.second.own_scheduler).from_config(self.second.own_scheduler.config)
         large = self.second(
             image=small,
