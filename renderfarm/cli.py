@@ -48,6 +48,21 @@ LogicalDate = Annotated[str | None, typer.Option("--logical-date", help="YYYY-MM
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, last.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from renderfarm import __version__
+
+        out_console.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def renderfarm(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def run(
     job: JobFile,
@@ -249,10 +264,13 @@ def verify(
     """Check every file against its table, and render some images again: the same bits must come out."""
     from dataclasses import asdict
 
+    from renderfarm.report.live import Line
     from renderfarm.verification import Choice
     from renderfarm.verification import verify as verify_output
 
-    found = verify_output(out, Choice(all=all_, rows=rows, sample=sample), *_model_and_parts(model), offload.value)
+    choice, (own, beside) = Choice(all=all_, rows=rows, sample=sample), _model_and_parts(model)
+    with Line(console, quiet=as_json) as line:
+        found = verify_output(out, choice, own, beside, offload.value, line)
     if as_json:
         _print_json({**asdict(found), "ok": found.ok})
     else:
@@ -483,9 +501,7 @@ def submit(
 @app.command()
 def version() -> None:
     """Print renderfarm's version."""
-    from renderfarm import __version__
-
-    out_console.print(__version__)
+    _print_version(True)
 
 
 def _print_json(value: Any) -> None:
