@@ -356,6 +356,7 @@ def models(
     fetch: Annotated[bool, typer.Option("--fetch", help="Fetch its weights, too, and hash them.")] = False,
     job: Annotated[Path | None, typer.Option(help="The memory that a job's weights need in each worker; nothing is loaded.")] = None,
     sets: Sets = None,
+    logical_date: LogicalDate = None,
     markdown: Annotated[bool, typer.Option(help="Print the table of renderfarm/models/FAMILIES.md.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -367,7 +368,7 @@ def models(
     if model is not None and job is not None:
         raise InvalidJob("--model and --job are two questions; ask one of them")
     if model is not None or job is not None:
-        found = _needs(job, sets) if job is not None else _about(str(model), variant, components, fetch)
+        found = _needs(job, sets, logical_date) if job is not None else _about(str(model), variant, components, fetch)
         if as_json:
             _print_json(found)
         else:
@@ -392,12 +393,12 @@ def _about(model: str, variant: str | None, components: list[str] | None, fetch:
     return about(model_spec(model, components or ()).model_copy(update={"variant": variant}), fetch=fetch)
 
 
-def _needs(job: Path, sets: list[str] | None) -> dict[str, Any]:
+def _needs(job: Path, sets: list[str] | None, logical_date: str | None) -> dict[str, Any]:
     from renderfarm.jobfile import load_job
     from renderfarm.needs import needs
     from renderfarm.preparation import prepare
 
-    return needs(prepare(load_job(job, sets)))
+    return needs(prepare(load_job(job, sets, None, logical_date)))
 
 
 @app.command()

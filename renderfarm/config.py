@@ -95,7 +95,7 @@ class ModelSpec(Strict):
     """LoRA adapters by a name of your own: each a `.safetensors` file, relative to the job file. Rows and `render.adapters`
     say which are on, and how strongly. Needs renderfarm[lora]."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    """What `renderfarm models --model` prints: a model with another byte stops the job before it renders."""
+    """What `renderfarm models --model … --fetch` prints: a model with another byte stops the job before it renders."""
     controlnet: Annotated[Companion, BeforeValidator(_by_id, json_schema_input_type=Companion | str)] | None = None
     """A ControlNet for Stable Diffusion or SDXL, in diffusers' format; each row gives its `control_image`."""
     refiner: Annotated[Companion, BeforeValidator(_by_id, json_schema_input_type=Companion | str)] | None = None

@@ -23,6 +23,7 @@ from hub import COMMIT, served
 from oracle import CLASSES, LEGAL, plain_pipeline, row
 from pictures_given import encoded, mask, picture
 from test_adapters import make_adapter
+from test_loading import written_as_gguf
 
 from renderfarm.config import Quantization, Workers
 from renderfarm.jobfile import load_job
@@ -120,25 +121,42 @@ def test_weights_that_are_stored_quantised_keep_their_bits(tmp_path: Path) -> No
     assert component_weights(tmp_path, "diffusers", "FluxTransformer2DModel") is None
 
 
+def test_a_gguf_file_counts_as_it_is(tiny_model: Tiny, tmp_path: Path, job: Any) -> None:
+    folder = tiny_model("flux-dev")
+    file = written_as_gguf(folder / "transformer/diffusion_pytorch_model.safetensors", tmp_path / "q8.gguf")
+    prepared = job({"id": str(folder), "components": {"transformer": str(file)}})
+    adapter: Any = load_model(prepared.model, Workers())
+    found = parts_of(prepared).components
+    assert 0 <= found["transformer"] - sum(weights.nbytes for weights in adapter.pipe.transformer.parameters()) < 10_000, "names and shapes"
+    assert found["vae"] == size(adapter.pipe.vae)
+
+
 # ---------------------------------------------------------------------------------------------- a model on the hub
 
 
+ASK = f"""
+import sys
+from renderfarm.cli import app
+for options in sys.argv[1:]:
+    app(["models", "--model", "org/name@{COMMIT}", "--json", *options.split()], standalone_mode=False)
+"""
+
+
 def test_a_hub_model_is_known_without_its_weights_and_its_hash_only_with_them(tiny_model: Tiny, tmp_path: Path) -> None:
-    def ask(hub: Any, *options: str) -> dict[str, Any]:
+    def ask(hub: Any, *options: str) -> list[dict[str, Any]]:
         plain = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         environment = plain | {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url}
-        command = [sys.executable, "-m", "renderfarm", "models", "--model", f"org/name@{COMMIT}", "--json", *options]
-        found: dict[str, Any] = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-        return found
+        told = subprocess.run([sys.executable, "-c", ASK, *options], env=environment, capture_output=True, text=True, check=True).stdout
+        return list(map(json.loads, told.splitlines()))
 
     folder = tiny_model("sdxl")
     with served(folder) as hub:
-        known = ask(hub)
+        (known,) = ask(hub, "")
         assert {name.rpartition("/")[2] for name in hub.fetched()} == {
             *("model_index.json", "config.json", "scheduler_config.json", "tokenizer_config.json")
         }
-        fetched = ask(hub, "--fetch")
-        assert ask(hub) == fetched, "what is there is hashed without being asked for"
+        fetched, again = ask(hub, "--fetch", "")
+    assert again == fetched, "what is there is hashed without being asked for"
     assert known["sha256"] is None
     assert "that are not on this machine; --fetch fetches them" in known["for sha256"]
     assert len(fetched["sha256"]) == 64
@@ -179,7 +197,9 @@ def test_what_a_job_needs_is_what_its_worker_loads_and_the_hooks_bring_to_the_de
     name: str, beside: dict[str, str], images: tuple[str, ...], job: Any, tiny_model: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """accelerate's hooks, with a list in place of the device: what was there at once, at the most."""
-    model = {"id": str(tiny_model(name)), **{kind: str(tiny_model(folder)) for kind, folder in beside.items()}}
+    model: dict[str, Any] = {"id": str(tiny_model(name)), **{kind: {"id": str(tiny_model(folder))} for kind, folder in beside.items()}}
+    if "super_resolution" in beside:
+        model["super_resolution"]["num_inference_steps"] = 2
     adapter: Any = load_model(job(model, images).model, Workers(batch_size=2))
     pipes = [adapter.pipe, *(getattr(adapter, second) for second in ("refiner", "second") if getattr(adapter, second, None) is not None)]
     loaded = {id(part): part for pipe in pipes for part in modules(pipe).values()}
