@@ -365,8 +365,8 @@ def models(
     from renderfarm.config import BUILTIN_MODELS
     from renderfarm.models.families import FAMILIES, families_markdown
 
-    if model is not None and job is not None:
-        raise InvalidJob("--model and --job are two questions; ask one of them")
+    if job is not None and (model or variant or components or fetch):
+        raise InvalidJob("--job asks about a job as it is; leave --model, --variant, --component and --fetch out (--set changes a field)")
     if model is not None or job is not None:
         found = _needs(job, sets, logical_date) if job is not None else _about(str(model), variant, components, fetch)
         if as_json:

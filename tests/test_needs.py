@@ -364,4 +364,4 @@ def test_models_tells_what_a_job_needs_or_what_a_model_is(job: Any, tmp_path: Pa
     assert json.loads(told.stdout)["weights together (MiB)"] == 11
     both = subprocess.run([*command, "--model", "builtin:shapes"], capture_output=True, text=True, check=False)
     assert both.returncode == 2
-    assert "--model and --job are two questions; ask one of them" in both.stderr
+    assert "--job asks about a job as it is; leave --model, --variant, --component and --fetch out" in both.stderr
