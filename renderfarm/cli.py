@@ -48,6 +48,21 @@ LogicalDate = Annotated[str | None, typer.Option("--logical-date", help="YYYY-MM
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, last.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from renderfarm import __version__
+
+        out_console.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def renderfarm(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
 @app.command()
 def run(
     job: JobFile,
@@ -249,10 +264,13 @@ def verify(
     """Check every file against its table, and render some images again: the same bits must come out."""
     from dataclasses import asdict
 
+    from renderfarm.report.live import Line
     from renderfarm.verification import Choice
     from renderfarm.verification import verify as verify_output
 
-    found = verify_output(out, Choice(all=all_, rows=rows, sample=sample), *_model_and_parts(model), offload.value)
+    choice, (own, beside) = Choice(all=all_, rows=rows, sample=sample), _model_and_parts(model)
+    with Line(console, quiet=as_json) as line:
+        found = verify_output(out, choice, own, beside, offload.value, line)
     if as_json:
         _print_json({**asdict(found), "ok": found.ok})
     else:
@@ -332,23 +350,25 @@ def inspect(
 
 @app.command()
 def models(
-    model: Annotated[
-        str | None, typer.Option(help="What is known of this one: builtin:shapes, a folder, or org/name@COMMIT; hashes its files.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="What is known of this one: builtin:shapes, a folder, or org/name@COMMIT.")] = None,
     variant: Annotated[str | None, typer.Option(help="Of its weights, as a job's model.variant: fp16.")] = None,
     components: Components = None,
+    fetch: Annotated[bool, typer.Option("--fetch", help="Fetch its weights, too, and hash them.")] = False,
+    job: Annotated[Path | None, typer.Option(help="The memory that a job's weights need in each worker; nothing is loaded.")] = None,
+    sets: Sets = None,
+    logical_date: LogicalDate = None,
     markdown: Annotated[bool, typer.Option(help="Print the table of renderfarm/models/FAMILIES.md.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the model families that can be rendered, and the builtin models; with --model, what one of them takes and needs."""
+    """List the model families that can be rendered, and the builtin models; with --model, what one of them takes and needs;
+    with --job, what a job needs."""
     from renderfarm.config import BUILTIN_MODELS
-    from renderfarm.jobfile import model_spec
     from renderfarm.models.families import FAMILIES, families_markdown
 
-    if model is not None:
-        from renderfarm.models.about import about
-
-        found = about(model_spec(model, components or ()).model_copy(update={"variant": variant}))
+    if job is not None and (model or variant or components or fetch):
+        raise InvalidJob("--job asks about a job as it is; leave --model, --variant, --component and --fetch out (--set changes a field)")
+    if model is not None or job is not None:
+        found = _needs(job, sets, logical_date) if job is not None else _about(str(model), variant, components, fetch)
         if as_json:
             _print_json(found)
         else:
@@ -364,6 +384,21 @@ def models(
         out_console.print(f"{name:16} {text}")
     for name in FAMILIES:
         out_console.print(f"{name}: any folder or pinned hub id with this class in model_index.json")
+
+
+def _about(model: str, variant: str | None, components: list[str] | None, fetch: bool) -> dict[str, Any]:
+    from renderfarm.jobfile import model_spec
+    from renderfarm.models.about import about
+
+    return about(model_spec(model, components or ()).model_copy(update={"variant": variant}), fetch=fetch)
+
+
+def _needs(job: Path, sets: list[str] | None, logical_date: str | None) -> dict[str, Any]:
+    from renderfarm.jobfile import load_job
+    from renderfarm.needs import needs
+    from renderfarm.preparation import prepare
+
+    return needs(prepare(load_job(job, sets, None, logical_date)))
 
 
 @app.command()
@@ -421,7 +456,7 @@ def schema(
     if what is SchemaChoice.job:
         from renderfarm.config import Job
 
-        _print_json(Job.model_json_schema())
+        sys.stdout.write(json.dumps(Job.model_json_schema(), ensure_ascii=False, indent=1) + "\n")  # lines, for whoever compares versions
         return
     from renderfarm.schema import ERROR_COLUMNS, IMAGE_COLUMNS
 
@@ -467,9 +502,7 @@ def submit(
 @app.command()
 def version() -> None:
     """Print renderfarm's version."""
-    from renderfarm import __version__
-
-    out_console.print(__version__)
+    _print_version(True)
 
 
 def _print_json(value: Any) -> None:

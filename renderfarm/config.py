@@ -61,8 +61,8 @@ class Checkpoint(Source):
     """Which weights to load where a model has several: `fp16` takes `*.fp16.safetensors` of the components that have them.
     Independent of `workers.dtype`, to which they are converted."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    """What `renderfarm models --model` prints for a pipeline: one with another byte stops the job before it renders, and the
-    message says the hash that was found."""
+    """What `renderfarm models --model … --fetch` prints for a pipeline: one with another byte stops the job before it renders,
+    and the message says the hash that was found."""
 
 
 class Quantization(Strict):

@@ -79,9 +79,14 @@ class Choice:
 
 
 def verify(
-    out: str, choice: Choice, model: str | None = None, beside: Mapping[str, str] | None = None, offload: Offload = "none"
+    out: str,
+    choice: Choice,
+    model: str | None = None,
+    beside: Mapping[str, str] | None = None,
+    offload: Offload = "none",
+    say: Callable[[str], None] = lambda text: None,
 ) -> Verification:
-    """Check every file against its table, then render the chosen samples again.
+    """Check every file against its table, then render the chosen samples again. `say`: is told how far that is.
 
     Raises InvalidJob for what is no output, and for a choice that names no image.
     """
@@ -92,6 +97,7 @@ def verify(
     with ThreadPoolExecutor(READERS) as readers:
         for index in output.committed():
             found.parts_done += 1
+            say(f"files: part {found.parts_done:,} of {found.parts:,}, {found.images:,} images checked")
             seen[index] = None
             try:
                 samples, errors = output.part(index)
@@ -110,7 +116,7 @@ def verify(
     profiles = _profiles(found, output, named) if named else {}
     if choice.rows is not None and not chosen.samples and found.ok:
         raise InvalidJob(f"rows {choice.rows}: no committed image; `renderfarm status {out}` shows what there is")
-    _render_again(found, chosen.samples, profiles, lambda profile: Renderer(output, profile, model, beside or {}, offload))
+    _render_again(found, chosen.samples, profiles, lambda profile: Renderer(output, profile, model, beside or {}, offload), say)
     return found
 
 
@@ -250,30 +256,40 @@ def _damage(sample: StoredSample, key: str, size: tuple[int, int], said: dict[st
 
 
 def _render_again(
-    found: Verification, samples: list[StoredSample], profiles: dict[str, dict[str, Any]], set_up: Callable[[dict[str, Any]], Renderer]
+    found: Verification,
+    samples: list[StoredSample],
+    profiles: dict[str, dict[str, Any]],
+    set_up: Callable[[dict[str, Any]], Renderer],
+    say: Callable[[str], None],
 ) -> None:
     """Each sample as the profile says that its row names."""
+
+    def ended(again: Again) -> None:
+        found.again.append(again)
+        say(f"rendered again: {len(found.again):,} of {len(samples):,} images")
+
     groups: dict[str, list[StoredSample]] = {}
     for sample in sorted(samples, key=lambda sample: sample.key):
         if (sha256 := sample.record["profile_sha256"]) in profiles:
             groups.setdefault(sha256, []).append(sample)
     for sha256, group in groups.items():
+        say("loading the model")
         renderer = set_up(profiles[sha256])
         which = f"profile {sha256[:12]}: " if len(groups) > 1 else ""
         found.profile_differences += [f"{which}{line}" for line in renderer.differences]
-        _render_group(found, group, renderer)
+        _render_group(group, renderer, ended)
     found.again.sort(key=lambda again: (again.row, again.image_index))
 
 
-def _render_group(found: Verification, samples: list[StoredSample], renderer: Renderer) -> None:
+def _render_group(samples: list[StoredSample], renderer: Renderer, ended: Callable[[Again], None]) -> None:
     try:
         for start in range(0, len(samples), GROUP):
             group = samples[start : start + GROUP]
             for sample, future in zip(group, renderer.render(sample.record for sample in group), strict=True):
                 try:
-                    found.again.append(compare(sample, future.result(), exact=renderer.promises(sample.record)))
+                    ended(compare(sample, future.result(), exact=renderer.promises(sample.record)))
                 except RenderfarmError as error:
-                    found.again.append(_again(sample, f"{type(error).__name__}: {error}", None, ok=False))
+                    ended(_again(sample, f"{type(error).__name__}: {error}", None, ok=False))
     finally:
         renderer.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+import renderfarm
 
 Write = Callable[..., Path]
 ROOT = Path(__file__).parent.parent
@@ -63,6 +66,27 @@ def test_run_status_plan_and_validate_speak_json(write_manifest: Write, write_jo
     assert (status["images"], status["parts done"], status["state"]) == (8, 3, "SUCCEEDED")
     assert json.loads(cli("validate", job, "--json").stdout)["ok"] is True
     assert json.loads(cli("plan", job, "--json").stdout)["parts left"] == 0
+
+
+def test_verify_shows_on_a_terminal_how_far_it_is_and_nowhere_else(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    assert cli("run", write_job(write_manifest()), "--engine", "inline", "--json").returncode == 0
+    assert cli("verify", tmp_path / "out", "--all").stderr == ""
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-m", "renderfarm", "verify", str(tmp_path / "out"), "--all"]
+    with os.fdopen(master, "rb", buffering=0) as seen:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=terminal, timeout=300, check=True, env={**os.environ, "TERM": "xterm", "COLUMNS": "100"}
+        )
+        os.close(terminal)
+        shown = seen.read(1 << 16).decode()
+    assert re.search(r"files: part \d of 3, \d images checked|loading the model|rendered again: \d of 8 images", shown), shown
+    assert done.stdout.decode().splitlines()[-1] == "rendered again: 8 of 8 identical, bit for bit"
+
+
+@pytest.mark.parametrize("command", ["--version", "version"])
+def test_the_version_is_that_of_the_package(command: str) -> None:
+    done = cli(command)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{renderfarm.__version__}\n", "")
 
 
 def test_verify_and_inspect_say_what_is_right_and_exit_3_where_it_is_not(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from renderfarm.progress import Progress, WorkerProgress
 from renderfarm.records import PartReceipt, Receipt
-from renderfarm.report.live import Watcher, duration
+from renderfarm.report.live import Line, Watcher, duration
 
 
 @pytest.fixture
@@ -65,3 +65,17 @@ def test_quiet_is_silent(terminal: bool, progress: Progress) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(None, "?"), (0.4, "0:00"), (123, "2:03"), (3723, "1:02:03"), (100 * 3600, "100:00:00")])
 def test_durations_read_as_clocks_do(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("terminal", "quiet"), [(True, False), (True, True), (False, False)])
+def test_a_line_is_for_those_who_watch_and_is_gone_at_the_end(terminal: bool, quiet: bool) -> None:
+    out = io.StringIO()
+    with Line(Console(file=out, force_terminal=terminal, width=100), quiet=quiet) as line:
+        line("rendered again: [3] of 9")
+        if line.live:
+            line.live.refresh()
+    if terminal and not quiet:
+        assert "rendered again: [3] of 9" in out.getvalue()
+        assert out.getvalue().endswith("\x1b[2K"), "erased"
+    else:
+        assert out.getvalue() == ""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier, Event
 from typing import Any
 
 import pytest
+import torch
 from checker import check_complete
+from oracle import LEGAL, Model, row
 
 import renderfarm
 from renderfarm import commit
@@ -22,7 +24,7 @@ from renderfarm.estimate import estimate
 from renderfarm.jobfile import load_job
 from renderfarm.models.catalog import describe
 from renderfarm.models.fake import Fake, State
-from renderfarm.models.measure import best_batch_size, seconds_per_image
+from renderfarm.models.measure import best_batch_size, check_places, seconds_per_image
 from renderfarm.plan import Grid
 from renderfarm.preparation import prepare
 from renderfarm.progress import Progress
@@ -153,6 +155,48 @@ def test_a_worker_on_whose_device_places_differ_renders_nothing(
 ) -> None:
     monkeypatch.setattr(Fake, "places_that_differ", lambda model, sample: [2, 3])
     with pytest.raises(Fatal, match=r"other bits at 2 of \d+ places of its batch \(at 64×64 pixels on this device\)"):
+        renderfarm.run(write_job(write_manifest()), engine="inline")
+    assert not list(tmp_path.glob("out/**/*.png"))
+
+
+@pytest.mark.parametrize("name", ["sd", "pixart-sigma"])
+def test_a_trial_that_fails_for_another_reason_than_memory_stops_the_worker(name: str, fresh: Callable[[str], Any]) -> None:
+    """In slots and by whole calls. Too much for the device is left to the rows, which say so themselves."""
+    one, wanted = fresh(name), row(sampler=LEGAL[name][0], num_inference_steps=2)
+    check_places(one.adapter, wanted)
+    called = one.denoiser.forward
+    one.denoiser.forward = lambda *args, **kwargs: torch.empty(1 << 50)
+    check_places(one.adapter, wanted)
+    assert seconds_per_image(one.adapter, wanted) is None
+    one.denoiser.forward = lambda *args, **kwargs: called(args[0][:, :3], *args[1:], **kwargs)
+    with pytest.raises(Fatal, match=r"cannot render a trial sample of 32×32 pixels here: RuntimeError: .* to have 4 channels, but got 3"):
+        check_places(one.adapter, wanted)
+    with pytest.raises(RuntimeError, match="to have 4 channels, but got 3"):
+        seconds_per_image(one.adapter, wanted)
+
+
+@pytest.fixture
+def fresh(tiny_model: Callable[[str], Path]) -> Iterator[Callable[[str], Any]]:
+    """Models that a test may break."""
+    made: list[Model] = []
+
+    def make(name: str) -> Model:
+        made.append(Model(name, tiny_model(name)))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_a_job_whose_trial_fails_says_why_and_renders_nothing(
+    write_manifest: Write, write_job: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(model: Fake, sample: Sample) -> list[int]:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(Fake, "places_that_differ", broken)
+    with pytest.raises(Fatal, match="a trial sample of 64×64 pixels here: RuntimeError: CUDA error: no kernel image is available"):
         renderfarm.run(write_job(write_manifest()), engine="inline")
     assert not list(tmp_path.glob("out/**/*.png"))
 

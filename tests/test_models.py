@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from renderfarm.models import catalog
 from renderfarm.models.about import about
 from renderfarm.models.catalog import describe
 from renderfarm.models.families import FAMILIES, compared, families_markdown
+from renderfarm.models.files import components
 from renderfarm.models.load import load_model
 from renderfarm.plan import Grid, leases
 from renderfarm.preparation import prepare
@@ -69,6 +71,63 @@ def test_a_scheduler_that_the_model_comes_with_is_its_default_sampler(copy: Path
         index["scheduler"] = ["diffusers", scheduler]
         (copy / "model_index.json").write_text(json.dumps(index))
         assert describe(ModelSpec(id=str(copy))).sampler == sampler
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("", ["diffusers", "UNet2DConditionModel"]),
+        ("../unet", ["diffusers", "UNet2DConditionModel"]),
+        ("/etc", ["diffusers", "UNet2DConditionModel"]),
+        ("unet/inner", ["diffusers", "UNet2DConditionModel"]),
+        (".", ["diffusers", "UNet2DConditionModel"]),
+        ("unet", ["diffusers", 5]),
+        ("unet", ["diffusers", None]),
+        ("unet", ["diffusers", "../UNet2DConditionModel"]),
+        ("unet", ["diffusers", ""]),
+        ("unet", ["..", "UNet2DConditionModel"]),
+        ("unet", ["", "UNet2DConditionModel"]),
+    ],
+)
+def test_an_index_whose_words_are_no_names_is_refused(name: str, value: list[Any], copy: Path) -> None:
+    index = json.loads((copy / "model_index.json").read_text())
+    with pytest.raises(InvalidJob, match=re.escape(f"model_index.json is damaged: {name!r}: {value} is no component's name")):
+        components({**index, name: value})
+    (copy / "model_index.json").write_text(json.dumps({**index, name: value}))
+    with pytest.raises(InvalidJob, match=rf"^model {copy}: its model_index\.json is damaged: .*; fetch the model again$"):
+        describe(ModelSpec(id=str(copy)))
+
+
+def test_other_values_in_an_index_are_settings() -> None:
+    settings: dict[str, Any] = {
+        "a": None,
+        "b": [],
+        "c": "x",
+        "d": [1, 2],
+        "e": [None, None],
+        "f": [1, 2, 3],
+        "g": {},
+        "_h": ["x", 5],
+        "_": 1,
+    }
+    assert components(settings | {"vae": ["diffusers", "AutoencoderKL"]}) == {"vae": ("diffusers", "AutoencoderKL")}
+
+
+@pytest.mark.parametrize("value", [None, [], "", 7, {}])
+@pytest.mark.parametrize("name", ["scheduler", "text_encoder_3", "feature_extractor"])
+def test_a_part_that_an_index_does_not_name_as_one_is_absent(name: str, value: Any, copy: Path) -> None:
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps({**index, name: value}))
+    assert describe(ModelSpec(id=str(copy))).sampler == ("ddim" if name == "scheduler" else SHAPES.sampler)
+    with pytest.raises(InvalidJob, match="it has no safety checker"):
+        describe(ModelSpec(id=str(copy), safety_checker=True))
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "null", '"unet"', "{"])
+def test_an_index_that_is_no_object_is_no_model(text: str, copy: Path) -> None:
+    (copy / "model_index.json").write_text(text)
+    with pytest.raises(InvalidJob, match=r"is not a model in diffusers' format \(model_index\.json\)"):
+        describe(ModelSpec(id=str(copy)))
 
 
 @pytest.mark.parametrize("class_name", ["NoSuchPipeline", "StableDiffusionImg2ImgPipeline", "AudioLDMPipeline", "UNet2DConditionModel", 7])

@@ -68,6 +68,16 @@ def test_all_images_come_out_again_bit_for_bit_and_nothing_is_written(rendered: 
     assert {path: path.stat().st_mtime_ns for path in rendered.rglob("*")} == before
 
 
+def test_it_says_how_far_it_is(rendered: Path) -> None:
+    said: list[str] = []
+    verify(str(rendered), Choice(rows="0-1"), say=said.append)
+    assert said == [
+        *(f"files: part {part} of 3, {images} images checked" for part, images in ((1, 0), (2, 3), (3, 4))),
+        "loading the model",
+        *(f"rendered again: {number} of 3 images" for number in (1, 2, 3)),
+    ]
+
+
 def test_rows_and_samples_choose_what_is_rendered_again(rendered: Path) -> None:
     assert {again.row for again in verify(str(rendered), Choice(rows="1,3-4")).again} == {1, 3, 4}
     first = verify(str(rendered), Choice(sample=2)).again

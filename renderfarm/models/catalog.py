@@ -28,6 +28,7 @@ from renderfarm.models.families import (
     Task,
     vae_scale,
 )
+from renderfarm.models.files import components
 from renderfarm.models.sources import find_beside, find_model, read_index, read_json
 from renderfarm.samplers import GLOBAL_STATE, Kind, own_sampler, trained_for
 
@@ -321,7 +322,7 @@ def _check_safety_checker(spec: ModelSpec, family: Family, index: Config, folder
     if not spec.safety_checker:
         return
     parts = ("safety_checker", "feature_extractor")
-    if not family.safety_checker or any(index.get(part, [None])[0] is None or not (folder / part).is_dir() for part in parts):
+    if not family.safety_checker or any(part not in components(index) or not (folder / part).is_dir() for part in parts):
         raise InvalidJob(f"model {spec.id}: it has no safety checker; leave model.safety_checker out, or give a model that has one")
 
 
@@ -329,7 +330,7 @@ def _unread(denoiser: Config, index: Config) -> frozenset[str]:
     """Arguments of the family that this model's pipeline would ignore: where guidance is an embedding there is no second
     pass for a negative prompt, nor in a distilled klein, and without T5 nobody reads the third prompt."""
     unread = NEGATIVE if denoiser.get("time_cond_proj_dim") is not None or index.get("is_distilled") else frozenset()
-    if index.get("text_encoder_3", [None])[0] is None:
+    if "text_encoder_3" not in components(index):
         unread |= {"prompt_3", "negative_prompt_3"}
     return unread
 
@@ -371,4 +372,4 @@ def _default_sampler(index: Config, scheduler: Config, kind: Kind) -> str:
 
 
 def _scheduler_class(index: Config) -> str:
-    return str(index.get("scheduler", [None, None])[1])
+    return components(index).get("scheduler", ("", ""))[1]

@@ -82,6 +82,7 @@ class DeepFloyd(WholeCall):
     def _enlarged(self, small_B3hw: torch.Tensor, samples: Sequence[Sample], generators: list[torch.Generator]) -> torch.Tensor:
         prompts, negatives = _texts(samples)
         texts = self.pipe.encode_prompt(prompts, negative_prompt=negatives, device=self.device)
+        self.pipe.maybe_free_model_hooks()  # with `offload: model`, its text encoder would stay beside the second stage
         ratio = self.ratios["second"]
         if images := _arrays(super()._images(samples), ratio):  # and the row's strength, which is the first stage's
             names = {"image": "original_image", "mask_image": "mask_image"}

@@ -41,12 +41,20 @@ def local(folder: Path) -> Place:
 
 
 def components(index: Index) -> dict[str, tuple[str, str]]:
-    """Library and class of each component that the pipeline has, by its name."""
-    return {
-        name: (value[0], value[1])
-        for name, value in index.items()
-        if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], str) and name[0] != "_"
-    }
+    """Library and class of each component that the pipeline has, by its name, which is its folder's.
+
+    Raises InvalidJob for an entry whose words are no plain names: paths are made of them, and classes are looked up by them.
+    """
+    found = {}
+    for name, value in index.items():
+        # the rest are settings, and [null, null] for what the pipeline can do without
+        if name.startswith("_") or not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)):
+            continue
+        library, kind = value
+        if not (isinstance(kind, str) and name.isidentifier() and library.isidentifier() and kind.isidentifier()):
+            raise InvalidJob(f"{INDEX} is damaged: {name!r}: {value} is no component's name, library and class; fetch the model again")
+        found[name] = (library, kind)
+    return found
 
 
 def read_files(files: Iterable[str], index: Index, variant: str | None, *, safety_checker: bool) -> list[str]:
@@ -101,7 +109,11 @@ def check_index(index: Index, model: str) -> None:
     """Raise InvalidJob for a pipeline, or a component, whose class is code that comes with the model."""
     if isinstance(index.get("_class_name"), list) or "custom_pipeline" in index:
         raise InvalidJob(f"model {model}: it is a custom pipeline, whose code comes with it and is never run; give one of diffusers' own")
-    for name, (library, kind) in components(index).items():
+    try:
+        named = components(index)
+    except InvalidJob as error:
+        raise InvalidJob(f"model {model}: its {error}") from None
+    for name, (library, kind) in named.items():
         if library not in ("diffusers", "transformers") and not _has_pipelines(library):
             raise InvalidJob(
                 f"model {model}: its {name} is {kind} of {library}, which is neither diffusers' nor transformers'; code that comes with a "

@@ -24,12 +24,7 @@ def load_model(info: ModelInfo, workers: Workers) -> SlotModel:
     Nothing else may use torch in this process meanwhile (a `SlotLoop` sees to it): until diffusers has loaded, every
     torch module that is made has no data.
     """
-    # transformers speaks while it is imported, of image processors that nothing here uses
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    for talker in ("torchao", "torch.utils._pytree"):  # of kernels for other devices, wherever torchao is installed
-        logging.getLogger(talker).setLevel(logging.ERROR)
-    os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # read when diffusers is imported: a model is data, never code
+    prepare_libraries()
     if info.source is not None:
         beside = {name: getattr(info.source, name) for name in info.companions}
         found = {name: str(find_beside(given, f"model.{name}", weights=True)) for name, given in beside.items()}
@@ -41,6 +36,16 @@ def load_model(info: ModelInfo, workers: Workers) -> SlotModel:
     module, _, name = info.adapter.partition(":")
     model: SlotModel = getattr(importlib.import_module(f"renderfarm.models.{module}"), name)(info, workers)
     return model
+
+
+def prepare_libraries() -> None:
+    """What must be said before diffusers and transformers are imported for the first time."""
+    # transformers speaks while it is imported, of image processors that nothing here uses
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for talker in ("torchao", "torch.utils._pytree"):  # of kernels for other devices, wherever torchao is installed
+        logging.getLogger(talker).setLevel(logging.ERROR)
+    os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # read when diffusers is imported: a model is data, never code
 
 
 def _check_files(info: ModelInfo) -> None:

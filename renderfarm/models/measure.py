@@ -12,26 +12,30 @@ from typing import Any
 
 import numpy as np
 
-from renderfarm.errors import Fatal, OutOfMemory, RenderfarmError
+from renderfarm.errors import Fatal, InvalidInput, OutOfMemory, RenderfarmError
 from renderfarm.models.base import SlotModel
 from renderfarm.records import Sample
 
 CANDIDATES = (1, 2, 4, 8, 16, 32, 64)
 WORTH_IT = 1.05  # a larger B must give 5 % more: it takes memory, and more of it is filler where rows are few
 WARM_UP, MEASURED = 1, 2  # denoiser calls
-TOO_MUCH = (OutOfMemory, RuntimeError)  # torch reports some kinds of too much as a bare RuntimeError
 
 
 def check_places(model: SlotModel, sample: Sample) -> None:
-    """Raise Fatal where a denoiser call gives a sample other bits at another place in the batch.
+    """Raise Fatal where a denoiser call gives a sample other bits at another place in the batch, or cannot be made.
 
     It happens where kernels cut a batch in the middle of a sample or of a vector, which depends on B, threads, device
     and libraries: there no row would keep its pixels.
     """
     try:
         places = model.places_that_differ(sample)
-    except TOO_MUCH:
-        return  # rows that are too large for the device say so themselves
+    except InvalidInput:
+        return  # rows that are too large for the device, or wrong in another way, say so themselves
+    except Exception as error:  # torch and diffusers raise what they like; no row is to blame
+        raise Fatal(
+            f"the model cannot render a trial sample of {sample.width}×{sample.height} pixels here: {type(error).__name__}: {error}; "
+            "do its files, and this machine's libraries, fit together?"
+        ) from error
     if places:
         raise Fatal(
             f"the denoiser gives a sample other bits at {len(places)} of {model.batch_size} places of its batch "
@@ -57,7 +61,7 @@ def best_batch_size(model: SlotModel, sample: Sample) -> int:
         model.batch_size = size
         try:
             rate = size / _step_for_a_while(model, sample)[0]
-        except TOO_MUCH:
+        except (OutOfMemory, RuntimeError):  # with a smaller batch it went well, so there is too much of something
             if size == CANDIDATES[0]:
                 raise
             break
@@ -70,7 +74,7 @@ def best_batch_size(model: SlotModel, sample: Sample) -> int:
 
 def seconds_per_image(model: SlotModel, sample: Sample, after: Callable[[np.ndarray], object] = lambda pixels: pixels) -> float | None:
     """With every slot full: its share of all its denoiser calls, its decoding, and what comes `after` that in the same
-    thread. None where there is no room for it."""
+    thread. None where there is no room for it, or the sample cannot be rendered."""
     try:
         seconds, state = _step_for_a_while(model, sample)
         for _ in range(2):  # the first decoding warms up
@@ -78,7 +82,7 @@ def seconds_per_image(model: SlotModel, sample: Sample, after: Callable[[np.ndar
             with contextlib.suppress(RenderfarmError):  # it is not finished: a filter or a check may well refuse it
                 after(model.decode(state))
             decoding = time.perf_counter() - started
-    except TOO_MUCH:
+    except InvalidInput:
         return None
     return model.calls(state) * seconds / model.batch_size + decoding
 

@@ -103,6 +103,7 @@ class SlotPipeline(LoadedPipeline):
             return self.weighted.count(texts), None
         return count_texts(texts if isinstance(texts, tuple) else (texts,), self._readers())
 
+    @translated
     @torch.inference_mode()
     def start(self, sample: Sample, embeddings: Sequence[Embedding]) -> State:
         noise, generator = initial_noise(sample, self._noise_shape(sample), self.device, self.dtype)

@@ -44,6 +44,15 @@ def find_model(spec: ModelSpec, *, weights: bool) -> Path:
     Raises InvalidJob for a model that cannot be rendered as given, Fatal for one that is not to be had, and Transient
     for one that may be had later.
     """
+    return _found(spec, weights=weights)[0]
+
+
+def find_configurations(spec: ModelSpec) -> tuple[Path, list[str]]:
+    """The same without weights, and the names of the files that whoever loads the model has still to fetch."""
+    return _found(spec, weights=False)
+
+
+def _found(spec: ModelSpec, *, weights: bool) -> tuple[Path, list[str]]:
     model, pinned = expand_env(spec.id), spec.sha256 is not None
     places = {"": _place(model, spec.revision, f"model {model}", pinned=pinned)}
     index = read_index(places[""].get(filter(_is_configuration, places[""].files)), model)
@@ -58,16 +67,18 @@ def find_model(spec: ModelSpec, *, weights: bool) -> Path:
     files[""] = [file for file in files[""] if not _is_replaced(file, spec)]
     of_all = [f"{name}/{file}".removeprefix("/") for name, of_place in files.items() for file in of_place]
     check_weights(of_all, index, spec.variant, model, safety_checker=spec.safety_checker)
-    wanted = _fetched(of_all, index, spec) if weights else list(filter(_is_configuration, of_all))
-    folders = {}
+    loaded = _fetched(of_all, index, spec)
+    wanted = loaded if weights else list(filter(_is_configuration, of_all))
+    folders, missing = {}, []
     for name, place in places.items():
         here = {f"{name}/{file}".removeprefix("/"): file for file in files[name]}
         folders[name] = place.get([here[file] for file in wanted if file in here])
+        missing += [file for file in loaded if file in here and not (folders[name] / here[file]).is_file()]
     folder = folders.pop("")
     if folders:
         folder = _assembled(folder, index, folders, spec)
     _check_configurations(folder, index, model)
-    return folder
+    return folder, missing
 
 
 def find_beside(given: Checkpoint, what: str, *, weights: bool) -> Path:

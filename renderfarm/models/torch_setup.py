@@ -25,14 +25,29 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+# What torch says in a bare RuntimeError: allocators of the CPU and of MPS, CUDA's libraries, kernels that count in 32 bits
+TOO_MUCH = (
+    *("out of memory", "can't allocate memory", "not enough memory", "Invalid buffer size", "STATUS_ALLOC_FAILED"),
+    *("canUse32BitIndexMath", "INT_MAX elements"),
+)
+
+
+def is_too_much(error: Exception) -> bool:
+    """Whether a smaller batch or picture might have gone well."""
+    named = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return named or (isinstance(error, RuntimeError) and any(words in str(error) for words in TOO_MUCH))
+
+
 def translated(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn torch's out-of-memory error into ours, with advice; B never changes silently."""
+    """Turn torch's out-of-memory errors into ours, with advice; B never changes silently."""
 
     @wraps(function)
     def inner(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_too_much(error):
+                raise
             raise OutOfMemory(
                 "the device has too little memory for this size at the job's batch size; lower workers.batch_size "
                 "(in a new output: it decides pixels), height or width, or use workers.dtype: bfloat16 or workers.offload: model"

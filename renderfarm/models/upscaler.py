@@ -15,6 +15,7 @@ from safetensors.torch import load
 from renderfarm.errors import InvalidInput, NonFiniteOutput, OutOfMemory
 from renderfarm.models.common import to_uint8
 from renderfarm.models.networks import MAX_PIXELS, Network, canonical
+from renderfarm.models.torch_setup import is_too_much
 
 CONTEXT = 16  # pixels around what is taken from a tile: at its edge a network sees what is not there
 
@@ -47,7 +48,9 @@ class Upscaler:
             if not torch.isfinite(made).all():
                 raise NonFiniteOutput("the network gave NaN or infinite values; try workers.dtype: float32 or bfloat16")
             return to_uint8(made.clamp(0, 1).permute(1, 2, 0).cpu().numpy())
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_too_much(error):
+                raise
             raise OutOfMemory(
                 "the device has too little memory for it beside the model; give the step a smaller tile, or lower "
                 "workers.batch_size (in a new output: both decide pixels)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -33,15 +34,14 @@ def one_line(progress: Progress) -> str:
     )
 
 
-class Watcher:
-    """A context manager that is also the driver's observer."""
+class _Shown:
+    """A context manager with a live view while it lasts, on a terminal."""
 
     def __init__(self, console: Console, quiet: bool = False) -> None:
         self.console, self.quiet = console, quiet
         self.live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal and not quiet else None
-        self.next_line = time.monotonic()
 
-    def __enter__(self) -> Watcher:
+    def __enter__(self) -> Self:
         if self.live:
             self.live.start()
         return self
@@ -50,12 +50,28 @@ class Watcher:
         if self.live:
             self.live.stop()
 
+
+class Watcher(_Shown):
+    """It is also the driver's observer."""
+
+    def __init__(self, console: Console, quiet: bool = False) -> None:
+        super().__init__(console, quiet)
+        self.next_line = time.monotonic()
+
     def __call__(self, progress: Progress) -> None:
         if self.live:
             self.live.update(_view(progress))
         elif not self.quiet and time.monotonic() >= self.next_line:
             self.next_line = time.monotonic() + LOG_EVERY_S
             self.console.print(one_line(progress), highlight=False, soft_wrap=True)
+
+
+class Line(_Shown):
+    """One line that says what is being done; nothing where nobody watches."""
+
+    def __call__(self, text: str) -> None:
+        if self.live:
+            self.live.update(Text(text))
 
 
 def _view(progress: Progress) -> Group:
