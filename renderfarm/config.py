@@ -349,9 +349,9 @@ class Workers(Strict):
     pixels, so it is part of the render profile. FLUX.1, FLUX.2, Qwen-Image and Z-Image take one; the other families call
     torch's attention themselves. None: diffusers' default, native. Only native and _native_math were compared."""
     threads: Annotated[int, Field(ge=1, le=2)] = 1
-    """Torch threads per worker on a CPU, 1 or 2; part of the render profile. 2 need an even batch_size, so that no sample
-    is cut in two; from 3 on, torch may cut a batch in the middle of a vector register. In both cases a sample's pixels
-    would depend on its slot: use more workers instead."""
+    """Torch threads per worker on a CPU, 1 or 2; part of the render profile. 2 need a batch_size of 1, 2
+    or a multiple of 4: with others the threads' shares end in mid-sample or in mid-vector, from 3 threads on they do with any.
+    Then a sample's pixels would depend on its slot: use more workers instead."""
 
     other_profiles: Literal["refuse", "record"] = "refuse"
     """A worker whose render profile is not the output's (another CPU, another version) would render other bits. refuse:
@@ -391,10 +391,10 @@ class Workers(Strict):
 
     @model_validator(mode="after")
     def _no_sample_is_cut(self) -> Workers:
-        if (size := fixed_batch_size(self)) > 1 and size % self.threads:
+        if not shared_evenly(size := fixed_batch_size(self), self.threads):
             raise ValueError(
                 f"workers.threads {self.threads} cannot share a batch_size of {size} evenly: a sample cut in two gets pixels "
-                f"that depend on its slot; use batch_size {size + 1}, or threads 1 and more workers"
+                f"that depend on its slot; use batch_size {size + -size % 4}, or threads 1 and more workers"
             )
         return self
 
@@ -402,6 +402,11 @@ class Workers(Strict):
 def several_devices(workers: Workers) -> int | None:
     """How many devices a worker's pipeline is spread over; None: it is on one, or shares one."""
     return int(workers.devices_per_worker) if workers.devices_per_worker > 1 else None
+
+
+def shared_evenly(batch_size: int, threads: int) -> bool:
+    """Whether torch's threads share a batch without cutting a sample in two, or a vector of several samples' numbers."""
+    return threads == 1 or batch_size <= threads or batch_size % 4 == 0
 
 
 def fixed_batch_size(workers: Workers) -> int:

@@ -108,7 +108,9 @@ def usual(rows: pa.Table, job: Job, model: ModelInfo) -> Usual:
     good = [row.samples for row in expand_rows(rows, job, model) if row.samples]
     if not good:  # then whatever the model does by itself
         plain = job.model_copy(update={"render": Render(), "seed": 0})
-        any_row = {ROW: 0, "prompt": "a picture", "strength": 1.0, **dict.fromkeys(model.images, "any")}
+        any_row = {ROW: 0, "prompt": "a picture", **dict.fromkeys(model.images, "any")}
+        if "image" in model.images:
+            any_row["strength"] = 1.0
         good = [expand_row(any_row, plain, model).samples]
     samples = sorted((samples[0] for samples in good), key=lambda s: s.height * s.width * s.num_inference_steps)
     return Usual(_with_any_image(samples[len(samples) // 2], model), sum(map(len, good)) / len(good))

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from renderfarm.errors import NonFiniteOutput, PromptTruncated, RenderFailed, RenderfarmError
+from renderfarm.errors import InvalidInput, NonFiniteOutput, PromptTruncated, RenderFailed, RenderfarmError
 from renderfarm.models.base import Counted, SlotModel
 from renderfarm.records import Sample
 
@@ -106,6 +106,7 @@ class SlotLoop:
         self._unfinished: set[_Job] = set()
         self._groups: dict[Hashable, _Group] = {}
         self._embeddings: OrderedDict[Hashable, Any] = OrderedDict()
+        self._tried: dict[Hashable, list[int]] = {}
         self._thread = threading.Thread(target=self._run, args=(load,), name="render", daemon=True)
         self._thread.start()
 
@@ -191,6 +192,7 @@ class SlotLoop:
         for job in entering:
             try:
                 self._check_truncation(job)
+                self._check_places(job.sample)
                 job.state = self._model.start(job.sample, [self._embeddings[t] for t in self._model.texts(job.sample)])
                 group.active.append(job)
             except Exception as error:  # as above, for one sample
@@ -206,6 +208,20 @@ class SlotLoop:
             )
         if counted.negative_cut_off is not None:
             raise PromptTruncated(f"the model would not see the end of the negative prompt: {counted.negative_cut_off!r}; shorten it")
+
+    def _check_places(self, sample: Sample) -> None:
+        """Tried once for each shape: where a place in the batch decides pixels, an error is better than such a picture."""
+        if (shape := self._model.shape(sample)) is None:
+            return
+        if shape not in self._tried:
+            self._tried[shape] = self._model.places_that_differ(sample)
+        if places := self._tried[shape]:
+            raise InvalidInput(
+                f"at {sample.width}×{sample.height} pixels and guidance_scale {sample.guidance_scale:g} the denoiser gives a sample "
+                f"other bits at {len(places)} of {self._model.batch_size} places of its batch on this device, so the row would not keep "
+                "its pixels; give it another size, or, in a new output, another workers.batch_size (1 always works), or "
+                "workers.threads: 1 on a CPU"
+            )
 
     def _encode(self, entering: list[_Job], waiting: deque[_Job]) -> None:
         """Have the embeddings of all entering samples cached; fill the last chunk of B with texts needed soon."""

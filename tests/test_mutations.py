@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -121,6 +122,42 @@ def test_texts_encoded_with_others_differ_where_a_layer_is_no_whole_number_of_ve
     assert all(torch.equal(a, b) for a, b in zip(alone, mixed, strict=True))
 
 
+def test_a_denoiser_that_looks_at_the_whole_batch_is_found(model: Models) -> None:
+    """As one whose activations are quantised with a scale for the whole tensor would. Copies alone cannot show it."""
+
+    def mean_of_all(module: Any, given: Any, made: torch.Tensor) -> torch.Tensor:
+        return made + made.mean()
+
+    for name, sampler, layer in (("sd", "euler", "conv_out"), ("pixart-sigma", "euler", "proj_out")):
+        one, wanted = model(name), replace(rows(sampler, 32)[0], guidance_scale=4.0)
+        assert not one.adapter.places_that_differ(wanted)
+        handle = getattr(one.adapter.denoiser, layer).register_forward_hook(mean_of_all)
+        try:
+            assert one.adapter.places_that_differ(wanted)
+        finally:
+            handle.remove()
+
+
+def test_where_a_text_s_place_decides_its_embedding_each_is_encoded_alone(model: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two threads and B=6, SDXL's pooled embedding had other bits at the last two places."""
+    adapter = model("sdxl").adapter
+    real = adapter._encode
+    texts = [(None, (f"{colour} star", f"{colour} star")) for colour in ("a red", "a blue", "a green")]
+    alone = [adapter.encode_texts([text])[0] for text in texts]
+
+    def by_place(texts: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(part + 1e-3 * torch.arange(len(part)).view(-1, *[1] * (part.dim() - 1)) for part in real(texts))
+
+    monkeypatch.setattr(adapter, "_encode", by_place)
+    monkeypatch.setattr(adapter, "keeps_places", False)
+    monkeypatch.setattr(adapter, "_tried_texts_at", 0)
+    monkeypatch.setattr(adapter, "mixes_texts", True)
+    found = adapter.encode_texts(texts)
+    assert not adapter.mixes_texts
+    for one, other in zip(alone, found, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 def test_samples_that_share_a_generator_differ(model: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     one, wanted = model("sd"), rows("euler-a", 32)
     own, shared = pipeline.initial_noise, torch.Generator("cpu").manual_seed(wanted[0].seed)
@@ -163,11 +200,13 @@ def test_with_more_than_two_threads_an_activation_depends_on_its_place_in_the_ba
 
 
 def test_two_threads_share_whole_samples_only() -> None:
-    """On CPUs with AVX-512, B=3 on two threads gave 19 of 104 rows of the tiny SD and SDXL other pixels, B=4 none."""
-    for size in (1, 2, 8, "auto"):
+    """On CPUs with AVX-512, B=3 on two threads gave 19 of 104 rows of the tiny SD and SDXL other pixels, B=6 the last two places
+    of calls without guidance, B=4, 8 and 12 none but at 8×8 pixels."""
+    for size in (1, 2, 8, 12, "auto"):
         Workers(threads=2, batch_size=size)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"cannot share a batch_size of 3 evenly.*use batch_size 4"):
-        Workers(threads=2, batch_size=3)
+    for size, advised in ((3, 4), (6, 8), (10, 12)):
+        with pytest.raises(ValueError, match=rf"cannot share a batch_size of {size} evenly.*use batch_size {advised}"):
+            Workers(threads=2, batch_size=size)
 
 
 def test_a_job_with_more_than_two_threads_is_refused() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from oracle import row
 
 from renderfarm.config import ModelSpec, Workers
-from renderfarm.errors import Fatal, RenderFailed
+from renderfarm.errors import Fatal, InvalidInput, RenderFailed
 from renderfarm.models.catalog import describe
 from renderfarm.models.fake import Fake, State
 from renderfarm.records import Sample
@@ -48,6 +49,28 @@ def test_a_sample_whose_group_cannot_be_told_fails_alone() -> None:
     with pytest.raises(RenderFailed, match="a text that the tokenizer does not take"):
         bad.result(timeout=10)
     loop.close()
+
+
+def test_a_shape_in_which_places_decide_pixels_is_tried_once_and_its_samples_fail() -> None:
+    tried = []
+
+    class Cutting(Fake):
+        def shape(self, sample: Sample) -> Hashable:
+            return sample.height, sample.width
+
+        def places_that_differ(self, sample: Sample) -> list[int]:
+            tried.append(sample.height)
+            return [1] if sample.height == 8 else []
+
+    loop = SlotLoop(lambda: Cutting(INFO, Workers(batch_size=2)))
+    small = [replace(one, height=8) for one in rows("one", "two", "three")]
+    good, *bad = [loop.submit(rows("four"))[0], *loop.submit(small)]
+    assert good.result(timeout=10).pixels.shape == (32, 32, 3)
+    for future in bad:
+        with pytest.raises(InvalidInput, match=r"^at 32×8 pixels .* other bits at 1 of 2 places .*workers.threads: 1 on a CPU"):
+            future.result(timeout=10)
+    loop.close()
+    assert sorted(tried) == [8, 32]
 
 
 def test_a_loop_that_ends_answers_whoever_waits_and_whoever_comes_later() -> None:

@@ -69,8 +69,12 @@ class SlotModel(Protocol):
     def step(self, states: Sequence[Any]) -> list[bool]:
         """One denoiser call for 1 to B states of one slot group, at the constant shape B; True: finished."""
 
+    def shape(self, sample: Sample) -> Hashable | None:
+        """What decides how kernels cut its denoiser calls; None where that is known to decide no pixel."""
+
     def places_that_differ(self, sample: Sample) -> list[int]:
-        """Of places 1 to B-1 of a denoiser call, those that give this sample other bits than place 0; none where exact."""
+        """Of the B places of a denoiser call, those that give this sample other bits than place 0, or than beside other
+        samples; none where exact."""
 
     def decode(self, state: Any) -> np.ndarray:
         """H×W×3 uint8 of a finished state. Raises NonFiniteOutput instead of painting NaN as black."""

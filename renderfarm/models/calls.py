@@ -23,6 +23,7 @@ from renderfarm.models.base import Counted
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.common import NOT_FINITE, count_in_template, count_tokens, generator_of, slerp, to_uint8
 from renderfarm.models.loaded import LoadedPipeline, set_up
+from renderfarm.models.places import differing, mate_of, mates
 from renderfarm.models.torch_setup import translated
 from renderfarm.pictures import decode, sized
 from renderfarm.records import IMAGE_ARGUMENTS, Sample
@@ -111,6 +112,11 @@ class WholeCall(LoadedPipeline):
     def slot_group(self, sample: Sample) -> Hashable:
         return *(getattr(sample, name) for name in TAKEN_ONCE), self._guided(sample), self._group_of_texts(sample)
 
+    def shape(self, sample: Sample) -> Hashable | None:
+        if self.keeps_places:
+            return None
+        return sample.height, sample.width, sample.adapters, self._guided(sample), self._group_of_texts(sample)
+
     def texts(self, sample: Sample) -> tuple[Hashable, ...]:
         return ()
 
@@ -141,20 +147,24 @@ class WholeCall(LoadedPipeline):
 
     def places_that_differ(self, sample: Sample) -> list[int]:
         short = self._short(sample)
-        state = self.start(short, [self.encode_texts([text])[0] for text in self.texts(short)])
-        differ: set[int] = set()
+        embeddings = [self.encode_texts([text])[0] for text in self.texts(short)]
+        state, mate = (self.start(one, embeddings) for one in (short, mate_of(short)))
+        alike, mixed = (self._seen(slots) for slots in ([state] * self.batch_size, mates(state, mate, self.batch_size)))
+        return differing(zip(alike, mixed, strict=True), self.batch_size)
 
-        def compare(_: Any, __: Any, outputs: Any) -> None:
-            rows = list(outputs[0])  # B, or 2B with guidance
-            differ.update(k % self.batch_size for k, row in enumerate(rows) if not torch.equal(row, rows[k - k % self.batch_size]))
-
-        handles = [denoiser.register_forward_hook(compare) for denoiser in self._compared()]
+    def _seen(self, slots: Sequence[State]) -> list[Any]:
+        """What the denoisers give in one call: rows of B, or 2B with guidance, each time."""
+        outputs: list[Any] = []
+        # a copy: some pipelines write into what their denoiser gives
+        handles = [
+            part.register_forward_hook(lambda _, __, given: outputs.append([row.clone() for row in given[0]])) for part in self._compared()
+        ]
         try:
-            self._call([state] * self.batch_size)
+            self._call(slots)
         finally:
             for handle in handles:
                 handle.remove()
-        return sorted(differ)
+        return outputs
 
     def _compared(self) -> list[torch.nn.Module]:
         """Whose outputs are looked at."""

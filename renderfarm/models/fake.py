@@ -46,6 +46,9 @@ class Fake:
     def slot_group(self, sample: Sample) -> Hashable:
         return sample.height, sample.width
 
+    def shape(self, sample: Sample) -> None:
+        return None
+
     def texts(self, sample: Sample) -> tuple[str, ...]:
         return (sample.prompt,)
 

@@ -64,6 +64,8 @@ class LoadedPipeline(ABC):
     def __init__(self, info: ModelInfo, workers: Workers) -> None:
         self.info, self.workers, self.batch_size = info, workers, fixed_batch_size(workers)
         self.device = prepare_torch(workers)
+        # one thread goes through a batch from its beginning to its end, whatever its shape; elsewhere each shape is tried
+        self.keeps_places = self.device == "cpu" and workers.threads == 1
         if info.prompt_weighting and workers.offload == "sequential":  # compel asks the text encoder where it is: nowhere
             raise Fatal("render.prompt_weighting and workers.offload: sequential do not go together; use offload: model")
         self.dtype: torch.dtype = getattr(torch, workers.dtype)

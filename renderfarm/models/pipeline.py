@@ -26,6 +26,7 @@ from renderfarm.models.base import Counted
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.common import count_texts, fills_vectors, finite_pixels, initial_noise
 from renderfarm.models.loaded import LoadedPipeline
+from renderfarm.models.places import differing, mate_of, mates
 from renderfarm.models.torch_setup import translated
 from renderfarm.records import Sample
 from renderfarm.samplers import make_scheduler
@@ -60,10 +61,14 @@ class SlotPipeline(LoadedPipeline):
         if self.weighted is not None:
             self.cached_texts = 256  # longer ones
         self.mixes_texts = all(fills_vectors(encoder) for encoder in encoders if encoder is not None)
+        self._tried_texts_at = 0
 
     def slot_group(self, sample: Sample) -> Hashable:
         chunks = None if self.weighted is None else self.weighted.padded(self._texts(sample))[0].chunks
         return sample.height, sample.width, self._guided(sample), sample.adapters, chunks
+
+    def shape(self, sample: Sample) -> Hashable | None:
+        return None if self.keeps_places else self.slot_group(sample)
 
     def texts(self, sample: Sample) -> tuple[Hashable, ...]:
         """(adapters, text) each: a LoRA may change text encoders, too."""
@@ -88,10 +93,18 @@ class SlotPipeline(LoadedPipeline):
     def _encode_alike(self, texts: Sequence[Any]) -> list[Embedding]:
         if self.weighted is not None:
             return self.weighted.encode(texts)
+        if not (self.keeps_places or self._tried_texts_at == self.batch_size):
+            self._try_texts(texts[0])
         if not self.mixes_texts:
             return [tuple(part[0] for part in self._encode([text] * self.batch_size)) for text in texts]
         padded = [*texts, *[texts[0]] * (self.batch_size - len(texts))]
         return list(zip(*self._encode(padded), strict=True))[: len(texts)]
+
+    def _try_texts(self, text: Any) -> None:
+        """Where a text's place among B decides its embedding, each is encoded alone."""
+        parts = self._encode([text] * self.batch_size)
+        self.mixes_texts &= all(torch.equal(row, part[0]) for part in parts for row in part)
+        self._tried_texts_at = self.batch_size
 
     def count_tokens(self, sample: Sample) -> Counted:
         tokens, cut_off = self._count(self._positive(sample))
@@ -152,11 +165,12 @@ class SlotPipeline(LoadedPipeline):
     @translated
     @torch.inference_mode()
     def places_that_differ(self, sample: Sample) -> list[int]:
-        state = self.start(sample, [self.encode_texts([text])[0] for text in self.texts(sample)])
+        embeddings = [self.encode_texts([text])[0] for text in self.texts(sample)]
+        state, mate = (self.start(one, embeddings) for one in (sample, mate_of(sample)))
         self.use(sample.adapters)
         self.turn_to("denoiser")
-        parts = [part for part in self._denoise([state] * self.batch_size) if part is not None]
-        return [k for k in range(1, self.batch_size) if not all(torch.equal(part[k], part[0]) for part in parts)]
+        alike, mixed = (self._denoise(slots) for slots in ([state] * self.batch_size, mates(state, mate, self.batch_size)))
+        return differing([(a, b) for a, b in zip(alike, mixed, strict=True) if a is not None and b is not None], self.batch_size)
 
     @translated
     @torch.inference_mode()
