@@ -22,6 +22,13 @@ _ALGORITHMS = {
     "DPMSolverSinglestepScheduler": "dpmsolver++",
     "DEISMultistepScheduler": "deis",
 }
+_SECOND_ORDER = {"solver_order": 2}  # the default, and the 2 of 2M and 2S
+_SOLVERS = (*_ALGORITHMS, "UniPCMultistepScheduler")
+# Of the classes below, those that take `rescale_betas_zero_snr`; the others would leave it out and start from other noise.
+_ZERO_SNR = (
+    *("DDPMScheduler", "DDIMScheduler", "LCMScheduler", "TCDScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
+    *("DPMSolverMultistepScheduler", "UniPCMultistepScheduler"),
+)
 
 
 @dataclass(frozen=True)
@@ -49,15 +56,17 @@ class Sampler:
         """What the name means under every model: `overrides`, and the class's defaults for what it says nothing of."""
         # before flow's noise levels, the solvers take any of the others
         others = {"use_exponential_sigmas": False, "use_beta_sigmas": False} if self.kind == "flow" else {}
-        return {"use_karras_sigmas": False, **others, **self._algorithm, **self.overrides}
+        return {"use_karras_sigmas": False, **others, **self._of_class, **self.overrides}
 
     def means(self, config: Mapping[str, Any]) -> bool:
-        """Whether a configuration of this class says the same."""
-        return all(config.get(option, self._algorithm.get(option, False)) == value for option, value in self.options.items())
+        """Whether a configuration of this class says the same; of what order its solver is, no line tells apart."""
+        said = self.options.items() - _SECOND_ORDER.items()
+        return all(config.get(option, self._of_class.get(option, False)) == value for option, value in said)
 
     @property
-    def _algorithm(self) -> dict[str, str]:
-        return {"algorithm_type": _ALGORITHMS[self.scheduler]} if self.scheduler in _ALGORITHMS else {}
+    def _of_class(self) -> dict[str, Any]:
+        algorithm = {"algorithm_type": _ALGORITHMS[self.scheduler]} if self.scheduler in _ALGORITHMS else {}
+        return algorithm | (_SECOND_ORDER if self.scheduler in _SOLVERS else {})
 
 
 _FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -249,6 +258,11 @@ def own_sampler(scheduler: str, config: Mapping[str, Any], kind: Kind) -> Sample
     lines = [sampler for sampler in _TABLE if sampler.scheduler == scheduler and sampler.kind == kind]
     plain = min(lines, key=lambda sampler: len(sampler.overrides), default=None)
     return next((sampler for sampler in lines if sampler.means(config)), plain)
+
+
+def without_zero_snr() -> list[str]:
+    """Names of the samplers whose class knows of no noise that hides the picture wholly."""
+    return [sampler.name for sampler in _TABLE if sampler.kind == "diffusion" and sampler.scheduler not in _ZERO_SNR]
 
 
 def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:

@@ -30,7 +30,7 @@ from renderfarm.models.families import (
 )
 from renderfarm.models.files import components
 from renderfarm.models.sources import find_beside, find_model, read_index, read_json
-from renderfarm.samplers import GLOBAL_STATE, Kind, own_sampler, trained_for
+from renderfarm.samplers import GLOBAL_STATE, Kind, own_sampler, trained_for, without_zero_snr
 
 
 @dataclass(frozen=True)
@@ -354,6 +354,9 @@ def refused_by_configuration(class_name: str, scheduler: Config) -> dict[str, st
     if scheduler.get("prediction_type") == "sample":
         reason = "its denoiser predicts the picture itself (prediction_type: sample), which diffusers' scheduler does not take"
         refused |= dict.fromkeys(("pndm", "euler-a", "dpm2", "dpm2-karras", "dpm2-a", "dpm2-a-karras"), reason)
+    if scheduler.get("rescale_betas_zero_snr"):
+        reason = "its scheduler configuration says rescale_betas_zero_snr, which diffusers' scheduler does not take"
+        refused |= dict.fromkeys(without_zero_snr(), reason)
     if scheduler.get("stochastic_sampling"):
         refused["flow-euler"] = "its scheduler configuration says stochastic_sampling, which " + GLOBAL_STATE
     dynamic = scheduler.get("use_dynamic_shifting", False)
