@@ -201,7 +201,7 @@ def test_what_a_job_needs_is_what_its_worker_loads_and_the_hooks_bring_to_the_de
     if "super_resolution" in beside:
         model["super_resolution"]["num_inference_steps"] = 2
     adapter: Any = load_model(job(model, images).model, Workers(batch_size=2))
-    pipes = [adapter.pipe, *(getattr(adapter, second) for second in ("refiner", "second") if getattr(adapter, second, None) is not None)]
+    pipes = [adapter.pipe, *([adapter.refiner] if "refiner" in beside else []), *getattr(adapter, "stages", {}).values()]
     loaded = {id(part): part for pipe in pipes for part in modules(pipe).values()}
     prepared = job(model, images, workers={"offload": "model"})
     parts = parts_of(prepared)
