@@ -9,7 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -362,7 +362,7 @@ def inspect(out: str, row: int, image_index: int) -> Provenance:
 def render_to(
     found: Provenance, path: Path, model: str | None = None, beside: Mapping[str, str] | None = None, offload: Offload = "none"
 ) -> Again:
-    """Render one image again, alone: filler takes the place of its batch mates. Writes a PNG file.
+    """Render one image again, alone: filler takes the place of its batch mates. Writes a PNG file, and looks at the stored one, too.
 
     Raises InvalidJob for an error row, and for a file that cannot be written.
     """
@@ -379,4 +379,8 @@ def render_to(
         path.write_bytes(encode(rendered.pixels, "png").data)
     except OSError as error:
         raise InvalidJob(f"{path}: cannot be written: {error.strerror}; give another file") from None
-    return compare(found.stored, rendered, exact=renderer.promises(found.record))
+    again = compare(found.stored, rendered, exact=renderer.promises(found.record))
+    problem = _file_problem(found.stored)
+    if problem is None:
+        return again
+    return replace(again, result=f"{again.result}, but the stored file is not what its table says: {problem}", ok=False)

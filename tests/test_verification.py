@@ -462,6 +462,26 @@ def test_one_image_of_a_batch_is_rendered_again_alone(rendered: Path, tmp_path: 
     assert hashlib.sha256(pixels.tobytes()).hexdigest() == found.record["pixel_sha256"]
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (other_picture, "its pixels are not those that were rendered"),
+        (one_bit, "its bytes are not those that were written"),
+        (missing, "the file is missing"),
+        (not_an_image, "cannot be decoded"),
+    ],
+)
+def test_an_image_that_comes_out_again_does_not_hide_that_the_stored_file_is_another(
+    damage: Callable[[Path], None], message: str, out: Path, tmp_path: Path
+) -> None:
+    damage(out)
+    again = render_to(inspect(str(out), 1, 0), tmp_path / "alone.png")
+    assert not again.ok
+    assert re.fullmatch(rf"identical, but the stored file is not what its table says: row 1, image 0 .*: {message}.*", again.result)
+    other = render_to(inspect(str(out), 1, 1), tmp_path / "alone.png")
+    assert (other.ok, other.result) == (True, "identical")
+
+
 def test_an_error_row_tells_its_reason_and_cannot_be_rendered(rendered: Path, tmp_path: Path) -> None:
     found = inspect(str(rendered), 2, 1)
     assert found.record["error_message"].startswith("prompt is empty")
