@@ -349,9 +349,9 @@ class Workers(Strict):
     pixels, so it is part of the render profile. FLUX.1, FLUX.2, Qwen-Image and Z-Image take one; the other families call
     torch's attention themselves. None: diffusers' default, native. Only native and _native_math were compared."""
     threads: Annotated[int, Field(ge=1, le=2)] = 1
-    """Torch threads per worker on a CPU, 1 or 2; part of the render profile. 2 need an even batch_size, so that no sample
-    is cut in two; from 3 on, torch may cut a batch in the middle of a vector register. In both cases a sample's pixels
-    would depend on its slot: use more workers instead."""
+    """Torch threads per worker on the CPU, 1 or 2; part of the render profile, even where a GPU renders. 2 need an even
+    batch_size, so that no sample is cut in two; from 3 on, torch may cut a batch in the middle of a vector register. In
+    both cases a sample's pixels would depend on its slot: use more workers instead."""
 
     other_profiles: Literal["refuse", "record"] = "refuse"
     """A worker whose render profile is not the output's (another CPU, another version) would render other bits. refuse:

@@ -108,6 +108,14 @@ def test_on_cuda_the_profile_names_the_packages_that_its_libraries_come_in(tmp_p
     assert "nvidia-ml-py" not in packages
 
 
+def test_the_cpus_threads_are_in_the_profile_of_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sum of as many numbers as noise has comes out otherwise on two, and blended noise is computed there."""
+    on_cuda(monkeypatch, [False])
+    info = describe(ModelSpec(id="builtin:fake"))
+    of = [describe_profile(info, Workers(device="cuda", threads=n, batch_size=2), "cuda")["threads"] for n in (1, 2)]
+    assert of == [1, 2]
+
+
 @pytest.mark.parametrize(
     "fail",
     [

@@ -152,7 +152,7 @@ def describe_profile(info: ModelInfo, workers: Workers, device: str) -> dict[str
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_instructions": _cpu_instructions() if on_cpu else None,
         "environment": {name: os.environ[name] for name in sorted(os.environ) if _decides_pixels(name)},
-        "threads": workers.threads if on_cpu else None,
+        "threads": workers.threads,  # blended noise is summed on the CPU, and schedulers make their tables there
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "cudnn": None if device != "cuda" else torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "flags": _flags(device),
