@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,23 @@ def test_the_cpus_threads_are_in_the_profile_of_a_gpu_too(monkeypatch: pytest.Mo
     info = describe(ModelSpec(id="builtin:fake"))
     of = [describe_profile(info, Workers(device="cuda", threads=n, batch_size=2), "cuda")["threads"] for n in (1, 2)]
     assert of == [1, 2]
+
+
+def test_the_codecs_that_rows_images_go_through_are_in_the_profile_of_jobs_with_images() -> None:
+    info = describe(ModelSpec(id="builtin:fake"))
+    codecs = describe_profile(replace(info, task="image-to-image"), Workers(), "cpu")["image_codecs"]
+    assert set(codecs) == {"jpg", "libjpeg_turbo", "webp", "zlib"}
+    assert all(codecs[name] for name in ("jpg", "webp", "zlib"))
+    assert "image_codecs" not in describe_profile(info, Workers(), "cpu")
+
+
+def test_torchvision_is_in_the_profile_where_it_decides_what_a_safety_checker_sees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = replace(describe(ModelSpec(id="builtin:fake")), safety_checker=True)
+    (folder := tmp_path / "torchvision-0.28.0.dist-info").mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert describe_profile(info, Workers(), "cpu")["torchvision"] == "0.28.0"
+    assert "torchvision" not in describe_profile(replace(info, safety_checker=False), Workers(), "cpu")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 import diffusers
 import torch
 import transformers
+from PIL import features
 
 from renderfarm.config import Workers, several_devices
 from renderfarm.errors import Fatal, OutOfMemory
@@ -162,7 +163,15 @@ def describe_profile(info: ModelInfo, workers: Workers, device: str) -> dict[str
         **{
             name: version(name) for name in ("diffusers", "transformers", "tokenizers", "numpy", "scipy", "pillow")
         },  # LMS integrates with scipy
+        **({"image_codecs": _image_codecs()} if info.images else {}),
+        # where it is installed, transformers takes other image processors
+        **(versions_of("torchvision") if info.safety_checker else {}),
     }
+
+
+def _image_codecs() -> dict[str, str | None]:
+    """Those of rows' images: Pillow's own version does not say which ones it was built with, or finds."""
+    return {name: features.version(name) for name in ("jpg", "libjpeg_turbo", "webp", "zlib")}
 
 
 def _all_hashes(info: ModelInfo) -> dict[str, str]:
@@ -173,9 +182,14 @@ def _all_hashes(info: ModelInfo) -> dict[str, str]:
 
 
 def attention_packages() -> dict[str, str]:
-    """Versions of the packages, of those that are installed, which diffusers' attention backends take their kernels from."""
+    """What diffusers' attention backends take their kernels from."""
+    return versions_of("flash_attn", "flash_attn_3", "sageattention", "xformers")
+
+
+def versions_of(*names: str) -> dict[str, str]:
+    """Versions of the packages, of those that are installed."""
     found = {}
-    for name in ("flash_attn", "flash_attn_3", "sageattention", "xformers"):
+    for name in names:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
