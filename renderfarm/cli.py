@@ -254,7 +254,7 @@ Offload = Annotated[OffloadChoice, typer.Option("--offload", help="As a job's wo
 @app.command()
 def verify(
     out: Annotated[str, typer.Argument(help="The output folder.", show_default=False)],
-    sample: Annotated[int, typer.Option(min=0, help="So many images, spread at random, are rendered again; 0: files only.")] = 8,
+    sample: Annotated[int, typer.Option(min=0, help="So many images, others each time, are rendered again; 0: files only.")] = 8,
     rows: Annotated[str | None, typer.Option(help="Render these rows again: 0-5,7.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Render everything again.")] = False,
     model: Models = None,

@@ -71,11 +71,13 @@ class Verification:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which samples to render again: all, those of some rows, or so many at random (the same ones each time)."""
+    """Which samples to render again: all, those of some rows, or so many at random. `seed`: of that choice; None: other ones each
+    time, so that asking again sees more of the output."""
 
     all: bool = False
     rows: str | None = None
     sample: int = 8
+    seed: int | None = None
 
 
 def verify(
@@ -126,7 +128,7 @@ class _Chosen:
     def __init__(self, choice: Choice) -> None:
         self.choice, self.samples, self.seen = choice, list[StoredSample](), 0
         self.ranges = parse_ranges(choice.rows, "--rows") if choice.rows is not None else []
-        self.random = random.Random(0)
+        self.random = random.Random(choice.seed)
 
     def offer(self, samples: Iterable[StoredSample]) -> None:
         for sample in samples:

@@ -20,7 +20,7 @@ from renderfarm.commit import profile_sha256
 from renderfarm.errors import Fatal, InvalidJob
 from renderfarm.reading import StoredSample
 from renderfarm.schema import ERRORS_KEY
-from renderfarm.verification import Choice, inspect, render_to, verify
+from renderfarm.verification import Choice, _Chosen, inspect, render_to, verify
 
 Write = Callable[..., Path]
 FILES_ONLY = Choice(sample=0)
@@ -80,12 +80,25 @@ def test_it_says_how_far_it_is(rendered: Path) -> None:
 
 def test_rows_and_samples_choose_what_is_rendered_again(rendered: Path) -> None:
     assert {again.row for again in verify(str(rendered), Choice(rows="1,3-4")).again} == {1, 3, 4}
-    first = verify(str(rendered), Choice(sample=2)).again
+    first = verify(str(rendered), Choice(sample=2, seed=0)).again
     assert len(first) == 2
-    assert first == verify(str(rendered), Choice(sample=2)).again
+    assert first == verify(str(rendered), Choice(sample=2, seed=0)).again
     assert verify(str(rendered), FILES_ONLY).again == []
     with pytest.raises(InvalidJob, match="rows 2: no committed image"):
         verify(str(rendered), Choice(rows="2"))
+
+
+def test_a_random_choice_is_another_one_each_time(rendered: Path) -> None:
+    (sample, *_) = renderfarm.open(rendered).samples()
+    thousand = [StoredSample(sample.record | {"row": row}, sample.key, sample.store) for row in range(1000)]
+
+    def rows(choice: Choice) -> list[int]:
+        chosen = _Chosen(choice)
+        chosen.offer(thousand)
+        return [one.record["row"] for one in chosen.samples]
+
+    assert len({*rows(Choice()), *rows(Choice())}) > 8, "eight each, and no two times the same eight"
+    assert rows(Choice(seed=1)) == rows(Choice(seed=1))
 
 
 def without_index(out: Path) -> None:
