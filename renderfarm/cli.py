@@ -292,6 +292,8 @@ def _print_verification(found: dict[str, Any]) -> None:
             "restore what is damaged from a copy; or remove that part's table (data/part-N/metadata.parquet) and its entry in "
             "_renderfarm/parts/, and `renderfarm run` renders the part again"
         )
+    for note in found["notes"]:
+        out_console.print(note, markup=False)
     if not found["problem_count"] and found["parts_done"] < found["parts"]:
         out_console.print("not finished: what is missing was not rendered yet; `renderfarm run` continues")
     if not found["again"]:

@@ -48,7 +48,8 @@ class Again:
 
 @dataclass
 class Verification:
-    """`problems`: one line for each thing that is not as it should be, at most KEPT_PROBLEMS; `problem_count` counts all."""
+    """`problems`: one line for each thing that is not as it should be, at most KEPT_PROBLEMS; `problem_count` counts all. `notes`:
+    what could not be checked, and is no problem by itself."""
 
     parts: int
     parts_done: int = 0
@@ -56,6 +57,7 @@ class Verification:
     errors: int = 0
     problem_count: int = 0
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     again: list[Again] = field(default_factory=list)
     profile_differences: list[str] = field(default_factory=list)
 
@@ -184,9 +186,15 @@ def _expected(output: Output, planned: set[int]) -> set[int]:
 
 
 def _check_index(found: Verification, output: Output, seen: dict[int, tuple[int, int] | None]) -> None:
-    """What the index of parts says was committed must be there, to the byte. A part without an entry is no problem: a worker may
-    have died before it, and the next run that finds the part enters it."""
-    for index, (entry, receipt) in sorted(commit.index_entries(output.store).items()):
+    """What the index of parts says was committed must be there, to the byte. A part without an entry is no problem but worth a
+    word: a worker may have died before it, and the next run that finds the part enters it."""
+    entries = commit.index_entries(output.store)
+    if without := len(seen.keys() - entries.keys()):
+        found.notes.append(
+            f"no index entry for {without:,} of {len(seen):,} parts, so whether such a table was lost or changed since its commit "
+            "could not be seen; run the job again to write the entries"
+        )
+    for index, (entry, receipt) in sorted(entries.items()):
         if index not in seen:
             found.add(f"part {index}: was committed, and its table is missing; restore it from a copy")
         elif (counts := seen[index]) is not None and counts != (receipt.images, receipt.errors):

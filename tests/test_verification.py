@@ -305,6 +305,15 @@ def test_what_the_model_read_of_a_prompt_is_counted_again(name: str, out: Path) 
     assert [(one.ok, one.result) for one in again] == [(False, f"identical, but {name} is not the table's"), (True, "identical")]
 
 
+def test_a_part_without_an_index_entry_is_worth_a_word(out: Path) -> None:
+    assert verify(str(out), FILES_ONLY).notes == []
+    next(out.glob("_renderfarm/parts/part-00000000.*")).unlink()
+    found = verify(str(out), FILES_ONLY)
+    assert found.ok
+    (note,) = found.notes
+    assert re.match(r"no index entry for 1 of 3 parts, so whether .* lost or changed .* could not be seen; run the job again", note)
+
+
 def test_damage_in_one_part_hides_none_in_another(out: Path) -> None:
     column_dropped("bytes")(out)
     garbage_in_error_view(out)
@@ -522,5 +531,9 @@ def test_a_damaged_part_is_rendered_again_once_its_table_and_its_entry_are_remov
     for entry in (out / "_renderfarm/parts").glob("part-00000001.*"):
         entry.unlink()
     assert renderfarm.run(path, engine="inline").new_images == 3
+    without_index(out)
+    assert len(verify(str(out), Choice(sample=0)).notes) == 1
+    assert renderfarm.run(path, engine="inline").new_images == 0
+    assert verify(str(out), Choice(sample=0)).notes == [], "what the note advises"
     assert {file: file.read_bytes() for file in out.glob("data/part-00000001/*.png")} == pictures
     assert verify(str(out), Choice(sample=0)).ok
