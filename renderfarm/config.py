@@ -74,7 +74,8 @@ class Quantization(Strict):
     """Which parts of the model: `[transformer]`, `[unet, text_encoder]`."""
     arguments: dict[str, Any] = {}
     """Of the backend's configuration in diffusers and transformers: `{load_in_4bit: true}`. For torchao, `quant_type` names one
-    of its configuration classes (`Int8WeightOnlyConfig`), and the others are that one's."""
+    of its configuration classes (`Int8WeightOnlyConfig`), and the others are that one's (`granularity: PerRow`). What scales
+    activations by the whole batch is refused: a sample's pixels would depend on its mates."""
 
 
 class SuperResolution(Checkpoint):

@@ -70,6 +70,7 @@ def test_a_flag_that_changes_after_that_is_another_profile(model: Callable[..., 
         *("CUBLAS_EMULATE_SINGLE_PRECISION", "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "TORCH_CUBLASLT_UNIFIED_WORKSPACE"),
         *("TORCH_BLAS_PREFER_CUBLASLT", "TORCH_LINALG_PREFER_CUSOLVER", "DISABLE_ADDMM_CUDA_LT", "PYTORCH_TUNABLEOP_FILENAME"),
         *("TORCH_CUDNN_USE_HEURISTIC_MODE_B", "TORCH_MKLDNN_MATMUL_MIN_DIM", "TORCH_LINEAR_FLATTEN_3D", "NVIDIA_TF32_OVERRIDE"),
+        "DIFFUSERS_GGUF_CUDA_KERNELS",
     ],
 )
 def test_a_variable_that_chooses_kernels_is_in_the_profile(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,7 +205,7 @@ def _cuda_packages() -> dict[str, str]:
 def _decides_pixels(name: str) -> bool:
     """Variables by which kernels are chosen; how many threads they use is said elsewhere."""
     chosen = (
-        *("ONEDNN_", "DNNL_", "MKL_", "ATEN_", "TORCH_MKLDNN_", "TORCH_LINEAR_", "DIFFUSERS_ATTN_BACKEND"),
+        *("ONEDNN_", "DNNL_", "MKL_", "ATEN_", "TORCH_MKLDNN_", "TORCH_LINEAR_", "DIFFUSERS_ATTN_BACKEND", "DIFFUSERS_GGUF_"),
         *("CUBLAS_", "CUBLASLT_", "TORCH_CUBLASLT_", "TORCH_BLAS_", "TORCH_LINALG_", "DISABLE_ADDMM_CUDA_LT", "PYTORCH_TUNABLEOP_"),
         *("CUDNN_", "TORCH_CUDNN_", "NVIDIA_TF32_OVERRIDE"),
         *("PYTORCH_MPS_FAST_MATH", "PYTORCH_MPS_PREFER_METAL", "PYTORCH_ENABLE_MPS_FALLBACK"),
