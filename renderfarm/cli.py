@@ -254,7 +254,7 @@ Offload = Annotated[OffloadChoice, typer.Option("--offload", help="As a job's wo
 @app.command()
 def verify(
     out: Annotated[str, typer.Argument(help="The output folder.", show_default=False)],
-    sample: Annotated[int, typer.Option(min=0, help="So many images, spread at random, are rendered again; 0: files only.")] = 8,
+    sample: Annotated[int, typer.Option(min=0, help="So many images, others each time, are rendered again; 0: files only.")] = 8,
     rows: Annotated[str | None, typer.Option(help="Render these rows again: 0-5,7.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Render everything again.")] = False,
     model: Models = None,
@@ -292,6 +292,8 @@ def _print_verification(found: dict[str, Any]) -> None:
             "restore what is damaged from a copy; or remove that part's table (data/part-N/metadata.parquet) and its entry in "
             "_renderfarm/parts/, and `renderfarm run` renders the part again"
         )
+    for note in found["notes"]:
+        out_console.print(note, markup=False)
     if not found["problem_count"] and found["parts_done"] < found["parts"]:
         out_console.print("not finished: what is missing was not rendered yet; `renderfarm run` continues")
     if not found["again"]:

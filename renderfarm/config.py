@@ -74,7 +74,8 @@ class Quantization(Strict):
     """Which parts of the model: `[transformer]`, `[unet, text_encoder]`."""
     arguments: dict[str, Any] = {}
     """Of the backend's configuration in diffusers and transformers: `{load_in_4bit: true}`. For torchao, `quant_type` names one
-    of its configuration classes (`Int8WeightOnlyConfig`), and the others are that one's."""
+    of its configuration classes (`Int8WeightOnlyConfig`), and the others are that one's (`granularity: PerRow`). What scales
+    activations by the whole batch is refused: a sample's pixels would depend on its mates."""
 
 
 class SuperResolution(Checkpoint):
@@ -349,9 +350,9 @@ class Workers(Strict):
     pixels, so it is part of the render profile. FLUX.1, FLUX.2, Qwen-Image and Z-Image take one; the other families call
     torch's attention themselves. None: diffusers' default, native. Only native and _native_math were compared."""
     threads: Annotated[int, Field(ge=1, le=2)] = 1
-    """Torch threads per worker on a CPU, 1 or 2; part of the render profile. 2 need a batch_size of 1, 2
-    or a multiple of 4: with others the threads' shares end in mid-sample or in mid-vector, from 3 threads on they do with any.
-    Then a sample's pixels would depend on its slot: use more workers instead."""
+    """Torch threads per worker on the CPU, 1 or 2; part of the render profile, even where a GPU renders. 2 need a batch_size
+    of 1, 2 or a multiple of 4: with others the threads' shares end in mid-sample or in mid-vector, from 3 threads on they do
+    with any. Then a sample's pixels would depend on its slot: use more workers instead."""
 
     other_profiles: Literal["refuse", "record"] = "refuse"
     """A worker whose render profile is not the output's (another CPU, another version) would render other bits. refuse:

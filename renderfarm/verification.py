@@ -9,7 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ class Again:
 
 @dataclass
 class Verification:
-    """`problems`: one line for each thing that is not as it should be, at most KEPT_PROBLEMS; `problem_count` counts all."""
+    """`problems`: one line for each thing that is not as it should be, at most KEPT_PROBLEMS; `problem_count` counts all. `notes`:
+    what could not be checked, and is no problem by itself."""
 
     parts: int
     parts_done: int = 0
@@ -56,6 +57,7 @@ class Verification:
     errors: int = 0
     problem_count: int = 0
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     again: list[Again] = field(default_factory=list)
     profile_differences: list[str] = field(default_factory=list)
 
@@ -71,11 +73,13 @@ class Verification:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which samples to render again: all, those of some rows, or so many at random (the same ones each time)."""
+    """Which samples to render again: all, those of some rows, or so many at random. `seed`: of that choice; None: other ones each
+    time, so that asking again sees more of the output."""
 
     all: bool = False
     rows: str | None = None
     sample: int = 8
+    seed: int | None = None
 
 
 def verify(
@@ -126,7 +130,7 @@ class _Chosen:
     def __init__(self, choice: Choice) -> None:
         self.choice, self.samples, self.seen = choice, list[StoredSample](), 0
         self.ranges = parse_ranges(choice.rows, "--rows") if choice.rows is not None else []
-        self.random = random.Random(0)
+        self.random = random.Random(choice.seed)
 
     def offer(self, samples: Iterable[StoredSample]) -> None:
         for sample in samples:
@@ -182,9 +186,15 @@ def _expected(output: Output, planned: set[int]) -> set[int]:
 
 
 def _check_index(found: Verification, output: Output, seen: dict[int, tuple[int, int] | None]) -> None:
-    """What the index of parts says was committed must be there, to the byte. A part without an entry is no problem: a worker may
-    have died before it, and the next run that finds the part enters it."""
-    for index, (entry, receipt) in sorted(commit.index_entries(output.store).items()):
+    """What the index of parts says was committed must be there, to the byte. A part without an entry is no problem but worth a
+    word: a worker may have died before it, and the next run that finds the part enters it."""
+    entries = commit.index_entries(output.store)
+    if without := len(seen.keys() - entries.keys()):
+        found.notes.append(
+            f"no index entry for {without:,} of {len(seen):,} parts, so whether such a table was lost or changed since its commit "
+            "could not be seen; run the job again to write the entries"
+        )
+    for index, (entry, receipt) in sorted(entries.items()):
         if index not in seen:
             found.add(f"part {index}: was committed, and its table is missing; restore it from a copy")
         elif (counts := seen[index]) is not None and counts != (receipt.images, receipt.errors):
@@ -362,7 +372,7 @@ def inspect(out: str, row: int, image_index: int) -> Provenance:
 def render_to(
     found: Provenance, path: Path, model: str | None = None, beside: Mapping[str, str] | None = None, offload: Offload = "none"
 ) -> Again:
-    """Render one image again, alone: filler takes the place of its batch mates. Writes a PNG file.
+    """Render one image again, alone: filler takes the place of its batch mates. Writes a PNG file, and looks at the stored one, too.
 
     Raises InvalidJob for an error row, and for a file that cannot be written.
     """
@@ -379,4 +389,8 @@ def render_to(
         path.write_bytes(encode(rendered.pixels, "png").data)
     except OSError as error:
         raise InvalidJob(f"{path}: cannot be written: {error.strerror}; give another file") from None
-    return compare(found.stored, rendered, exact=renderer.promises(found.record))
+    again = compare(found.stored, rendered, exact=renderer.promises(found.record))
+    problem = _file_problem(found.stored)
+    if problem is None:
+        return again
+    return replace(again, result=f"{again.result}, but the stored file is not what its table says: {problem}", ok=False)

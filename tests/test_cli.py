@@ -109,6 +109,8 @@ def test_verify_and_inspect_say_what_is_right_and_exit_3_where_it_is_not(write_m
     assert "not ROW or ROW:K" in refused("inspect", out, "four")
     assert "cannot be written" in refused("inspect", out, "4", "--render", tmp_path / "no/such/folder.png")
 
+    next((out / "_renderfarm/parts").glob("part-00000002.*")).unlink()
+    assert "no index entry for 1 of 3 parts" in " ".join(cli("verify", out, "--sample", "0").stdout.split())
     sorted(out.glob("data/*/*.png"))[0].unlink()
     done = cli("verify", out, "--sample", "0")
     assert done.returncode == 3

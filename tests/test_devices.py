@@ -99,6 +99,8 @@ def test_a_device_that_is_not_there_stops_the_job_with_the_reason(
 def test_auto_takes_cuda_before_mps_before_the_cpu(cuda: bool, mps: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch.cuda.tunable, "enable", lambda value: None)  # a CPU build has none
+    monkeypatch.setattr(torch.cuda.tunable, "is_enabled", lambda: False)
     assert prepare_torch(Workers()) == device
 
 
@@ -109,7 +111,7 @@ def test_the_profile_of_an_apple_gpu_names_chip_system_and_switches(monkeypatch:
     monkeypatch.setenv("PYTORCH_MPS_FAST_MATH", "1")
     profile = describe_profile(describe(ModelSpec(id="builtin:fake")), Workers(), "mps")
     assert (profile["device"], profile["device_model"]) == ("mps", "Apple M4, macOS 26.1")
-    assert (profile["cudnn"], profile["threads"], profile["cpu_instructions"]) == (None, None, None)
+    assert (profile["cudnn"], profile["cpu_instructions"]) == (None, None)
     assert profile["environment"]["PYTORCH_MPS_FAST_MATH"] == "1"
 
 

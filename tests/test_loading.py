@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import shutil
@@ -21,7 +22,7 @@ import torchao
 import transformers
 from oracle import CLASSES, B, plain_pipeline, reference, row
 from safetensors.torch import load_file, save_file
-from torchao.quantization import Int8WeightOnlyConfig
+from torchao.quantization import Int8WeightOnlyConfig, PerRow, PerTensor
 
 import renderfarm
 from renderfarm.cli import _model_and_parts
@@ -33,6 +34,8 @@ from renderfarm.models.catalog import describe
 from renderfarm.models.fingerprint import weight_hashes
 from renderfarm.models.load import load_model
 from renderfarm.models.measure import check_places
+from renderfarm.models.quantization import load_arguments
+from renderfarm.preparation import prepare
 from renderfarm.slots import SlotLoop
 from renderfarm.verification import Choice, verify
 
@@ -387,6 +390,83 @@ def test_a_job_with_quantised_components_is_verified_with_them(
     path = write_job(tmp_path / "prompts.parquet", model=str(folder), render=small, workers={"batch_size": B})
     with pytest.raises(InvalidJob, match=r"model\.quantization: \{.*torchao.*\} there, null now"):
         renderfarm.run(path, engine="inline")
+
+
+def with_mates(config: Any) -> bool:
+    """Whether a sample's numbers are the same beside another one that has larger numbers."""
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(torch.nn.Linear(128, 128))
+    torchao.quantization.quantize_(layer, config)
+    batch = torch.randn(2, 16, 128)
+    other = torch.stack([batch[0], 30 * batch[1]])
+    with torch.no_grad():
+        return torch.equal(layer(batch)[0], layer(other)[0])
+
+
+def test_activations_scaled_by_the_whole_batch_depend_on_mates() -> None:
+    """Why they are refused."""
+    eight_bits = torchao.quantization.Int8DynamicActivationInt8WeightConfig
+    assert with_mates(eight_bits())
+    assert with_mates(eight_bits(granularity=PerRow()))
+    assert with_mates(torchao.quantization.Int8DynamicActivationIntxWeightConfig())
+    assert not with_mates(eight_bits(granularity=PerTensor()))
+
+
+FLOAT8 = "Float8DynamicActivationFloat8WeightConfig"
+OVER_THE_BATCH: list[tuple[str, dict[str, Any], str]] = [
+    ("bitsandbytes", {"load_in_8bit": True}, "load_in_8bit takes columns out .*; use load_in_4bit, or torchao's Int8WeightOnlyConfig"),
+    ("quanto", {"weights_dtype": "int8", "activations": "int8"}, "quanto's activations are scaled .*; leave activations out"),
+    ("torchao", {"quant_type": FLOAT8}, f"{FLOAT8} scales activations by the whole batch, .*; give it granularity: PerRow"),
+    ("torchao", {"quant_type": FLOAT8, "granularity": "PerTensor"}, FLOAT8),
+    ("torchao", {"quant_type": "Int8DynamicActivationInt8WeightConfig", "granularity": "PerTensor"}, "Int8DynamicActivation"),
+    ("torchao", {"quant_type": "Int8DynamicActivationInt8WeightConfig", "granularity": ["PerTensor", "PerRow"]}, "Int8Dynamic"),
+]
+
+
+@pytest.mark.parametrize(("backend", "arguments", "message"), OVER_THE_BATCH)
+def test_a_quantisation_by_which_mates_matter_is_refused_before_work_starts(
+    backend: str, arguments: dict[str, Any], message: str, tiny_model: Callable[[str], Path], write_manifest: Write, write_job: Write
+) -> None:
+    model = {"id": str(tiny_model("flux-dev"))}
+    quantization = {"backend": backend, "components": ["transformer"], "arguments": arguments}
+    with pytest.raises(InvalidJob, match=f"model.quantization: {message}"):
+        prepare(load_job(write_job(write_manifest(), model=model | {"quantization": quantization})))
+
+
+@pytest.mark.parametrize("quant_type", ["Int8DynamicActivationInt8WeightConfig", FLOAT8])
+def test_a_job_can_ask_for_scales_of_each_token(quant_type: str, tiny_model: Callable[[str], Path]) -> None:
+    """Only how it reaches torchao: float8 needs a GPU."""
+    arguments = {"quant_type": quant_type, "granularity": "PerRow"}
+    quantization = {"backend": "torchao", "components": ["transformer"], "arguments": arguments}
+    config = load_arguments(describe(ModelSpec(id=str(tiny_model("flux-dev")), quantization=quantization)))  # type: ignore[arg-type]
+    granularity = config["quantization_config"].quant_mapping["transformer"].quant_type.granularity
+    assert granularity in (PerRow(), [PerRow(), PerRow()])
+
+
+EIGHT_ROWS = torchao.quantization.Int8DynamicActivationInt8WeightConfig()
+PER_TENSOR = torchao.quantization.Float8DynamicActivationFloat8WeightConfig()
+
+
+@pytest.mark.parametrize(
+    ("saved", "refused"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, True),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False}, False),
+        (diffusers.TorchAoConfig(PER_TENSOR).to_dict(), True),
+        (diffusers.TorchAoConfig(EIGHT_ROWS).to_dict(), False),
+        (diffusers.TorchAoConfig(torchao.quantization.FqnToConfig({"a": EIGHT_ROWS, "re:b.*": PER_TENSOR})).to_dict(), True),
+        (diffusers.TorchAoConfig(torchao.quantization.Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())).to_dict(), False),
+        ({"quant_method": "torchao", "quant_type": "damaged"}, False),
+    ],
+)
+def test_weights_that_were_saved_with_such_a_quantisation_are_refused(
+    saved: dict[str, Any], refused: bool, own: Callable[..., Path]
+) -> None:
+    folder = own("flux-dev")
+    change(folder / "transformer/config.json", quantization_config=json.loads(json.dumps(saved)))
+    expected = pytest.raises(InvalidJob, match=r"the quantization_config of transformer/config\.json: .* depend on its batch mates")
+    with expected if refused else contextlib.nullcontext():
+        describe(ModelSpec(id=str(folder)))
 
 
 @pytest.mark.parametrize(

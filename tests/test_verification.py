@@ -20,7 +20,7 @@ from renderfarm.commit import profile_sha256
 from renderfarm.errors import Fatal, InvalidJob
 from renderfarm.reading import StoredSample
 from renderfarm.schema import ERRORS_KEY
-from renderfarm.verification import Choice, inspect, render_to, verify
+from renderfarm.verification import Choice, _Chosen, inspect, render_to, verify
 
 Write = Callable[..., Path]
 FILES_ONLY = Choice(sample=0)
@@ -80,12 +80,25 @@ def test_it_says_how_far_it_is(rendered: Path) -> None:
 
 def test_rows_and_samples_choose_what_is_rendered_again(rendered: Path) -> None:
     assert {again.row for again in verify(str(rendered), Choice(rows="1,3-4")).again} == {1, 3, 4}
-    first = verify(str(rendered), Choice(sample=2)).again
+    first = verify(str(rendered), Choice(sample=2, seed=0)).again
     assert len(first) == 2
-    assert first == verify(str(rendered), Choice(sample=2)).again
+    assert first == verify(str(rendered), Choice(sample=2, seed=0)).again
     assert verify(str(rendered), FILES_ONLY).again == []
     with pytest.raises(InvalidJob, match="rows 2: no committed image"):
         verify(str(rendered), Choice(rows="2"))
+
+
+def test_a_random_choice_is_another_one_each_time(rendered: Path) -> None:
+    (sample, *_) = renderfarm.open(rendered).samples()
+    thousand = [StoredSample(sample.record | {"row": row}, sample.key, sample.store) for row in range(1000)]
+
+    def rows(choice: Choice) -> list[int]:
+        chosen = _Chosen(choice)
+        chosen.offer(thousand)
+        return [one.record["row"] for one in chosen.samples]
+
+    assert len({*rows(Choice()), *rows(Choice())}) > 8, "eight each, and no two times the same eight"
+    assert rows(Choice(seed=1)) == rows(Choice(seed=1))
 
 
 def without_index(out: Path) -> None:
@@ -292,6 +305,15 @@ def test_what_the_model_read_of_a_prompt_is_counted_again(name: str, out: Path) 
     assert [(one.ok, one.result) for one in again] == [(False, f"identical, but {name} is not the table's"), (True, "identical")]
 
 
+def test_a_part_without_an_index_entry_is_worth_a_word(out: Path) -> None:
+    assert verify(str(out), FILES_ONLY).notes == []
+    next(out.glob("_renderfarm/parts/part-00000000.*")).unlink()
+    found = verify(str(out), FILES_ONLY)
+    assert found.ok
+    (note,) = found.notes
+    assert re.match(r"no index entry for 1 of 3 parts, so whether .* lost or changed .* could not be seen; run the job again", note)
+
+
 def test_damage_in_one_part_hides_none_in_another(out: Path) -> None:
     column_dropped("bytes")(out)
     garbage_in_error_view(out)
@@ -462,6 +484,26 @@ def test_one_image_of_a_batch_is_rendered_again_alone(rendered: Path, tmp_path: 
     assert hashlib.sha256(pixels.tobytes()).hexdigest() == found.record["pixel_sha256"]
 
 
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (other_picture, "its pixels are not those that were rendered"),
+        (one_bit, "its bytes are not those that were written"),
+        (missing, "the file is missing"),
+        (not_an_image, "cannot be decoded"),
+    ],
+)
+def test_an_image_that_comes_out_again_does_not_hide_that_the_stored_file_is_another(
+    damage: Callable[[Path], None], message: str, out: Path, tmp_path: Path
+) -> None:
+    damage(out)
+    again = render_to(inspect(str(out), 1, 0), tmp_path / "alone.png")
+    assert not again.ok
+    assert re.fullmatch(rf"identical, but the stored file is not what its table says: row 1, image 0 .*: {message}.*", again.result)
+    other = render_to(inspect(str(out), 1, 1), tmp_path / "alone.png")
+    assert (other.ok, other.result) == (True, "identical")
+
+
 def test_an_error_row_tells_its_reason_and_cannot_be_rendered(rendered: Path, tmp_path: Path) -> None:
     found = inspect(str(rendered), 2, 1)
     assert found.record["error_message"].startswith("prompt is empty")
@@ -489,5 +531,9 @@ def test_a_damaged_part_is_rendered_again_once_its_table_and_its_entry_are_remov
     for entry in (out / "_renderfarm/parts").glob("part-00000001.*"):
         entry.unlink()
     assert renderfarm.run(path, engine="inline").new_images == 3
+    without_index(out)
+    assert len(verify(str(out), Choice(sample=0)).notes) == 1
+    assert renderfarm.run(path, engine="inline").new_images == 0
+    assert verify(str(out), Choice(sample=0)).notes == [], "what the note advises"
     assert {file: file.read_bytes() for file in out.glob("data/part-00000001/*.png")} == pictures
     assert verify(str(out), Choice(sample=0)).ok

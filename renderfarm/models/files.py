@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,9 +133,50 @@ def check_name(name: str, index: Index, model: str, what: str) -> None:
 
 
 def check_configuration(config: dict[str, Any], file: str, model: str) -> None:
-    """Raise InvalidJob for a configuration that names code of its own."""
+    """Raise InvalidJob for a configuration that names code of its own, or a quantisation that a job could not ask for."""
     if "auto_map" in config:
         raise InvalidJob(f"model {model}: {file} asks for code of its own (auto_map), which is never run; give a model without it")
+    if isinstance(saved := config.get("quantization_config"), dict):
+        backend = str(saved.get("quant_method"))
+        for arguments in _torchao_arguments(saved) if backend == "torchao" else [saved]:
+            check_arguments(backend, arguments, f"model {model}: the quantization_config of {file}")
+
+
+# Those of torchao that scale each token of the activations by itself, unless they are told otherwise
+_BY_TOKEN = ("Int8DynamicActivationInt8WeightConfig", "Int8DynamicActivationIntxWeightConfig", "Float8DynamicActivationInt4WeightConfig")
+
+
+def check_arguments(backend: str, arguments: Mapping[str, Any], what: str) -> None:
+    """Raise InvalidJob for a quantisation that chooses numbers over a whole batch. `what`: who asks for it, to begin a message with."""
+    if (found := _over_the_batch(backend, arguments)) is not None:
+        chosen, advice = found
+        raise InvalidJob(f"{what}: {chosen}, so a sample's pixels would depend on its batch mates; {advice}")
+
+
+def _over_the_batch(backend: str, arguments: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What is chosen so, and what to use instead."""
+    if backend == "bitsandbytes" and arguments.get("load_in_8bit"):
+        return "load_in_8bit takes columns out wherever the batch has large numbers", "use load_in_4bit, or torchao's Int8WeightOnlyConfig"
+    if backend == "quanto" and arguments.get("activations") is not None:
+        return "quanto's activations are scaled by what whole batches hold", "leave activations out"
+    kind, granularity = str(arguments.get("quant_type")), arguments.get("granularity")
+    if "DynamicActivation" in kind and granularity != "PerRow" and (granularity is not None or kind not in _BY_TOKEN):
+        return f"{kind} scales activations by the whole batch", "give it granularity: PerRow"
+    return None
+
+
+def _torchao_arguments(saved: Any) -> Iterator[dict[str, Any]]:
+    """As a job says them, of each configuration in what torchao saved: some hold others, by the names of layers."""
+    if isinstance(saved, list):
+        for one in saved:
+            yield from _torchao_arguments(one)
+    elif isinstance(saved, dict):
+        of = saved.get("_data")
+        granularity = of.get("granularity") if isinstance(of, dict) else None
+        first = granularity[0] if isinstance(granularity, list) and granularity else granularity  # the other one is the weights'
+        yield {"quant_type": saved.get("_type"), "granularity": first.get("_type") if isinstance(first, dict) else first}
+        for one in saved.values():
+            yield from _torchao_arguments(one)
 
 
 def check_weights(files: Collection[str], index: Index, variant: str | None, model: str, *, safety_checker: bool) -> None:

@@ -46,6 +46,9 @@ def quantised_names(info: ModelInfo) -> list[str]:
 PACKAGES = {"torchao": "torchao", "quanto": "optimum-quanto", "bitsandbytes": "bitsandbytes"}
 
 
+GRANULARITIES = ("PerRow", "PerTensor")  # torchao's classes that a job can name
+
+
 def load_arguments(info: ModelInfo) -> dict[str, Any]:
     """What makes `from_pretrained` quantise the components that the job names."""
     given = info.source.quantization if info.source else None
@@ -76,7 +79,10 @@ def quantization_profile(info: ModelInfo) -> dict[str, Any]:
 def _configuration(backend: str, library: str, arguments: dict[str, Any]) -> Any:
     module = importlib.import_module("transformers" if library == "transformers" else "diffusers")
     if backend == "torchao":
-        kind = getattr(importlib.import_module("torchao.quantization"), str(arguments.pop("quant_type", None)))
+        torchao = importlib.import_module("torchao.quantization")
+        kind = getattr(torchao, str(arguments.pop("quant_type", None)))
+        if (granularity := arguments.get("granularity")) in GRANULARITIES:
+            arguments["granularity"] = getattr(torchao, str(granularity))()
         return module.TorchAoConfig(kind(**arguments))
     return getattr(module, {"quanto": "QuantoConfig", "bitsandbytes": "BitsAndBytesConfig"}[backend])(**arguments)
 

@@ -20,6 +20,7 @@ from renderfarm.models.files import (
     INDEX,
     QUANTISED,
     Place,
+    check_arguments,
     check_component,
     check_configuration,
     check_index,
@@ -114,7 +115,10 @@ def _is_configuration(file: str) -> bool:
 
 
 def check_quantization(spec: ModelSpec, index: dict[str, Any], model: str) -> None:
-    for name in spec.quantization.components if spec.quantization else ():
+    if spec.quantization is None:
+        return
+    check_arguments(spec.quantization.backend, spec.quantization.arguments, "model.quantization")
+    for name in spec.quantization.components:
         check_name(name, index, model, "model.quantization.components")
         if not holds_weights(components(index)[name][1]):
             raise InvalidJob(f"model.quantization.components: {name} has no weights; leave it out")

@@ -8,13 +8,14 @@ import os
 import platform
 from collections.abc import Callable
 from functools import wraps
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import diffusers
 import torch
 import transformers
+from PIL import features
 
 from renderfarm.config import Workers, several_devices
 from renderfarm.errors import Fatal, OutOfMemory
@@ -67,6 +68,7 @@ FLAGS: tuple[tuple[str, str, Any], ...] = (
     ("cuda.matmul", "fp32_precision", "ieee"),
     ("cuda.matmul", "allow_fp16_reduced_precision_reduction", True),
     ("cuda.matmul", "allow_bf16_reduced_precision_reduction", True),
+    ("cuda.matmul", "allow_fp16_accumulation", False),
     ("mkldnn", "enabled", True),
     ("mkldnn", "deterministic", False),
     ("mkldnn.matmul", "fp32_precision", "ieee"),
@@ -74,15 +76,19 @@ FLAGS: tuple[tuple[str, str, Any], ...] = (
     ("mkldnn.rnn", "fp32_precision", "ieee"),
 )
 ATTENTION = ("flash", "mem_efficient", "math", "cudnn")  # torch's kernels for it; on a CPU the first two words count as well
+LIBRARIES = ("blas", "linalg")  # which ones compute matrices on CUDA
 
 
 def _backend(place: str) -> Any:
     return operator.attrgetter(place)(torch.backends)
 
 
-def _flags() -> dict[str, Any]:
+def _flags(device: str) -> dict[str, Any]:
     found = {f"{place}.{flag}": getattr(_backend(place), flag) for place, flag, _ in FLAGS}
-    return found | {f"sdp.{kernels}": getattr(torch.backends.cuda, f"{kernels}_sdp_enabled")() for kernels in ATTENTION}
+    found |= {f"sdp.{kernels}": getattr(torch.backends.cuda, f"{kernels}_sdp_enabled")() for kernels in ATTENTION}
+    # left as they are: a user may have asked for one by its variable
+    found |= {f"preferred_{kind}": getattr(torch.backends.cuda, f"preferred_{kind}_library")().name for kind in LIBRARIES}
+    return found | ({"tunable": torch.cuda.tunable.is_enabled()} if device == "cuda" else {})
 
 
 def prepare_torch(workers: Workers) -> str:
@@ -99,11 +105,23 @@ def prepare_torch(workers: Workers) -> str:
         setattr(_backend(place), flag, value)
     for kernels in ATTENTION:
         getattr(torch.backends.cuda, f"enable_{kernels}_sdp")(True)
+    if device == "cuda":
+        _turn_tuning_off()
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return device
+
+
+def _turn_tuning_off() -> None:
+    """torch's TunableOp takes the kernel that was fastest just now. Its variable wins over what is set here."""
+    torch.cuda.tunable.enable(False)
+    if torch.cuda.tunable.is_enabled():
+        raise Fatal(
+            "the environment variable PYTORCH_TUNABLEOP_ENABLED makes torch choose kernels by timing them, in each process anew, "
+            "so the same bits would not come out again; unset it"
+        )
 
 
 def _find_device(workers: Workers) -> str:
@@ -135,16 +153,25 @@ def describe_profile(info: ModelInfo, workers: Workers, device: str) -> dict[str
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_instructions": _cpu_instructions() if on_cpu else None,
         "environment": {name: os.environ[name] for name in sorted(os.environ) if _decides_pixels(name)},
-        "threads": workers.threads if on_cpu else None,
+        "threads": workers.threads,  # blended noise is summed on the CPU, and schedulers make their tables there
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "cudnn": None if device != "cuda" else torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-        "flags": _flags(),
+        "flags": _flags(device),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "cuda_packages": _cuda_packages() if device == "cuda" else None,
         **{
             name: version(name) for name in ("diffusers", "transformers", "tokenizers", "numpy", "scipy", "pillow")
         },  # LMS integrates with scipy
+        **({"image_codecs": _image_codecs()} if info.images else {}),
+        # where it is installed, transformers takes other image processors
+        **(versions_of("torchvision") if info.safety_checker else {}),
     }
+
+
+def _image_codecs() -> dict[str, str | None]:
+    """Those of rows' images: Pillow's own version does not say which ones it was built with, or finds."""
+    return {name: features.version(name) for name in ("jpg", "libjpeg_turbo", "webp", "zlib")}
 
 
 def _all_hashes(info: ModelInfo) -> dict[str, str]:
@@ -155,18 +182,32 @@ def _all_hashes(info: ModelInfo) -> dict[str, str]:
 
 
 def attention_packages() -> dict[str, str]:
-    """Versions of the packages, of those that are installed, which diffusers' attention backends take their kernels from."""
+    """What diffusers' attention backends take their kernels from."""
+    return versions_of("flash_attn", "flash_attn_3", "sageattention", "xformers")
+
+
+def versions_of(*names: str) -> dict[str, str]:
+    """Versions of the packages, of those that are installed."""
     found = {}
-    for name in ("flash_attn", "flash_attn_3", "sageattention", "xformers"):
+    for name in names:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
 
 
+def _cuda_packages() -> dict[str, str]:
+    """Versions of NVIDIA's packages (cuBLAS, cuDNN, …), where torch takes its libraries from them: the process may load others
+    than torch was built with. torch.version.cuda says what a build that brings its own was made with."""
+    found = {str(package.name): package.version for package in distributions()}
+    return {name: found[name] for name in sorted(found) if name.startswith("nvidia-cu")}
+
+
 def _decides_pixels(name: str) -> bool:
     """Variables by which kernels are chosen; how many threads they use is said elsewhere."""
     chosen = (
-        *("ONEDNN_", "DNNL_", "MKL_", "ATEN_", "CUBLAS_WORKSPACE_CONFIG", "DIFFUSERS_ATTN_BACKEND", "NVIDIA_TF32_OVERRIDE"),
+        *("ONEDNN_", "DNNL_", "MKL_", "ATEN_", "TORCH_MKLDNN_", "TORCH_LINEAR_", "DIFFUSERS_ATTN_BACKEND", "DIFFUSERS_GGUF_"),
+        *("CUBLAS_", "CUBLASLT_", "TORCH_CUBLASLT_", "TORCH_BLAS_", "TORCH_LINALG_", "DISABLE_ADDMM_CUDA_LT", "PYTORCH_TUNABLEOP_"),
+        *("CUDNN_", "TORCH_CUDNN_", "NVIDIA_TF32_OVERRIDE"),
         *("PYTORCH_MPS_FAST_MATH", "PYTORCH_MPS_PREFER_METAL", "PYTORCH_ENABLE_MPS_FALLBACK"),
     )
     return name.startswith(chosen) and not name.endswith("_NUM_THREADS")
