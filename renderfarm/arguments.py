@@ -58,9 +58,18 @@ def accepts(kind: str, type_: pa.DataType) -> bool:
     if isinstance(type_, pa.BaseExtensionType):
         type_ = type_.storage_type
     if pa.types.is_struct(type_):
-        return kind == IMAGE and {"bytes", "path"} >= {field.name for field in type_}
-    text = pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
-    data = pa.types.is_binary(type_) or pa.types.is_large_binary(type_) or pa.types.is_binary_view(type_)
+        held = {field.name: field.type for field in type_}
+        whole = held.keys() <= {"bytes", "path"} and _is_data(held.get("bytes", pa.null())) and _is_text(held.get("path", pa.null()))
+        return kind == IMAGE and bool(held) and whole
+    text, data = _is_text(type_), _is_data(type_)
     whole = pa.types.is_integer(type_)
     number = whole or pa.types.is_floating(type_)
     return bool({TEXT: text, INTEGER: number, NUMBER: number, TEXT_OR_INTEGER: text or whole, IMAGE: text or data}[kind])
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    return any(is_type(type_) for is_type in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null))
+
+
+def _is_data(type_: pa.DataType) -> bool:
+    return any(is_type(type_) for is_type in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_null))

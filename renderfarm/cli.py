@@ -29,8 +29,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out_console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160)
-console = Console(stderr=True, soft_wrap=True, highlight=False)
+out_console = Console(soft_wrap=True, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)
+console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 
 SAME_SIGNAL_S = 0.3

@@ -472,15 +472,33 @@ class Job(Strict):
 
     @model_validator(mode="after")
     def _no_credentials(self) -> Job:
-        paths = self.manifest.path if isinstance(self.manifest.path, list) else [self.manifest.path]
-        places = [*(("manifest.path", path) for path in paths), ("output.path", self.output.path), ("model.id", self.model.id)]
-        places += [(f"model.components.{name}", component.id) for name, component in self.model.components.items()]
-        places += [(f"model.{name}", given.id) for name in COMPANIONS if (given := getattr(self.model, name))]
-        for place, text in places:
-            # the secret may hold slashes, as AWS keys do; `host:9000/…@…` is a port and a path
-            if re.match(r"^[a-z0-9+.-]+://[^/@:]*:(?!\d+/)[^@]*@", text, re.IGNORECASE):
-                raise ValueError(f"the URL in {place} holds credentials; remove them and use the environment's own credential chain")
+        for place, text in self.places():
+            try:
+                check_credentials(place, text)
+            except InvalidJob as error:
+                raise ValueError(str(error)) from None
         return self
+
+    def places(self) -> list[tuple[str, str]]:
+        """Every path or URL that the job names, and where it does."""
+        paths = self.manifest.path if isinstance(self.manifest.path, list) else [self.manifest.path]
+        found = [*(("manifest.path", path) for path in paths), ("output.path", self.output.path), ("model.id", self.model.id)]
+        found += [(f"model.components.{name}", component.id) for name, component in self.model.components.items()]
+        found += [(f"model.{name}", given.id) for name in COMPANIONS if (given := getattr(self.model, name))]
+        found += [(f"model.adapters.{name}", path) for name, path in self.model.adapters.items()]
+        found += [
+            (f"after[{number}].{step.kind}.{field}", getattr(getattr(step, step.kind), field))
+            for number, step in enumerate(self.after)
+            for field in STEP_FILES.get(step.kind, ())
+        ]
+        return [*found, *([("inputs.folder", self.inputs.folder)] if self.inputs.folder else [])]
+
+
+def check_credentials(place: str, text: str) -> None:
+    """Raises InvalidJob for a URL with a password, which would be written into the output."""
+    # the secret may hold slashes, as AWS keys do; `host:9000/…@…` is a port and a path
+    if re.match(r"^[a-z0-9+.-]+://[^/@:]*:(?!\d+/)[^@]*@", text, re.IGNORECASE):
+        raise InvalidJob(f"the URL in {place} holds credentials; remove them and use the environment's own credential chain")
 
 
 def expand_env(text: str) -> str:

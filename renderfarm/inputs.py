@@ -43,9 +43,9 @@ class Fetcher:
     """Samples' images, fetched side by side and checked; files are kept in the output."""
 
     def __init__(self, inputs: Inputs, model: ModelInfo, store: Store) -> None:
-        """`inputs.folder` is an absolute path."""
+        """`inputs.folder` is an absolute path; without one, rows that give paths are errors."""
         self.inputs, self.model, self.store = inputs, model, store
-        self.folder = Path(str(inputs.folder)).resolve()
+        self.folder = Path(inputs.folder).resolve() if inputs.folder is not None else None
 
     def fetch(self, samples: Sequence[Sample]) -> list[Sample | RenderfarmError]:
         """Each sample with its images and its size, or why it cannot be rendered. Raises Fatal where they are too much at once."""
@@ -120,6 +120,8 @@ class Fetcher:
     def _read(self, source: str) -> bytes:
         if is_url(source):
             return _download(source, self.inputs, self._too_large(source))
+        if self.folder is None:
+            raise InvalidInput(f"{source!r} is a path, and the manifest's files lie in no one folder here; give inputs.folder")
         limit = int(self.inputs.max_mebibytes * 2**20) + 1
         try:
             path = (self.folder / source).resolve()
@@ -215,6 +217,8 @@ def _body(answer: http.client.HTTPResponse, inputs: Inputs, deadline: float, too
 
 def _allowed(url: str, inputs: Inputs) -> SplitResult:
     """The URL's parts, if it begins as the job says and no step of its path, however encoded, leads up again."""
+    if re.search(r"[\x00-\x1f\x7f]", url):  # of which urlsplit drops some, so that it would read another URL than is checked here
+        raise ValueError("control characters")
     parts, path = urlsplit(url), url
     while (plainer := unquote(path)) != path:
         path = plainer

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from renderfarm.config import Job, Quantization, several_devices
+from renderfarm.config import Job, Quantization, Step, several_devices
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.files import SAFETY
 from renderfarm.models.load import prepare_libraries
-from renderfarm.models.networks import identify
+from renderfarm.models.networks import FaceNetwork, Network, identify, identify_face
 from renderfarm.preparation import Prepared
 
 if TYPE_CHECKING:
@@ -98,9 +98,7 @@ def parts_of(prepared: Prepared) -> Parts:
         if weights is None:
             not_counted[name] = "neither its configuration nor its files say how large it is"
     networks = {
-        f"{STEP}{number}": _network_bytes(prepared.after_files[str(step.upscale.sha256)], dtype)
-        for number, step in enumerate(job.after)
-        if step.upscale is not None
+        f"{STEP}{number}": size for number, step in enumerate(job.after) if (size := _network_bytes(step, prepared.after_files, dtype))
     }
     return Parts(
         {name: weights.memory[dtype] for name, weights in counted.items() if weights},
@@ -144,10 +142,19 @@ def weight_bits(given: Quantization) -> int | None:
     return int(match[1]) if match else None
 
 
-def _network_bytes(data: bytes, dtype: str) -> int:
+def _network_bytes(step: Step, files: Mapping[str, bytes], dtype: str) -> int:
+    """Of a step's network; 0 for one that has none. The detector of faces is small, and not the device's."""
     from renderfarm.models.sizes import width
 
-    return sum(math.prod(shape) for shape in identify(data).shapes().values()) * width(dtype)
+    if step.upscale is not None:
+        return _numbers(identify(files[str(step.upscale.sha256)])) * width(dtype)
+    if step.restore_faces is not None:
+        return _numbers(identify_face(files[str(step.restore_faces.sha256)])) * width("float32")
+    return 0
+
+
+def _numbers(network: Network | FaceNetwork) -> int:
+    return sum(math.prod(shape) for shape in network.shapes().values())
 
 
 # ---------------------------------------------------------------------------------------------- and where it is

@@ -9,7 +9,7 @@ from typing import Any
 
 from renderfarm import after, commit, weighting
 from renderfarm.adapters import parse, read_files, sha256, written
-from renderfarm.config import COMPANIONS, Checkpoint, Job, expand_env, several_devices
+from renderfarm.config import COMPANIONS, Checkpoint, Job, check_credentials, expand_env, several_devices
 from renderfarm.errors import InvalidInput, InvalidJob
 from renderfarm.manifest import Manifest, open_manifest
 from renderfarm.models.catalog import ModelInfo, describe, for_task, shown_name, with_weights
@@ -140,6 +140,8 @@ def _frozen(companion: Checkpoint) -> dict[str, Any]:
 
 def prepare(job: Job) -> Prepared:
     """Raises InvalidJob for everything that can be known now."""
+    for place, text in job.places():
+        check_credentials(place, expand_env(text))  # what the job file holds was checked when it was read
     model = with_weights(describe(job.model), job.render.prompt_weighting)
     manifest = open_manifest(job.manifest, model.arguments)
     model = for_task(model, manifest.columns)
@@ -166,14 +168,15 @@ def prepare(job: Job) -> Prepared:
     return Prepared(job, model, manifest, store, after_files)
 
 
-def _inputs_folder(job: Job, manifest: Manifest) -> str:
-    """Where rows' paths start: as the job says, else the manifest's folder."""
+def _inputs_folder(job: Job, manifest: Manifest) -> str | None:
+    """Where rows' paths start: as the job says, else the manifest's folder; None where there is no one such folder here."""
     given = job.inputs.folder or job.manifest.path
-    if not isinstance(given, str) or not os.path.isdir(folder := expand_env(given)):
-        folder = expand_env(job.inputs.folder) if job.inputs.folder else os.path.dirname(manifest.files[0].path.removeprefix("file://"))
-    if not os.path.isdir(folder):
-        raise InvalidJob(f"inputs.folder: {folder} is no folder here; give the one in which the rows' paths start")
-    return os.path.abspath(folder)
+    if isinstance(given, str) and os.path.isdir(folder := expand_env(given)):
+        return os.path.abspath(folder)
+    if job.inputs.folder:
+        raise InvalidJob(f"inputs.folder: {job.inputs.folder} is no folder here; give the one in which the rows' paths start")
+    first, *others = {os.path.dirname(file.path.removeprefix("file://")) for file in manifest.files}
+    return os.path.abspath(first) if not others and os.path.isdir(first) else None
 
 
 def _check_enlarged(job: Job, model: ModelInfo, scale: int) -> None:

@@ -210,7 +210,7 @@ def _images_given(values: dict[str, Any], model: ModelInfo) -> dict[str, Any]:
     for name in model.images:
         value = _cell(values, name)
         if isinstance(value, dict):
-            value = value["path"] if value["bytes"] is None else value["bytes"]
+            value = value.get("bytes") or value.get("path")
         if not value:
             raise InvalidInput(f"{name} is null; a job for {model.task} needs one in every row (other rows: another job)")
         found[name] = InputImage(None, value) if isinstance(value, bytes) else InputImage(value)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from renderfarm.config import Job, expand_env
 from renderfarm.errors import InvalidJob
 from renderfarm.jobfile import MAX_JOB_BYTES, load_job
+from renderfarm.preparation import prepare
 from renderfarm.seeds import MAX_SEED
 
 MINIMAL = {"name": "t", "manifest": "prompts.parquet", "model": "builtin:fake", "output": {"path": "out"}}
@@ -273,6 +274,31 @@ def test_a_url_with_credentials_is_refused_without_printing_them(tmp_path: Path,
     message = refusal(write(tmp_path, {block: {field: url}}))
     assert f"the URL in {place} holds credentials; remove them and use the environment's own credential chain" in message
     assert "hunter2" not in message
+
+
+@pytest.mark.parametrize(
+    ("place", "changes"),
+    [
+        ("model.adapters.a", {"model": {"id": "builtin:shapes", "adapters": {"a": "s3://AKIA:hunter2@bucket/a.safetensors"}}}),
+        ("after[0].upscale.weights", {"after": [{"upscale": {"weights": "https://me:hunter2@host/x.safetensors"}}]}),
+        ("after[0].restore_faces.detector", {"after": [{"restore_faces": {"weights": "w", "detector": "s3://k:hunter2@b/y.onnx"}}]}),
+        ("inputs.folder", {"inputs": {"folder": "s3://KEY:hunter2@bucket/x"}}),
+    ],
+    ids=lambda given: given if isinstance(given, str) else "",
+)
+def test_credentials_are_refused_wherever_a_job_names_a_place(tmp_path: Path, place: str, changes: dict[str, Any]) -> None:
+    message = refusal(write(tmp_path, **changes))
+    assert f"the URL in {place} holds credentials" in message
+    assert "hunter2" not in message
+
+
+def test_credentials_in_an_environment_variable_are_refused_before_they_reach_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MODEL_URL", "http://user:hunter2@127.0.0.1:9/model")
+    with pytest.raises(InvalidJob, match=r"the URL in model\.id holds credentials") as caught:
+        prepare(load_job(write(tmp_path, model="${MODEL_URL}")))
+    assert "hunter2" not in str(caught.value)
 
 
 def test_credentials_in_a_list_of_manifests_or_in_out_are_found_too(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from pictures_given import encoded, mask, picture
 from PIL import Image
 
 import renderfarm
-from renderfarm.config import Inputs, Job, ModelSpec, Workers
+from renderfarm.config import Inputs, Job, ManifestSpec, ModelSpec, Workers
 from renderfarm.errors import Fatal, InvalidInput, InvalidJob, Transient
 from renderfarm.inputs import Fetcher, is_public
 from renderfarm.jobfile import load_job
@@ -265,9 +265,7 @@ def test_columns_that_make_no_task_are_refused_before_work_starts(job: Callable[
     data = encoded(picture())
     for values, model, reason in (
         (columns(1, mask_image=[data]), "sd", "mask_image needs an image beside it"),
-        (columns(1, image=[data], seed_b=[1], blend=[0.5]), "sd", "blend, seed_b: not an argument of image-to-image"),
         (columns(1, image=[data]), "pixart-sigma", "`image`, which this model does not take"),
-        (columns(1, strength=[0.5]), "sd", "strength: not an argument of text-to-image"),
         (columns(1, image=[7]), "sd", "a path or URL, a file's bytes"),
     ):
         with pytest.raises(InvalidJob, match=reason):
@@ -319,6 +317,63 @@ def fetch(tmp_path: Path, url: str, **inputs: Any) -> Any:
     wanted = row(sampler="euler", strength=0.5, height=0, width=0, image=InputImage(url))
     (found,) = Fetcher(allowed, model, open_store(str(tmp_path / "o"))).fetch([wanted])
     return found
+
+
+def test_an_argument_that_is_another_tasks_is_an_error_of_its_row(job: Callable[..., Path], tmp_path: Path) -> None:
+    data = [encoded(picture())] * 2
+    for number, (values, reason) in enumerate((
+        (columns(2, image=data, seed_b=[1, None], blend=[0.5, None]), "seed_b is not an argument of StableDiffusionImg2ImgPipeline"),
+        (columns(2, strength=[0.5, None]), "strength is not an argument of StableDiffusionPipeline in text-to-image"),
+    )):  # fmt: skip
+        out = tmp_path / f"out{number}"
+        summary = renderfarm.run(job(values, output={"path": str(out)}), engine="inline")
+        assert (summary.images, summary.errors) == (1, 1)
+        assert reason in error_rows(out)[0]["error_message"]
+
+
+def test_paths_of_manifests_in_several_folders_need_a_folder_to_start_from(job: Callable[..., Path], tmp_path: Path) -> None:
+    """Each folder has an `x.png`, and none of them may stand for another's."""
+    files = []
+    for number in range(2):
+        folder = tmp_path / f"d{number}"
+        folder.mkdir()
+        (folder / "x.png").write_bytes(encoded(picture(number)))
+        pq.write_table(pa.table({"prompt": ["a", "b"], "image": [f"d{number}/x.png", None]}), folder / "m.parquet")
+        files.append(str(folder / "m.parquet"))
+    path = job(columns(1, image=["x.png"]), output={"path": str(tmp_path / "o1")})
+    for folder, images in ((None, 0), (str(tmp_path), 2)):
+        changed = load_job(path, out=str(tmp_path / f"out-{images}"))
+        changed = changed.model_copy(update={"manifest": ManifestSpec(path=files), "inputs": Inputs(folder=folder)})
+        summary = renderfarm.run(changed, engine="inline")
+        assert (summary.images, summary.errors) == (images, 4 - images)
+    messages = [record["error_message"] for record in error_rows(tmp_path / "out-0")]
+    assert "lie in no one folder here; give inputs.folder" in messages[0]
+    assert len({record["pixel_sha256"] for record in image_rows(tmp_path / "out-2")}) == 2
+
+
+@pytest.mark.parametrize("of", [{"path": pa.string()}, {"bytes": pa.binary()}, {"bytes": pa.binary(), "path": pa.string()}], ids=str)
+def test_images_as_structs_may_lack_a_field(of: dict[str, pa.DataType], job: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/x.png").write_bytes(encoded(picture()))
+    values = {"bytes": encoded(picture()), "path": "x.png"}
+    images = pa.array([{name: values[name] for name in of}, dict.fromkeys(of)], pa.struct(list(of.items())))
+    summary = renderfarm.run(job(columns(2, image=images)), engine="inline")
+    assert (summary.images, summary.errors) == (1, 1)
+
+
+@pytest.mark.parametrize("of", [{"bytes": pa.list_(pa.int64())}, {"bytes": pa.int64(), "path": pa.string()}, {"url": pa.string()}], ids=str)
+def test_structs_of_other_fields_are_no_images(of: dict[str, pa.DataType], job: Callable[..., Path]) -> None:
+    images = pa.array([dict.fromkeys(of)], pa.struct(list(of.items())))
+    with pytest.raises(InvalidJob, match="image must be a path or URL, a file's bytes"):
+        renderfarm.run(job(columns(1, image=images)), engine="inline")
+
+
+@pytest.mark.parametrize("sign", ["\t", "\n", "\r", "\x7f"])
+def test_a_url_with_a_control_character_is_no_url(sign: str, site: str, tmp_path: Path) -> None:
+    """Some of them are dropped by whoever parses it later, so that `\\t..` becomes a step up."""
+    found = fetch(tmp_path, f"{site}/pub/{sign}../secret/x", urls=[f"{site}/pub/"], private_addresses=True)
+    assert isinstance(found, InvalidInput)
+    assert "is no URL" in str(found)
 
 
 def test_a_row_s_copies_share_one_decoded_image(tmp_path: Path) -> None:

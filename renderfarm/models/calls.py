@@ -31,7 +31,13 @@ from renderfarm.samplers import SAMPLERS, make_scheduler
 
 # Of the calls that would otherwise do more than they are asked: a size is rendered as it is, not at the nearest trained one and
 # resized, and a prompt is read as it is, neither cleaned nor written anew.
-AS_ASKED: dict[str, Any] = {"use_resolution_binning": False, "clean_caption": False, "complex_human_instruction": None}
+AS_ASKED: dict[str, Any] = {
+    "use_resolution_binning": False,
+    "clean_caption": False,
+    "complex_human_instruction": None,
+    "enable_prompt_rewrite": False,
+    "use_pe": False,  # of classes that have a language model write the prompt anew
+}
 CONTROL = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end")
 # What a call takes once for all its rows.
 TAKEN_ONCE = (
