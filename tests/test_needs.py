@@ -14,6 +14,7 @@ from typing import Any
 import accelerate
 import call_families
 import diffusers
+import face_files
 import families
 import pytest
 import torch
@@ -288,15 +289,19 @@ def test_adapters_and_networks_count_as_they_are_loaded(job: Any, tiny_model: Ti
     file = make_adapter(CLASSES["sd"], tiny_model("sd"), tmp_path / "one.safetensors", 0)
     network = upscalers.random_network(upscalers.RRDBNet, scale=2)
     weights = upscalers.save(network, tmp_path / "up.safetensors")
+    (tmp_path / "yunet.onnx").write_bytes(face_files.detector())
+    faces = {"weights": str(face_files.network_file(tmp_path / "faces.safetensors")), "detector": str(tmp_path / "yunet.onnx")}
     prepared = job(
         {"id": str(tiny_model("sd")), "adapters": {"one": str(file)}},
         workers={"dtype": "bfloat16"},
-        after=[{"colour": {"saturation": 1.1}}, {"upscale": {"weights": str(weights)}}],
+        after=[{"colour": {"saturation": 1.1}}, {"upscale": {"weights": str(weights)}}, {"restore_faces": faces}],
     )
     adapter: Any = load_model(prepared.model, Workers(dtype="bfloat16"))
     lora = sum(tensor.nbytes for module in modules(adapter.pipe).values() for name, tensor in module.named_parameters() if "lora_" in name)
     assert lora > 0
-    assert parts_of(prepared).beside == {"adapter one": lora, "after 1": sum(tensor.numel() * 2 for tensor in network.parameters())}
+    upscaling = sum(tensor.numel() * 2 for tensor in network.parameters())
+    restoring = sum(tensor.nbytes for tensor in face_files.weights().values())  # in float32, whatever the model is in
+    assert parts_of(prepared).beside == {"adapter one": lora, "after 1": upscaling, "after 2": restoring}
     file.write_bytes(b"damaged")
     assert file_weights(file) is None
 
