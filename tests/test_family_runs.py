@@ -66,11 +66,11 @@ def test_a_job_gives_the_pixels_of_diffusers_and_the_familys_columns(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in COLUMNS if name != "flux-schnell"])
+@pytest.mark.parametrize("name", [*(name for name in COLUMNS if name != "flux-schnell"), "generic"])
 def test_twelve_rows_through_ray_have_the_same_pixels_with_one_worker_and_with_two(
     name: str, tiny_model: Callable[[str], Path], local_ray: None, write_manifest: Write, write_job: Write, tmp_path: Path
 ) -> None:
-    columns = {column: values * 3 for column, values in COLUMNS[name].items() if column != "sampler"}
+    columns = {column: values * 3 for column, values in COLUMNS.get(name, NEGATIVE).items() if column != "sampler"}
     made = {
         "prompt": [f"{'a red circle ' * (k % 4)}number {k}" for k in range(12)],
         "num_inference_steps": [2, 3] * 6,
