@@ -130,7 +130,13 @@ def test_an_index_that_is_no_object_is_no_model(text: str, copy: Path) -> None:
         describe(ModelSpec(id=str(copy)))
 
 
-@pytest.mark.parametrize("class_name", ["NoSuchPipeline", "StableDiffusionImg2ImgPipeline", "AudioLDMPipeline", "UNet2DConditionModel", 7])
+NO_TEXT_TO_IMAGE = (
+    *("StableDiffusionImg2ImgPipeline", "AudioLDMPipeline", "SanaVideoPipeline", "CogVideoXFunControlPipeline"),
+    *("WuerstchenPriorPipeline", "StableDiffusionGLIGENPipeline"),
+)
+
+
+@pytest.mark.parametrize("class_name", [*NO_TEXT_TO_IMAGE, "NoSuchPipeline", "UNet2DConditionModel", 7])
 def test_a_class_that_a_prompt_alone_cannot_call_is_refused_by_name(class_name: Any, copy: Path) -> None:
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": class_name}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -292,7 +293,9 @@ def _generic(class_name: Any, folder: Path, model_id: str) -> Family:
     known = getattr(diffusers, class_name, None) if isinstance(class_name, str) and class_name.endswith("Pipeline") else None
     taken = inspect.signature(known.__call__).parameters if known is not None else {}
     needed = {name for name, p in taken.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)} - {"self"}
-    others = {"image", "images", "control_image", "video", "num_frames", "video_length", "audio_length_in_s"} & taken.keys()
+    others = {"image", "images", "audio_length_in_s"} & taken.keys()
+    others |= {name for name in taken if re.search(r"video|frames|^control_|^gligen_", name)}
+    others |= {"a prior's embedding"} if str(class_name).endswith("PriorPipeline") else set()
     if known is None or not {"prompt", "generator", "height", "width"} <= taken.keys() or others or needed - {"prompt"}:
         raise InvalidJob(
             f"model {model_id}: {class_name or 'its pipeline'} is no text-to-image class of diffusers {diffusers.__version__} that a "
