@@ -8,9 +8,12 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 demo: .venv/installed
 	$(BIN)/renderfarm run jobs/demo.yaml
 
-# Two processes, each with its own Ray and its own tiny models; a wait that spins would take the other's core
+# Two processes, each with its own Ray and its own tiny models; a wait that spins would take the other's core. What kills
+# processes and counts on their time runs by itself afterwards.
+TEST := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_OPTIONS)
+	$(TEST) -n 2 --dist worksteal $(or $(PYTEST_OPTIONS),-m "not chaos")
+	$(if $(PYTEST_OPTIONS),,$(TEST) -m chaos)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
