@@ -66,7 +66,7 @@ class Worker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec, self.job = spec, spec.job
-        self.store = open_store(self.job.output.path)
+        self.store = open_store(self.job.output.path, single_writer=self.job.output.single_writer)
         self.started = time.monotonic()
         self.chain = Chain(self.job.after)
         self.slots = SlotLoop(self._load, self.job.render.on_truncation, self.chain.in_render_thread)

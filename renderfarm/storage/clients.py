@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from renderfarm.errors import AlreadyExists, Expired, Fatal, InvalidJob, RenderfarmError, Transient
@@ -81,6 +82,8 @@ def make_client(url: str) -> tuple[Any, str]:
     except ValueError as error:
         raise InvalidJob(f"{url}: {_line(error)}") from error
     client.retries = 1
+    if scheme in ("s3", "s3a"):
+        client.cat_file = partial(client.cat_file, max_concurrency=1)  # else it asks for the size first, each time
     return client, path.rstrip("/")
 
 

@@ -139,6 +139,7 @@ class CloudStore:
                 return answer
             except Exception as error:  # each store's package has errors of its own
                 found = translated(error, f"{doing} in {self.url}")
+                self._answered |= isinstance(found, KeyError | AlreadyExists)
                 if not isinstance(found, Transient) or time.monotonic() - began + pause > self._patience(found):
                     raise found from (None if isinstance(found, KeyError) else error)
                 if isinstance(found, Expired):
