@@ -114,7 +114,8 @@ def translated(error: Exception, doing: str) -> RenderfarmError | KeyError:
 def _words(error: BaseException | None) -> Iterator[str]:
     """All by which an error and its causes say what they are: class names, codes, HTTP statuses."""
     seen = set[int]()
-    while error is not None and id(error) not in seen:
+    # one of ours is what was being handled when this request was made, and no cause of it
+    while error is not None and not isinstance(error, RenderfarmError) and id(error) not in seen:
         seen.add(id(error))
         yield type(error).__name__
         response = getattr(error, "response", None)
@@ -126,7 +127,7 @@ def _words(error: BaseException | None) -> Iterator[str]:
             yield str(getattr(value, "value", value))
         if str(error).startswith("Forbidden: "):  # gcsfs
             yield "403"
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _line(error: BaseException) -> str:
