@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -12,6 +14,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from aiohttp import web
 from servers import FaultProxy, lose_reply, s3_error
@@ -153,3 +157,85 @@ def test_a_run_on_ray_that_is_killed_goes_on_where_it_was(s3: str, write_manifes
     assert "succeeded: 40 images, 0 errors, 40 rows in s3://" in second.stdout
     assert verify(f"{s3}/out", Choice(all=True)).ok
     assert Counter(record["row"] for _, record in renderfarm.open(f"{s3}/out")) == Counter(range(40))
+
+
+# ---------------------------------------------------------------------------------------------- what a job reads
+
+
+def put_manifests(url: str) -> None:
+    """Two files of four prompts, and some that are none."""
+    store = open_store(url)
+    for name in ("a", "b"):
+        buffer = io.BytesIO()
+        pq.write_table(pa.table({"prompt": [f"{name}{k}" for k in range(4)]}), buffer)
+        store.put(f"prompts/{name}.parquet", buffer.getvalue())
+    store.put("prompts/_ours/c.parquet", b"hidden")
+    store.put("prompts/readme.txt", b"no Parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts"),
+    [
+        ("prompts", "a0 a1 a2 a3 b0 b1 b2 b3"),
+        ("prompts/b.parquet", "b0 b1 b2 b3"),
+        ("prompts/*.parquet", "a0 a1 a2 a3 b0 b1 b2 b3"),
+    ],
+)
+def test_a_manifest_is_read_from_a_store(bucket: str, name: str, prompts: str, write_job) -> None:
+    put_manifests(bucket)
+    summary = run(write_job(f"{bucket}/{name}", output={"path": f"{bucket}/out"}))
+    assert " ".join(record["prompt"] for _, record in renderfarm.open(summary.out)) == prompts
+    assert run(write_job(f"{bucket}/{name}", output={"path": f"{bucket}/out"})).new_images == 0
+
+
+@pytest.mark.parametrize("name", ["nothing", "prompts/c.parquet", "prompts/*.csv", "prompts/readme.txt"])
+def test_a_manifest_that_is_not_in_its_store_is_refused_by_name(s3: str, name: str, write_job) -> None:
+    put_manifests(s3)
+    with pytest.raises(InvalidJob, match=rf"manifest {re.escape(s3)}/{re.escape(name)}: (no|the folder holds no|not a)"):
+        run(write_job(f"{s3}/{name}", output={"path": f"{s3}/out"}))
+
+
+def test_a_bucket_that_may_not_be_read_says_so_and_not_that_there_is_nothing(s3: str, faults: FaultProxy, write_job) -> None:
+    put_manifests(s3)
+
+    async def denied(request: web.Request, forward: Forward) -> web.Response:
+        return s3_error(403, "AccessDenied")
+
+    faults.fault = denied
+    with pytest.raises(InvalidJob, match=r"manifest s3://.*: cannot read .*: refused with the credentials of this environment"):
+        run(write_job(f"{s3}/prompts", output={"path": f"{s3}/out"}))
+
+
+def test_a_manifest_is_read_on_where_the_connection_breaks(s3: str, faults: FaultProxy, write_job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cloud, "FIRST_PAUSE_S", 0.01)
+    columns = {"prompt": [f"{k}" for k in range(200)], "ballast": [random.Random(k).randbytes(20_000) for k in range(200)]}
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(columns), buffer, row_group_size=20)
+    open_store(s3).put("prompts.parquet", buffer.getvalue())
+    asked = [0]
+
+    async def fault(request: web.Request, forward: Forward) -> web.Response:
+        if "prompts.parquet" in request.path and request.method == "GET":
+            asked[0] += 1
+            if asked[0] % 3 == 2:
+                return lose_reply(request)
+        return await forward()
+
+    faults.fault = fault
+    summary = run(write_job(f"{s3}/prompts.parquet", output={"path": "memory://broken", "part_rows": 50}))
+    assert summary.images == 200
+    assert asked[0] > 9
+    faults.fault = None
+
+
+def test_a_model_is_fetched_from_a_store_once(bucket: str, tiny_model, write_manifest, write_job, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    store, folder = open_store(f"{bucket}/models/tiny"), tiny_model("sd")
+    for path in folder.rglob("*"):
+        if path.is_file():
+            store.put(path.relative_to(folder).as_posix(), path)
+    job = {"render": {"num_inference_steps": 2, "height": 32, "width": 32}, "workers": {"batch_size": 2, "dtype": "float32"}}
+    there = run(write_job(write_manifest({"prompt": ["a", "b"]}), model=f"{bucket}/models/tiny", output={"path": f"{bucket}/out"}, **job))
+    here = run(write_job(write_manifest({"prompt": ["a", "b"]}), model=str(folder), output={"path": str(tmp_path / "here")}, **job))
+    pixels = [[record["pixel_sha256"] for _, record in renderfarm.open(summary.out)] for summary in (there, here)]
+    assert pixels[0] == pixels[1]

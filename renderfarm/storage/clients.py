@@ -78,9 +78,9 @@ def make_client(url: str) -> tuple[Any, str]:
         client, path = fsspec.core.url_to_fs(url, skip_instance_cache=True, **_OPTIONS.get(scheme, {}))
     except ImportError as error:
         advice = f"pip install 'renderfarm[{EXTRAS[scheme]}]'" if scheme in EXTRAS else str(error)
-        raise InvalidJob(f"{url}: {scheme}:// needs another package: {advice}") from error
+        raise InvalidJob(f"{scheme}:// needs another package: {advice}") from error
     except ValueError as error:
-        raise InvalidJob(f"{url}: {_line(error)}") from error
+        raise InvalidJob(_line(error)) from error
     client.retries = 1
     if scheme in ("s3", "s3a"):
         client.cat_file = partial(client.cat_file, max_concurrency=1)  # else it asks for the size first, each time
