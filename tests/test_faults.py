@@ -320,5 +320,11 @@ def test_a_writer_that_is_killed_in_mid_upload_leaves_nothing_that_a_reader_sees
     assert store.list("") == []
     assert not store.exists("data/k")
     store.put_if_absent("data/k", b"another's")
+    (left,) = store.unfinished()
+    assert left.key.startswith("data/k?uploadId=")
+    assert list(open_store(f"{s3}/other").unfinished()) == []
+    store.discard(left)
+    store.discard(left)
+    assert list(store.unfinished()) == []
     assert store.read("data/k") == b"another's"
     assert re.match("POST .*uploads", next(seen for seen in faults.seen if "uploads" in seen))

@@ -122,6 +122,39 @@ class CloudStore:
         for key, about in found:
             yield Stored(key, int(about["size"] or 0), _date(about))
 
+    def unfinished(self) -> Iterator[Stored]:
+        """S3's multipart uploads. GCS and Azure forget such by themselves, after a week."""
+        if not self._is_s3():
+            return
+        bucket, _, root = self._root().partition("/")
+
+        def ask(client: Any, path: str) -> list[dict[str, Any]]:
+            found: list[dict[str, Any]] = []
+            place: dict[str, str] = {}
+            while True:
+                page = client.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{root}/" if root else "", **place)
+                found += page.get("Uploads", [])
+                if not page.get("IsTruncated"):
+                    return found
+                place = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+        for upload in self._do("list uploads", "", ask):
+            key = upload["Key"].removeprefix(root).lstrip("/")
+            yield Stored(f"{key}?uploadId={upload['UploadId']}", 0, upload["Initiated"].timestamp())
+
+    def discard(self, unfinished: Stored) -> None:
+        key, _, upload = unfinished.key.rpartition("?uploadId=")
+
+        def ask(client: Any, path: str) -> None:
+            bucket, _, name = path.partition("/")
+            client.call_s3("abort_multipart_upload", Bucket=bucket, Key=name, UploadId=upload)
+
+        with contextlib.suppress(KeyError):  # it ended meanwhile
+            self._do(f"discard an upload of {key}", key, ask)
+
+    def _is_s3(self) -> bool:
+        return self.url.partition("://")[0] in ("s3", "s3a")
+
     # ---------------------------------------------------------------------------------------------- one request
 
     def _do(self, doing: str, key: str, ask: Callable[[Any, str], T]) -> T:
