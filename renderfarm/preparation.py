@@ -18,12 +18,12 @@ from renderfarm.models.networks import MAX_PIXELS
 from renderfarm.plan import Grid, where_row
 from renderfarm.records import PartReceipt
 from renderfarm.samplers import find_sampler
-from renderfarm.samples import Usual, check_side, usual
+from renderfarm.samples import Usual, check_side, instead, usual
 from renderfarm.storage import Store, open_store
 
 USUAL_ROWS = 32
 CONTROL = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "denoising_end")
-TAKEN_BY_SOME = ("negative_prompt", "true_cfg_scale", *CONTROL)
+TAKEN_BY_SOME = ("negative_prompt", "guidance_scale", "true_cfg_scale", *CONTROL)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Prepared:
         """Columns that may not be what they look like."""
         return self.manifest.hints() + [
             f"column {name!r} is the argument {argument}, which {self.model.pipeline_class or self.model.name} does not take in "
-            f"{self.model.task}: rows that give one end as errors; to keep it as a plain column: "
+            f"{self.model.task}{instead(argument, self.model)}: rows that give one end as errors; to keep it as a plain column: "
             f"manifest: {{columns: {{{argument}: null}}}}"
             for argument, name in self.manifest.columns.items()
             if argument not in self.model.arguments
@@ -192,7 +192,7 @@ def _check_render(job: Job, model: ModelInfo) -> None:
         find_sampler(job.render.sampler or model.sampler, model.kind, model.refused_samplers)
         for name in TAKEN_BY_SOME:
             if getattr(job.render, name) is not None and name not in model.arguments:
-                raise InvalidInput(f"{name} is not an argument of this model; leave it out")
+                raise InvalidInput(f"{name} is not an argument of this model{instead(name, model)}; leave it out")
         parse(job.render.adapters, model.adapters)
         if job.render.prompt_weighting and job.render.negative_prompt:
             weighting.parse(job.render.negative_prompt, "negative_prompt")

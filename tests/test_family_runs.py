@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,9 @@ from checker import check_complete, error_rows, image_rows, tables
 from oracle import B, Model, plain_pipeline, row
 
 import renderfarm
+from renderfarm.config import ModelSpec
 from renderfarm.errors import InvalidJob
+from renderfarm.models.catalog import describe
 
 Write = Callable[..., Path]
 
@@ -78,6 +82,8 @@ def test_twelve_rows_through_ray_have_the_same_pixels_with_one_worker_and_with_t
         "height": [32] * 8 + [64] * 4,
         "width": [32] * 12,
     }
+    if name == "qwen-image":
+        del made["guidance_scale"]
     manifest = write_manifest({**made, **columns})
     found = []
     for workers, part_rows in ((1, 5), (2, 2)):
@@ -137,3 +143,33 @@ def test_a_negative_prompt_for_a_model_that_has_none_is_an_error_of_its_row(
     assert ", prompt," in error["error_message"].partition("Legal: ")[2]
     with pytest.raises(InvalidJob, match="negative_prompt is not an argument of this model"):
         renderfarm.run(write_job(manifest, model=folder, render={**size, "negative_prompt": "b"}), engine="inline")
+
+
+def test_guidance_that_qwen_image_would_ignore_is_an_error_of_its_row_and_says_what_guides_it(
+    model: Callable[..., Model], write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    one, size = model("qwen-image"), {"height": 32, "width": 32, "num_inference_steps": 2}
+    rows = {"prompt": ["a", "b", "c"], "seed": [1, 2, 3], "guidance_scale": [None, 5.0, None], "true_cfg_scale": [None, None, 3.0]}
+    manifest = write_manifest({**rows, "negative_prompt": ["d"] * 3})
+    summary = renderfarm.run(write_job(manifest, model=str(one.folder), render=size, workers={"batch_size": B}), engine="inline")
+    assert (summary.images, summary.errors) == (2, 1)
+    assert "guided by true_cfg_scale and a negative_prompt" in "".join(summary.warnings)
+    (error,) = error_rows(tmp_path / "out")
+    assert (error["row"], error["error_class"]) == (1, "InvalidInput")
+    assert error["error_message"].startswith(
+        "guidance_scale is not an argument of QwenImagePipeline in text-to-image, which is guided by true_cfg_scale and a negative_prompt: "
+    )
+    for made in image_rows(tmp_path / "out"):
+        arguments = {key: made[key] for key in ("prompt", "negative_prompt", "seed", "true_cfg_scale", "guidance_scale", "sampler", *size)}
+        arguments["true_cfg_scale"] = arguments["true_cfg_scale"] or 4.0
+        assert made["pixel_sha256"] == hashlib.sha256(one.reference(row(**arguments)).tobytes()).hexdigest()
+    with pytest.raises(InvalidJob, match="guidance_scale is not an argument of this model, which is guided by true_cfg_scale"):
+        renderfarm.run(write_job(manifest, model=str(one.folder), render={**size, "guidance_scale": 4.0}), engine="inline")
+
+
+def test_a_qwen_image_that_was_distilled_to_read_its_guidance_takes_it(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model("qwen-image"), tmp_path / "model")
+    assert "guidance_scale" not in describe(ModelSpec(id=str(folder))).arguments
+    config = folder / "transformer/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"guidance_embeds": True}))
+    assert "guidance_scale" in describe(ModelSpec(id=str(folder))).arguments

@@ -302,7 +302,7 @@ def _generic(class_name: Any, folder: Path, model_id: str) -> Family:
             f"prompt alone can call; supported and compared: {', '.join(FAMILIES)}"
         )
     denoiser = next((name for name in ("transformer", "unet") if (folder / name / "config.json").is_file()), "transformer")
-    arguments = (ALWAYS - {"seed_b", "blend"}) | (PLAIN - ALWAYS) & taken.keys()
+    arguments = (ALWAYS - {"seed_b", "blend", "guidance_scale"}) | PLAIN & taken.keys()
     steps, guidance = (taken[name].default if name in taken else None for name in ("num_inference_steps", "guidance_scale"))
     return replace(
         GENERIC,
@@ -331,10 +331,13 @@ def _check_safety_checker(spec: ModelSpec, family: Family, index: Config, folder
 
 def _unread(denoiser: Config, index: Config) -> frozenset[str]:
     """Arguments of the family that this model's pipeline would ignore: where guidance is an embedding there is no second
-    pass for a negative prompt, nor in a distilled klein, and without T5 nobody reads the third prompt."""
+    pass for a negative prompt, nor in a distilled klein; without T5 nobody reads the third prompt; and a Qwen-Image that was
+    not distilled to read its guidance is guided by `true_cfg_scale` alone."""
     unread = NEGATIVE if denoiser.get("time_cond_proj_dim") is not None or index.get("is_distilled") else frozenset()
     if "text_encoder_3" not in components(index):
         unread |= {"prompt_3", "negative_prompt_3"}
+    if index.get("_class_name") == "QwenImagePipeline" and not denoiser.get("guidance_embeds"):
+        unread |= {"guidance_scale"}
     return unread
 
 
