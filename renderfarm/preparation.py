@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -36,10 +36,8 @@ class Prepared:
     store: Store
     after_files: dict[str, bytes] = field(default_factory=dict)
     """Weights that the steps of `after` need, by SHA-256."""
-
-    @cached_property
-    def adapter_files(self) -> dict[str, bytes]:
-        return read_files(self.model.adapters)
+    adapter_files: dict[str, bytes] = field(default_factory=dict)
+    """LoRA adapters, by name."""
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
@@ -93,7 +91,7 @@ class Prepared:
                 "components": self.model.components,
                 "quantization": job.model.quantization and job.model.quantization.model_dump(mode="json"),
                 "safety_checker": job.model.safety_checker,
-                "adapters": {name: sha256(data) for name, data in self.adapter_files.items()},
+                "adapters": dict(self.model.adapter_sha256),
                 **{name: _frozen(given) for name in COMPANIONS if (given := getattr(job.model, name))},
             },
             "task": self.model.task,
@@ -151,6 +149,8 @@ def prepare(job: Job) -> Prepared:
             f"workers.devices_per_worker: model.{next(iter(model.companions))} cannot be spread over several devices here; "
             "use 1, or workers.offload: model"
         )
+    adapter_files = read_files(job.model.adapters)
+    model = replace(model, adapter_sha256={name: sha256(data) for name, data in adapter_files.items()})
     steps, after_files = after.read_steps(job.after)
     if after_files and model.folder is None:
         raise InvalidJob("after: builtin:fake draws without torch, which networks need; use builtin:shapes, or leave them out")
@@ -165,7 +165,7 @@ def prepare(job: Job) -> Prepared:
     job = job.model_copy(update={"output": job.output.model_copy(update={"path": store.url}), "after": steps})
     if model.images:
         job = job.model_copy(update={"inputs": job.inputs.model_copy(update={"folder": _inputs_folder(job, manifest)})})
-    return Prepared(job, model, manifest, store, after_files)
+    return Prepared(job, model, manifest, store, after_files, adapter_files)
 
 
 def _inputs_folder(job: Job, manifest: Manifest) -> str | None:

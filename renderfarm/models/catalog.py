@@ -59,6 +59,8 @@ class ModelInfo:
     """What the model's files must be, if the job says so (`fingerprint.model_sha256`)."""
     adapters: Mapping[str, str] = field(default_factory=dict)
     """LoRA adapters: their files, by name."""
+    adapter_sha256: Mapping[str, str] = field(default_factory=dict)
+    """What those files must be, as the driver has read them."""
     pipeline_class: str = ""
     attention_backends: bool = False
     """Whether `workers.attention_backend` means anything to it, as far as is known before it is loaded."""
@@ -119,6 +121,8 @@ def _described(spec: ModelSpec) -> ModelInfo:
             raise InvalidJob(f"model {model_id}: it has no components; leave model.components out")
         if spec.safety_checker:
             raise InvalidJob(f"model {model_id}: it has no safety checker; leave model.safety_checker out")
+        if spec.adapters:
+            raise InvalidJob(f"model {model_id}: it takes no LoRA adapters; leave model.adapters out")
         return ModelInfo(model_id, "fake:Fake", "diffusion", None, None, 8, 64, 64, 4096, 20, 5.0, "euler", PLAIN)
     folder = find_model(spec, weights=False)
     index = read_index(folder, model_id)
@@ -177,7 +181,7 @@ def _expanded(spec: ModelSpec) -> ModelSpec:
 def _adapters(spec: ModelSpec, family: Family) -> dict[str, str]:
     if spec.adapters and "adapters" not in family.arguments:
         raise InvalidJob(f"model {spec.id}: this class takes no LoRA adapters; leave model.adapters out")
-    return {name: expand_env(path) for name, path in spec.adapters.items()}
+    return {name: expand_env(given.weights) for name, given in spec.adapters.items()}
 
 
 def _of_tasks(family: Family, spec: ModelSpec) -> frozenset[str]:
