@@ -15,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from checker import check_complete, error_rows, image_rows, tables
-from oracle import B, Model, plain_pipeline, row
+from oracle import CLASSES, B, Model, plain_pipeline, row
+from test_adapters import make_adapter
 
 import renderfarm
 from renderfarm.config import ModelSpec
@@ -84,17 +85,52 @@ def test_twelve_rows_through_ray_have_the_same_pixels_with_one_worker_and_with_t
     }
     if name == "qwen-image":
         del made["guidance_scale"]
-    manifest = write_manifest({**made, **columns})
-    found = []
+    rendered_by_one_and_by_two(write_job, write_manifest({**made, **columns}), tmp_path, model=str(tiny_model(name)))
+
+
+def rendered_by_one_and_by_two(write_job: Write, manifest: Path, tmp_path: Path, **changes: Any) -> list[dict[str, Any]]:
+    """The rows of the table, after 12 rows came out of Ray with the same pixels from one worker and from two."""
+    found: list[list[dict[str, Any]]] = []
     for workers, part_rows in ((1, 5), (2, 2)):
         out = tmp_path / f"out-{workers}"
         pool = {"min": 1, "max": workers, "batch_size": B}
-        job = write_job(manifest, model=str(tiny_model(name)), workers=pool, output={"path": str(out), "part_rows": part_rows})
+        job = write_job(manifest, workers=pool, output={"path": str(out), "part_rows": part_rows}, **changes)
         assert renderfarm.run(job, engine="ray").images == 12
         check_complete(out, {(number, 0) for number in range(12)})
-        found.append({record["row"]: record["pixel_sha256"] for record in image_rows(out)})
-    assert found[0] == found[1]
-    assert len(set(found[0].values())) == 12
+        found.append(sorted(image_rows(out), key=lambda record: int(record["row"])))
+    one, two = ([record["pixel_sha256"] for record in records] for records in found)
+    assert one == two
+    assert len(set(one)) == 12
+    return found[0]
+
+
+SHORT = {"height": 32, "width": 32, "num_inference_steps": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sdxl", "qwen-image"])  # slots and calls
+def test_twelve_rows_with_adapters_of_their_own_have_the_same_pixels_through_ray(
+    name: str, tiny_model: Callable[[str], Path], local_ray: None, write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    folder = tiny_model(name)
+    files = {one: str(make_adapter(CLASSES[name], folder, tmp_path / f"{one}.safetensors", k)) for k, one in enumerate(("one", "two"))}
+    # each seed with every set, so that equal pixels of two sets would show
+    rows = {"prompt": ["a red circle"] * 12, "seed": [k // 4 for k in range(12)], "adapters": ["none", None, "two:0.5", "two, one:-1"] * 3}
+    model = {"id": str(folder), "adapters": files}
+    made = rendered_by_one_and_by_two(write_job, write_manifest(rows), tmp_path, model=model, render={**SHORT, "adapters": "one"})
+    assert [record["adapters"] for record in made[:4]] == [None, "one:1.0", "two:0.5", "one:-1.0,two:1.0"]
+
+
+@pytest.mark.slow
+def test_twelve_rows_with_weighted_and_long_prompts_have_the_same_pixels_through_ray(
+    tiny_model: Callable[[str], Path], local_ray: None, write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    texts = ["a red circle", "a (red:1.6) circle", "a red ((circle))", "a [red] circle, " + "many blue squares, " * 30]
+    rows = {"prompt": texts * 3, "negative_prompt": [None] * 6 + ["(grey:1.4)"] * 6, "seed": [k // 4 for k in range(12)]}
+    render = {**SHORT, "prompt_weighting": "a1111"}
+    made = rendered_by_one_and_by_two(write_job, write_manifest(rows), tmp_path, model=str(tiny_model("sd")), render=render)
+    assert [record["prompt"] for record in made] == rows["prompt"]
+    assert not any(record["prompt_truncated"] for record in made)
 
 
 def test_a_class_that_is_not_in_the_table_is_called_as_it_is_and_said_not_to_be_compared(
