@@ -10,6 +10,7 @@ from __future__ import annotations
 import http.client
 import ipaddress
 import os
+import queue
 import re
 import socket
 import ssl
@@ -37,6 +38,9 @@ REDIRECTS = 5
 ATTEMPTS, PAUSE_S = 3, 1.0
 MAX_DECODED_BYTES = 4 << 30  # of a part; a worker holds two or three
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# IPv4-compatible, IPv4-translated, a network's own NAT64, segment routing's, documentation's: no server of the web has one of
+# them, a private one may be behind some, and not every Python's `is_global` knows them
+NOT_OF_THE_WEB = tuple(map(ipaddress.ip_network, ("::/96", "::ffff:0:0:0/96", "64:ff9b:1::/48", "5f00::/16", "3fff::/20")))
 
 
 class Fetcher:
@@ -232,7 +236,7 @@ def _allowed(url: str, inputs: Inputs) -> SplitResult:
 def _connect(parts: SplitResult, inputs: Inputs, deadline: float) -> http.client.HTTPConnection:
     """To an address that was checked, so that a name cannot lead elsewhere a moment later."""
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-    addresses = list(dict.fromkeys(str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
+    addresses = _resolved(host, port, deadline)
     if not inputs.private_addresses and not all(is_public(address) for address in addresses):
         raise InvalidInput(f"{shown(parts.geturl())} leads to a private address; give public URLs, or inputs.private_addresses: true")
     connection = http.client.HTTPConnection(host, port)
@@ -247,6 +251,26 @@ def _connect(parts: SplitResult, inputs: Inputs, deadline: float) -> http.client
     return connection
 
 
+def _resolved(host: str, port: int, deadline: float) -> list[str]:
+    """A name's addresses. The system's resolver takes no limit, so it is asked by a thread that may be left behind."""
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:  # is raised below
+            answers.put(error)
+
+    threading.Thread(target=ask, name="resolve", daemon=True).start()
+    try:
+        found = answers.get(timeout=max(0.1, deadline - time.monotonic()))
+    except queue.Empty:
+        raise TimeoutError("the name was not resolved in time (inputs.timeout_s)") from None
+    if isinstance(found, Exception):
+        raise found
+    return list(dict.fromkeys(str(info[4][0]) for info in found))
+
+
 def is_public(address: str) -> bool:
     """Whether an address, and the IPv4 one that an IPv6 one may stand for, is anybody's to reach."""
     found = ipaddress.ip_address(address.partition("%")[0])
@@ -254,6 +278,6 @@ def is_public(address: str) -> bool:
         inner = found.ipv4_mapped or found.sixtofour or (ipaddress.IPv4Address(int(found) & 0xFFFFFFFF) if found in NAT64 else None)
         if inner is not None:
             return is_public(str(inner))
-        if found.is_site_local:
+        if found.is_site_local or any(found in network for network in NOT_OF_THE_WEB):
             return False
     return found.is_global and not found.is_multicast

@@ -6,12 +6,13 @@ import contextlib
 import hashlib
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import diffusers
@@ -476,11 +477,48 @@ def test_odd_letters_in_a_path_are_sent_as_the_web_writes_them(site: str, tmp_pa
     [
         ("8.8.8.8", True), ("10.0.0.1", False), ("127.0.0.1", False), ("169.254.169.254", False), ("224.0.0.1", False), ("::1", False),
         ("::ffff:10.0.0.1", False), ("64:ff9b::a9fe:a9fe", False), ("2002:7f00:1::", False), ("fec0::1", False), ("fe80::1%eth0", False),
-        ("2001:4860:4860::8888", True),
+        ("2001:4860:4860::8888", True), ("64:ff9b::808:808", True), ("64:ff9b:1::7f00:1", False), ("64:ff9b:1:a::808:808", False),
+        ("::127.0.0.1", False), ("::8.8.8.8", False), ("::ffff:0:127.0.0.1", False), ("::ffff:0:8.8.8.8", False), ("::", False),
+        ("::ffff:8.8.8.8", True), ("5f00::1", False), ("3fff::1", False),
     ],
 )  # fmt: skip
 def test_which_addresses_are_public(address: str, public: bool) -> None:
     assert is_public(address) is public
+
+
+def test_a_name_that_nobody_resolves_in_time_is_given_up_and_may_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answer = [], Event()
+
+    def waits(*args: Any, **kwargs: Any) -> Any:
+        asked.append(args)
+        answer.wait(30)
+        raise socket.gaierror
+
+    monkeypatch.setattr("renderfarm.inputs.PAUSE_S", 0.01)
+    monkeypatch.setattr("renderfarm.inputs.socket.getaddrinfo", waits)
+    started = time.monotonic()
+    found = fetch(tmp_path, "http://slow.example.org/a.png", urls=["http://slow.example.org/"], timeout_s=0.2)
+    answer.set()
+    assert time.monotonic() - started < 5
+    assert isinstance(found, Transient)
+    assert "http://slow.example.org/a.png: the name was not resolved in time (inputs.timeout_s)" in str(found)
+    assert len(asked) == 3
+
+
+def test_a_name_that_nobody_knows_may_be_tried_again_and_one_that_is_none_is_the_rows_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*args: Any, **kwargs: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr("renderfarm.inputs.PAUSE_S", 0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr("renderfarm.inputs.socket.getaddrinfo", unknown)
+        found = fetch(tmp_path, "http://nobody.invalid/a.png", urls=["http://nobody.invalid/"])
+    assert isinstance(found, Transient)
+    assert "http://nobody.invalid/a.png: Name or service not known" in str(found)
+    found = fetch(tmp_path, f"http://{'x' * 70}.invalid/a.png", urls=[f"http://{'x' * 70}.invalid/"])
+    assert "is no URL; correct it" in str(found)
 
 
 def test_what_is_in_the_folder_and_no_picture_is_not_copied_into_the_dataset(job: Callable[..., Path], tmp_path: Path) -> None:
@@ -565,7 +603,7 @@ def test_twelve_rows_through_ray_have_the_same_pixels_with_one_worker_and_with_t
         out = tmp_path / f"out-{workers}"
         output = {"path": str(out), "part_rows": part_rows}
         # the size is said, since a worker tries its device with a picture of the model's own, 1024 pixels for Z-Image
-        render = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 32, "width": 32}
+        render = {"num_inference_steps": 2, "height": 32, "width": 32} | ({"guidance_scale": 1.0} if name != "qwen-image" else {})
         path = job(values, model=str(tiny_model(name)), render=render, output=output)
         assert renderfarm.run(load_job(path, [f"workers.max={workers}"]), engine="ray").images == 12
         check_complete(out, {(number, 0) for number in range(12)})
