@@ -237,6 +237,30 @@ def test_arguments_that_do_not_fit_an_image_are_error_rows(
     assert reason in error_rows(tmp_path / "out")[0]["error_message"]
 
 
+def with_alpha(picture: Image.Image, lowest: int) -> Image.Image:
+    alpha = Image.new("L", picture.size, 255)
+    alpha.putpixel((3, 3), lowest)
+    picture.putalpha(alpha)
+    return picture
+
+
+def test_a_mask_that_is_transparent_somewhere_is_refused_and_an_opaque_alpha_changes_nothing() -> None:
+    palette = mask().convert("P")
+    transparent = {
+        "RGBA": encoded(with_alpha(mask().convert("RGB"), 254)),
+        "LA": encoded(with_alpha(mask(), 0)),
+        "P": encoded(palette, transparency=palette.getpixel((0, 0))),
+        "L": encoded(mask(), transparency=0),
+        "WEBP": encoded(with_alpha(mask().convert("RGB"), 0), "WEBP", lossless=True),
+    }
+    for data in transparent.values():
+        with pytest.raises(InvalidInput, match="the embedded mask_image has transparent pixels; give a mask without alpha"):
+            decode(InputImage(None, data), "mask_image")
+        assert decode(InputImage(None, data), "image").mode == "RGB"
+    for opaque in (with_alpha(mask().convert("RGB"), 255), with_alpha(mask(), 255)):
+        np.testing.assert_array_equal(decode(InputImage(None, encoded(opaque)), "mask_image"), mask())
+
+
 def test_images_are_turned_as_their_files_say_and_resized_as_the_job_says(job: Callable[..., Path], tmp_path: Path) -> None:
     upright = picture(3, (48, 32))
     exif = Image.Exif()
