@@ -34,6 +34,7 @@ from renderfarm.samples import check_side
 from renderfarm.storage import Store
 
 FETCHED_AT_A_TIME = 8
+LOOKED_AT_AT_A_TIME = 4  # each may be as large as a picture can be
 REDIRECTS = 5
 ATTEMPTS, PAUSE_S = 3, 1.0
 MAX_DECODED_BYTES = 4 << 30  # of a part; a worker holds two or three
@@ -41,6 +42,9 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # IPv4-compatible, IPv4-translated, a network's own NAT64, segment routing's, documentation's: no server of the web has one of
 # them, a private one may be behind some, and not every Python's `is_global` knows them
 NOT_OF_THE_WEB = tuple(map(ipaddress.ip_network, ("::/96", "::ffff:0:0:0/96", "64:ff9b:1::/48", "5f00::/16", "3fff::/20")))
+
+
+Seen = tuple[int, int] | RenderfarmError | None  # an image's width and height; None: it lies elsewhere
 
 
 class Fetcher:
@@ -69,6 +73,36 @@ class Fetcher:
                     )
         return [_like(ready[_asked(sample)], sample) for sample in samples]
 
+    def problems(self, samples: Sequence[Sample]) -> list[RenderfarmError | None]:
+        """What `fetch` would say of each sample, as far as it can be known here: a URL is judged, and what it leads to is not
+        asked for. Keeps no file and no picture."""
+        given = {(name, image) for sample in samples for name in IMAGE_ARGUMENTS if (image := getattr(sample, name)) is not None}
+        with ThreadPoolExecutor(LOOKED_AT_AT_A_TIME, thread_name_prefix="look") as pool:
+            seen = dict(zip(given, pool.map(lambda one: self._try_size(*one), given), strict=True))
+        return [self._problem(sample, seen) for sample in samples]
+
+    def _try_size(self, name: str, image: InputImage) -> Seen:
+        try:
+            if image.data is None and is_url(str(image.source)):
+                _check_url(name, str(image.source), self.inputs)
+                return None
+            return decode(_or_raise(name, self._try_bytes(image)), name).size
+        except RenderfarmError as error:
+            return error
+
+    def _problem(self, sample: Sample, seen: dict[tuple[str, InputImage], Seen]) -> RenderfarmError | None:
+        found = {name: seen[name, image] for name in IMAGE_ARGUMENTS if (image := getattr(sample, name)) is not None}
+        for size in found.values():
+            if isinstance(size, RenderfarmError):
+                return size
+        sizes = {name: size for name, size in found.items() if isinstance(size, tuple)}
+        try:
+            if sizes:
+                self._with_size(sample, sizes)
+        except InvalidInput as error:
+            return error
+        return None
+
     def _try_bytes(self, image: InputImage) -> InputImage | RenderfarmError:
         """What may pass is tried again; what does not is the row's end, and a later run may retry the row."""
         for attempt in range(ATTEMPTS):
@@ -94,13 +128,12 @@ class Fetcher:
             for name in IMAGE_ARGUMENTS:
                 if (image := getattr(sample, name)) is None:
                     continue
-                if isinstance(fetched := found[image], RenderfarmError):
-                    return type(fetched)(f"{name} {fetched}")
+                fetched = _or_raise(name, found[image])
                 ready[name] = replace(fetched, picture=decode(fetched, name))
             if not ready:
                 return sample
             sample = self._with_size(replace(sample, **ready), {name: image.picture.size for name, image in ready.items()})
-        except InvalidInput as error:
+        except RenderfarmError as error:
             return error
         for image in ready.values():
             commit.keep(self.store, image.data)
@@ -143,6 +176,12 @@ class Fetcher:
             raise InvalidInput(f"{source!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
+def _or_raise(name: str, fetched: InputImage | RenderfarmError) -> InputImage:
+    if isinstance(fetched, RenderfarmError):
+        raise type(fetched)(f"{name} {fetched}")
+    return fetched
+
+
 def _asked(sample: Sample) -> Any:
     """What decides a sample's pictures."""
     return (*(getattr(sample, name) for name in IMAGE_ARGUMENTS), sample.height, sample.width, sample.resize)
@@ -168,10 +207,9 @@ def _download(url: str, inputs: Inputs, too_large: str) -> bytes:
     deadline, asked = time.monotonic() + inputs.timeout_s, url
     for _ in range(REDIRECTS + 1):
         try:
-            parts = _allowed(url, inputs)
-            connection = _connect(parts, inputs, deadline)
-        except ValueError:
-            raise InvalidInput(f"{shown(url)} is no URL; correct it") from None
+            connection = _connect(parts := _allowed(url, inputs), inputs, deadline)
+        except ValueError:  # a name with a part that is too long
+            raise InvalidInput(_no_url(url)) from None
         except OSError as error:
             raise Transient(f"{shown(url)}: {error.strerror or error}") from None
         assert connection.sock is not None
@@ -219,11 +257,27 @@ def _body(answer: http.client.HTTPResponse, inputs: Inputs, deadline: float, too
     return bytes(data)
 
 
+def _check_url(name: str, url: str, inputs: Inputs) -> None:
+    """Raises InvalidInput for a URL that would not be asked for."""
+    try:
+        _allowed(url, inputs)
+    except InvalidInput as error:
+        raise InvalidInput(f"{name} {error}") from None
+
+
+def _no_url(url: str) -> str:
+    return f"{shown(url)} is no URL; correct it"
+
+
 def _allowed(url: str, inputs: Inputs) -> SplitResult:
-    """The URL's parts, if it begins as the job says and no step of its path, however encoded, leads up again."""
-    if re.search(r"[\x00-\x1f\x7f]", url):  # of which urlsplit drops some, so that it would read another URL than is checked here
-        raise ValueError("control characters")
-    parts, path = urlsplit(url), url
+    """The URL's parts, if it begins as the job says and no step of its path, however encoded, leads up again. Raises InvalidInput."""
+    try:
+        if re.search(r"[\x00-\x1f\x7f]", url):  # of which urlsplit drops some, so that it would read another URL than is checked here
+            raise ValueError("control characters")
+        parts, path = urlsplit(url), url
+        _ = parts.port
+    except ValueError:
+        raise InvalidInput(_no_url(url)) from None
     while (plainer := unquote(path)) != path:
         path = plainer
     steps = re.split(r"[/\\]", path.partition("?")[0].partition("#")[0])

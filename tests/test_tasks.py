@@ -35,9 +35,11 @@ from renderfarm.models.catalog import describe, for_task
 from renderfarm.models.families import FAMILIES
 from renderfarm.models.load import load_model
 from renderfarm.pictures import decode
+from renderfarm.preparation import prepare
 from renderfarm.records import InputImage, Sample
 from renderfarm.slots import SlotLoop
 from renderfarm.storage import open_store
+from renderfarm.validation import validate_rows
 from renderfarm.verification import Choice, verify
 
 Write = Callable[..., Path]
@@ -209,11 +211,46 @@ def test_an_image_that_cannot_be_used_costs_its_row_and_says_what_to_do(job: Cal
     (tmp_path / "outside.png").write_bytes(good)
     (folder / "link.png").symlink_to(tmp_path / "outside.png")
     path = job(columns(len(BAD) + 1, image=["good.png", *BAD]), inputs={"max_mebibytes": 0.01})
+    validated = validate_rows(prepare(load_job(path)))
+    assert not (tmp_path / "out").exists()
     summary = renderfarm.run(path, engine="inline")
     assert (summary.images, summary.errors, summary.exit_code) == (1, len(BAD), 3)
     for error, reason in zip(sorted(error_rows(tmp_path / "out"), key=lambda error: error["row"]), BAD.values(), strict=True):
         assert error["error_class"] == "InvalidInput"
         assert re.search(reason, error["error_message"]), error
+    assert validated.problems == as_validated(tmp_path / "out")
+    assert (validated.rows, validated.images, validated.bad_rows) == (len(BAD) + 1, 1, len(BAD))
+
+
+def as_validated(out: Path) -> list[str]:
+    """What `validate` is to say before rows end as these errors."""
+    return [f"m.parquet, row {error['row']}: {error['error_message']}" for error in sorted(error_rows(out), key=lambda error: error["row"])]
+
+
+def test_validate_judges_urls_without_fetching_them_and_looks_at_what_lies_beside(job: Callable[..., Path], tmp_path: Path) -> None:
+    beginning = "http://127.0.0.1:9/pub/"  # nobody listens there
+    images = [f"{beginning}a.png", f"{beginning}../a.png", f"{beginning}\n", "http://127.0.0.1:x/a", f"{beginning}b.png"]
+    masks = [encoded(mask()), encoded(mask()), encoded(mask()), encoded(mask()), b"no picture"]
+    values = columns(5, image=images, mask_image=masks, height=[32] * 5, width=[32] * 5)
+    found = validate_rows(prepare(load_job(job(values, inputs={"urls": [beginning]}, render={"num_images_per_prompt": 3}))))
+    assert found.problems == [
+        "m.parquet, row 1: image http://127.0.0.1:9/pub/../a.png is not a URL that the job allows; add its beginning to inputs.urls",
+        "m.parquet, row 2: image http://127.0.0.1:9/pub/\n is no URL; correct it",
+        "m.parquet, row 3: image http://127.0.0.1:x/a is no URL; correct it",
+        "m.parquet, row 4: the embedded mask_image is no PNG, JPEG, WEBP file; convert it",
+    ]
+    assert (found.rows, found.images, dict(found.classes)) == (5, 3, {"InvalidInput": 4})
+
+
+def test_validate_sees_many_rows_images_a_few_rows_at_a_time(job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    looked = Fetcher.problems
+    monkeypatch.setattr(Fetcher, "problems", lambda self, samples: seen.append(len(samples)) or looked(self, samples))
+    bad = encoded(picture(1, (36, 36)))
+    images = [bad if k % 50 == 7 else encoded(picture(k)) for k in range(150)]
+    found = validate_rows(prepare(load_job(job(columns(150, image=images)))))
+    assert [problem.partition(":")[0] for problem in found.problems] == [f"m.parquet, row {k}" for k in (7, 57, 107)]
+    assert (found.rows, found.images, max(seen)) == (150, 147, 32)
 
 
 @pytest.mark.parametrize(
@@ -232,9 +269,12 @@ def test_arguments_that_do_not_fit_an_image_are_error_rows(
 ) -> None:
     if "mask_image" in more:
         more = {"mask_image": pa.array(more["mask_image"], pa.binary())}
-    summary = renderfarm.run(job(columns(1, image=[encoded(picture())], **more), render=render), engine="inline")
+    path = job(columns(1, image=[encoded(picture())], **more), render=render)
+    validated = validate_rows(prepare(load_job(path)))
+    summary = renderfarm.run(path, engine="inline")
     assert (summary.images, summary.errors) == (0, 1)
     assert reason in error_rows(tmp_path / "out")[0]["error_message"]
+    assert validated.problems == as_validated(tmp_path / "out")
 
 
 def with_alpha(picture: Image.Image, lowest: int) -> Image.Image:
