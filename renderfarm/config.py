@@ -129,7 +129,7 @@ class ModelSpec(Checkpoint):
         Annotated[Adapter, BeforeValidator(_by_weights, json_schema_input_type=Adapter | str)],
     ] = {}
     """LoRA adapters by a name of your own: each a `.safetensors` file, relative to the job file, or `{weights: FILE, sha256: …}`.
-    Rows and `render.adapters` say which are on, and how strongly. Needs renderfarm[lora]."""
+    Rows and `render.adapters` say which are on, and how strongly. DeepFloyd IF's are its first stage's. Needs renderfarm[lora]."""
     controlnet: Annotated[Checkpoint, BeforeValidator(_by_id, json_schema_input_type=Checkpoint | str)] | None = None
     """A ControlNet for Stable Diffusion or SDXL, in diffusers' format; each row gives its `control_image`."""
     refiner: Annotated[Checkpoint, BeforeValidator(_by_id, json_schema_input_type=Checkpoint | str)] | None = None

@@ -64,7 +64,9 @@ def adapter_files(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.Te
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["sd", "lcm", "sdxl", "sd3", "flux-dev", "flux2-dev", "flux2-klein", "qwen-image", "z-image", "sana"])
+@pytest.mark.parametrize(
+    "name", ["sd", "lcm", "sdxl", "sd3", "flux-dev", "flux2-dev", "flux2-klein", "qwen-image", "z-image", "sana", "deepfloyd"]
+)
 def test_rows_with_other_adapters_get_the_pixels_of_diffusers_with_them(
     name: str, dtype: str, tiny_model: Callable[[str], Path], adapter_files: Adapters
 ) -> None:
