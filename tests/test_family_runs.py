@@ -162,6 +162,27 @@ def test_a_class_that_is_not_in_the_table_is_called_as_it_is_and_said_not_to_be_
     assert "PixArtAlphaPipeline was not compared" in card
 
 
+def test_a_class_that_is_not_in_the_table_blends_seeds_where_its_call_takes_noise(
+    tiny_model: Callable[[str], Path], write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    folder = tiny_model("generic")
+    columns = {"prompt": ["a star"] * 5, "seed": [5, 9, 5, 5, 5], "seed_b": [None, None, 9, 9, 9], "blend": [None, None, 0.0, 0.25, 1.0]}
+    job = write_job(write_manifest(columns), model=str(folder), workers={"batch_size": B}, render=SHORT)
+    assert renderfarm.run(job, engine="inline").images == 5
+    made = [record["pixel_sha256"] for record in sorted(image_rows(tmp_path / "out"), key=lambda record: int(record["row"]))]
+    assert (made[2], made[4]) == (made[0], made[1])
+    pipe = plain_pipeline(diffusers.PixArtAlphaPipeline, folder)
+    side = SHORT["height"] // pipe.vae_scale_factor
+    a, b = (torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(seed)).double() for seed in (5, 9))
+    angle = torch.arccos((a * b).sum() / (a.norm() * b.norm()))
+    between = ((torch.sin(0.75 * angle) * a + torch.sin(0.25 * angle) * b) / torch.sin(angle)).float()
+    images = pipe(
+        prompt=["a star"] * B, negative_prompt=[""] * B, latents=torch.cat([between] * B), **SHORT, use_resolution_binning=False,
+        clean_caption=False, generator=[torch.Generator().manual_seed(5) for _ in range(B)],
+    ).images  # fmt: skip
+    assert made[3] == hashlib.sha256(np.asarray(images[0]).tobytes()).hexdigest()
+
+
 @pytest.mark.parametrize("name", ["lcm", "flux2-dev"])
 def test_a_negative_prompt_for_a_model_that_has_none_is_an_error_of_its_row(
     name: str, model: Callable[..., Model], write_manifest: Write, write_job: Write, tmp_path: Path

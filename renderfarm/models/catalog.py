@@ -306,7 +306,9 @@ def _generic(class_name: Any, folder: Path, model_id: str) -> Family:
             f"prompt alone can call; supported and compared: {', '.join(FAMILIES)}"
         )
     denoiser = next((name for name in ("transformer", "unet") if (folder / name / "config.json").is_file()), "transformer")
-    arguments = (ALWAYS - {"seed_b", "blend", "guidance_scale"}) | PLAIN & taken.keys()
+    drawn = inspect.signature(known.prepare_latents).parameters if hasattr(known, "prepare_latents") else {}
+    blended = {"seed_b", "blend"} if "latents" in taken and "generator" in drawn else set()
+    arguments = (ALWAYS - {"seed_b", "blend", "guidance_scale"}) | PLAIN & taken.keys() | blended
     steps, guidance = (taken[name].default if name in taken else None for name in ("num_inference_steps", "guidance_scale"))
     return replace(
         GENERIC,
