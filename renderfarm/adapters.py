@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Collection, Mapping
 
-from renderfarm.config import expand_env
+from renderfarm.config import Adapter, expand_env
 from renderfarm.errors import InvalidInput, InvalidJob
 
 OFF = "none"
@@ -42,9 +42,12 @@ def written(weights: Mapping[str, float]) -> str | None:
     return ",".join(f"{name}:{weight!r}" for name, weight in weights.items() if weight) or None
 
 
-def read_files(files: Mapping[str, str]) -> dict[str, bytes]:
-    """The adapters' bytes. Raises InvalidJob where one cannot be an adapter."""
-    return {name: read_weights(f"model.adapters.{name}", given) for name, given in files.items()}
+def read_files(adapters: Mapping[str, Adapter]) -> dict[str, bytes]:
+    """The adapters' bytes. Raises InvalidJob where one cannot be an adapter, or is not the one that the job asks for."""
+    found = {name: read_weights(f"model.adapters.{name}", given.weights) for name, given in adapters.items()}
+    for name, given in adapters.items():
+        check_sha256(f"model.adapters.{name}", given.weights, found[name], given.sha256)
+    return found
 
 
 def read_weights(field: str, given: str) -> bytes:
@@ -65,6 +68,15 @@ def read_file(field: str, given: str, ending: str, advice: str) -> bytes:
             return file.read()
     except OSError as error:
         raise InvalidJob(f"{field}: {path} cannot be read: {error.strerror}; paths start at the job file") from None
+
+
+def check_sha256(field: str, path: str, data: bytes, wanted: str | None) -> None:
+    """Raises InvalidJob for another file than the job's hash says; None: it says none."""
+    if wanted not in (None, found := sha256(data)):
+        raise InvalidJob(
+            f"{field}: {path} has the hash {found}, and the job asks for {wanted}: it was changed, damaged, or "
+            "not fetched to its end; fetch it again, or give the job the hash of the one you want"
+        )
 
 
 def sha256(data: bytes) -> str:

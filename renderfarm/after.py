@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import features
 
-from renderfarm.adapters import read_file, read_weights, sha256
+from renderfarm.adapters import check_sha256, read_file, read_weights, sha256
 from renderfarm.config import STEP_FILES, RestoreFaces, Step
 from renderfarm.errors import Fatal, InvalidJob, NonFiniteOutput, RenderFailed, RenderfarmError
 from renderfarm.faces import Detector, check_detector
@@ -66,11 +66,7 @@ def _read(at: str, field: str, step: Step) -> bytes:
         data = read_file(f"{at}.{field}", path, ".onnx", "give it YuNet as OpenCV publishes it")
     else:
         data = read_weights(f"{at}.{field}", path)
-    if wanted not in (None, found := sha256(data)):
-        raise InvalidJob(
-            f"{at}: {path} has the hash {found}, and the job asks for {wanted}: it was changed, damaged, or "
-            "not fetched to its end; fetch it again, or give the job the hash of the one you want"
-        )
+    check_sha256(at, path, data, wanted)
     try:
         CHECKS[step.kind, field](data)
     except ValueError as error:

@@ -105,6 +105,17 @@ class Upscaler(Checkpoint):
     """How much noise the small picture gets before it is enlarged."""
 
 
+class Adapter(Strict):
+    weights: Annotated[str, Field(min_length=1)]
+    """A `.safetensors` file, relative to the job file."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """Of that file: another one stops the job before it renders."""
+
+
+def _by_weights(value: Any) -> Any:
+    return {"weights": value} if isinstance(value, str) else value
+
+
 class ModelSpec(Checkpoint):
     """`id` may also be `builtin:shapes`."""
 
@@ -113,9 +124,12 @@ class ModelSpec(Checkpoint):
     `{id: org/name, revision: <commit>, subfolder: vae}`."""
     quantization: Quantization | None = None
     """`{backend: torchao, components: [transformer], arguments: {quant_type: Int8WeightOnlyConfig}}`. None: weights as they are."""
-    adapters: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")], str] = {}
-    """LoRA adapters by a name of your own: each a `.safetensors` file, relative to the job file. Rows and `render.adapters`
-    say which are on, and how strongly. Needs renderfarm[lora]."""
+    adapters: dict[
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")],
+        Annotated[Adapter, BeforeValidator(_by_weights, json_schema_input_type=Adapter | str)],
+    ] = {}
+    """LoRA adapters by a name of your own: each a `.safetensors` file, relative to the job file, or `{weights: FILE, sha256: …}`.
+    Rows and `render.adapters` say which are on, and how strongly. DeepFloyd IF's are its first stage's. Needs renderfarm[lora]."""
     controlnet: Annotated[Checkpoint, BeforeValidator(_by_id, json_schema_input_type=Checkpoint | str)] | None = None
     """A ControlNet for Stable Diffusion or SDXL, in diffusers' format; each row gives its `control_image`."""
     refiner: Annotated[Checkpoint, BeforeValidator(_by_id, json_schema_input_type=Checkpoint | str)] | None = None
@@ -488,7 +502,7 @@ class Job(Strict):
         found = [*(("manifest.path", path) for path in paths), ("output.path", self.output.path), ("model.id", self.model.id)]
         found += [(f"model.components.{name}", component.id) for name, component in self.model.components.items()]
         found += [(f"model.{name}", given.id) for name in COMPANIONS if (given := getattr(self.model, name))]
-        found += [(f"model.adapters.{name}", path) for name, path in self.model.adapters.items()]
+        found += [(f"model.adapters.{name}", given.weights) for name, given in self.model.adapters.items()]
         found += [
             (f"after[{number}].{step.kind}.{field}", getattr(getattr(step, step.kind), field))
             for number, step in enumerate(self.after)

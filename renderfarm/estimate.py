@@ -36,7 +36,7 @@ def estimate(prepared: Prepared) -> dict[str, Any]:
     rows_decide = job.manifest.where is not None or "num_images_per_prompt" in prepared.manifest.columns
     return {
         "job": job.name,
-        "model": model.id,
+        "model": job.model.id,  # as the job says it: `${ENV}` may stand for what is nobody else's to see
         "out": prepared.store.url,
         "manifest files": len(prepared.manifest.files),
         "columns read": ", ".join(

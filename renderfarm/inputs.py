@@ -10,6 +10,7 @@ from __future__ import annotations
 import http.client
 import ipaddress
 import os
+import queue
 import re
 import socket
 import ssl
@@ -33,10 +34,17 @@ from renderfarm.samples import check_side
 from renderfarm.storage import Store
 
 FETCHED_AT_A_TIME = 8
+LOOKED_AT_AT_A_TIME = 4  # each may be as large as a picture can be
 REDIRECTS = 5
 ATTEMPTS, PAUSE_S = 3, 1.0
 MAX_DECODED_BYTES = 4 << 30  # of a part; a worker holds two or three
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# IPv4-compatible, IPv4-translated, a network's own NAT64, segment routing's, documentation's: no server of the web has one of
+# them, a private one may be behind some, and not every Python's `is_global` knows them
+NOT_OF_THE_WEB = tuple(map(ipaddress.ip_network, ("::/96", "::ffff:0:0:0/96", "64:ff9b:1::/48", "5f00::/16", "3fff::/20")))
+
+
+Seen = tuple[int, int] | RenderfarmError | None  # an image's width and height; None: it lies elsewhere
 
 
 class Fetcher:
@@ -65,6 +73,36 @@ class Fetcher:
                     )
         return [_like(ready[_asked(sample)], sample) for sample in samples]
 
+    def problems(self, samples: Sequence[Sample]) -> list[RenderfarmError | None]:
+        """What `fetch` would say of each sample, as far as it can be known here: a URL is judged, and what it leads to is not
+        asked for. Keeps no file and no picture."""
+        given = {(name, image) for sample in samples for name in IMAGE_ARGUMENTS if (image := getattr(sample, name)) is not None}
+        with ThreadPoolExecutor(LOOKED_AT_AT_A_TIME, thread_name_prefix="look") as pool:
+            seen = dict(zip(given, pool.map(lambda one: self._try_size(*one), given), strict=True))
+        return [self._problem(sample, seen) for sample in samples]
+
+    def _try_size(self, name: str, image: InputImage) -> Seen:
+        try:
+            if image.data is None and is_url(str(image.source)):
+                _check_url(name, str(image.source), self.inputs)
+                return None
+            return decode(_or_raise(name, self._try_bytes(image)), name).size
+        except RenderfarmError as error:
+            return error
+
+    def _problem(self, sample: Sample, seen: dict[tuple[str, InputImage], Seen]) -> RenderfarmError | None:
+        found = {name: seen[name, image] for name in IMAGE_ARGUMENTS if (image := getattr(sample, name)) is not None}
+        for size in found.values():
+            if isinstance(size, RenderfarmError):
+                return size
+        sizes = {name: size for name, size in found.items() if isinstance(size, tuple)}
+        try:
+            if sizes:
+                self._with_size(sample, sizes)
+        except InvalidInput as error:
+            return error
+        return None
+
     def _try_bytes(self, image: InputImage) -> InputImage | RenderfarmError:
         """What may pass is tried again; what does not is the row's end, and a later run may retry the row."""
         for attempt in range(ATTEMPTS):
@@ -90,13 +128,12 @@ class Fetcher:
             for name in IMAGE_ARGUMENTS:
                 if (image := getattr(sample, name)) is None:
                     continue
-                if isinstance(fetched := found[image], RenderfarmError):
-                    return type(fetched)(f"{name} {fetched}")
+                fetched = _or_raise(name, found[image])
                 ready[name] = replace(fetched, picture=decode(fetched, name))
             if not ready:
                 return sample
             sample = self._with_size(replace(sample, **ready), {name: image.picture.size for name, image in ready.items()})
-        except InvalidInput as error:
+        except RenderfarmError as error:
             return error
         for image in ready.values():
             commit.keep(self.store, image.data)
@@ -139,6 +176,12 @@ class Fetcher:
             raise InvalidInput(f"{source!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
+def _or_raise(name: str, fetched: InputImage | RenderfarmError) -> InputImage:
+    if isinstance(fetched, RenderfarmError):
+        raise type(fetched)(f"{name} {fetched}")
+    return fetched
+
+
 def _asked(sample: Sample) -> Any:
     """What decides a sample's pictures."""
     return (*(getattr(sample, name) for name in IMAGE_ARGUMENTS), sample.height, sample.width, sample.resize)
@@ -164,10 +207,9 @@ def _download(url: str, inputs: Inputs, too_large: str) -> bytes:
     deadline, asked = time.monotonic() + inputs.timeout_s, url
     for _ in range(REDIRECTS + 1):
         try:
-            parts = _allowed(url, inputs)
-            connection = _connect(parts, inputs, deadline)
-        except ValueError:
-            raise InvalidInput(f"{shown(url)} is no URL; correct it") from None
+            connection = _connect(parts := _allowed(url, inputs), inputs, deadline)
+        except ValueError:  # a name with a part that is too long
+            raise InvalidInput(_no_url(url)) from None
         except OSError as error:
             raise Transient(f"{shown(url)}: {error.strerror or error}") from None
         assert connection.sock is not None
@@ -215,11 +257,27 @@ def _body(answer: http.client.HTTPResponse, inputs: Inputs, deadline: float, too
     return bytes(data)
 
 
+def _check_url(name: str, url: str, inputs: Inputs) -> None:
+    """Raises InvalidInput for a URL that would not be asked for."""
+    try:
+        _allowed(url, inputs)
+    except InvalidInput as error:
+        raise InvalidInput(f"{name} {error}") from None
+
+
+def _no_url(url: str) -> str:
+    return f"{shown(url)} is no URL; correct it"
+
+
 def _allowed(url: str, inputs: Inputs) -> SplitResult:
-    """The URL's parts, if it begins as the job says and no step of its path, however encoded, leads up again."""
-    if re.search(r"[\x00-\x1f\x7f]", url):  # of which urlsplit drops some, so that it would read another URL than is checked here
-        raise ValueError("control characters")
-    parts, path = urlsplit(url), url
+    """The URL's parts, if it begins as the job says and no step of its path, however encoded, leads up again. Raises InvalidInput."""
+    try:
+        if re.search(r"[\x00-\x1f\x7f]", url):  # of which urlsplit drops some, so that it would read another URL than is checked here
+            raise ValueError("control characters")
+        parts, path = urlsplit(url), url
+        _ = parts.port
+    except ValueError:
+        raise InvalidInput(_no_url(url)) from None
     while (plainer := unquote(path)) != path:
         path = plainer
     steps = re.split(r"[/\\]", path.partition("?")[0].partition("#")[0])
@@ -232,7 +290,7 @@ def _allowed(url: str, inputs: Inputs) -> SplitResult:
 def _connect(parts: SplitResult, inputs: Inputs, deadline: float) -> http.client.HTTPConnection:
     """To an address that was checked, so that a name cannot lead elsewhere a moment later."""
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-    addresses = list(dict.fromkeys(str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
+    addresses = _resolved(host, port, deadline)
     if not inputs.private_addresses and not all(is_public(address) for address in addresses):
         raise InvalidInput(f"{shown(parts.geturl())} leads to a private address; give public URLs, or inputs.private_addresses: true")
     connection = http.client.HTTPConnection(host, port)
@@ -247,6 +305,26 @@ def _connect(parts: SplitResult, inputs: Inputs, deadline: float) -> http.client
     return connection
 
 
+def _resolved(host: str, port: int, deadline: float) -> list[str]:
+    """A name's addresses. The system's resolver takes no limit, so it is asked by a thread that may be left behind."""
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:  # is raised below
+            answers.put(error)
+
+    threading.Thread(target=ask, name="resolve", daemon=True).start()
+    try:
+        found = answers.get(timeout=max(0.1, deadline - time.monotonic()))
+    except queue.Empty:
+        raise TimeoutError("the name was not resolved in time (inputs.timeout_s)") from None
+    if isinstance(found, Exception):
+        raise found
+    return list(dict.fromkeys(str(info[4][0]) for info in found))
+
+
 def is_public(address: str) -> bool:
     """Whether an address, and the IPv4 one that an IPv6 one may stand for, is anybody's to reach."""
     found = ipaddress.ip_address(address.partition("%")[0])
@@ -254,6 +332,6 @@ def is_public(address: str) -> bool:
         inner = found.ipv4_mapped or found.sixtofour or (ipaddress.IPv4Address(int(found) & 0xFFFFFFFF) if found in NAT64 else None)
         if inner is not None:
             return is_public(str(inner))
-        if found.is_site_local:
+        if found.is_site_local or any(found in network for network in NOT_OF_THE_WEB):
             return False
     return found.is_global and not found.is_multicast

@@ -204,7 +204,7 @@ def _resolve(job: Job, base: Path) -> Job:
     paths = job.manifest.path if isinstance(job.manifest.path, list) else [job.manifest.path]
     absolute = [_absolute(path, base) for path in paths]
     folder = job.inputs.folder
-    adapters = {name: _absolute(path, base) for name, path in job.model.adapters.items()}
+    adapters = {name: given.model_copy(update={"weights": _absolute(given.weights, base)}) for name, given in job.model.adapters.items()}
     companions = {name: getattr(job.model, name) for name in COMPANIONS}
     resolved = {name: given and given.model_copy(update={"id": _model_folder(given.id, base)}) for name, given in companions.items()}
     resolved["components"] = {

@@ -45,7 +45,7 @@ class Parts:
 def needs(prepared: Prepared) -> dict[str, Any]:
     """What is known before rendering. Sizes in MiB, rounded up."""
     job, model = prepared.job, prepared.model
-    found: dict[str, Any] = {"job": job.name, "model": model.id, "task": model.task, "dtype": job.workers.dtype}
+    found: dict[str, Any] = {"job": job.name, "model": job.model.id, "task": model.task, "dtype": job.workers.dtype}
     if model.folder is None:
         return found | {"weights (MiB)": {}, "weights together (MiB)": 0, "beside them": "little: it draws without torch"}
     parts = parts_of(prepared)

@@ -29,7 +29,8 @@ def shown(source: str) -> str:
 
 
 def decode(image: InputImage, name: str = "image") -> Image.Image:
-    """RGB as a viewer shows it: turned by its EXIF orientation, alpha dropped. Raises InvalidInput."""
+    """RGB as a viewer shows it: turned by its EXIF orientation, alpha dropped. A mask is grey, and may have no alpha: some
+    programs draw masks there, and what it would be without it is another one. Raises InvalidInput."""
     assert image.data is not None
     which = f"{name} {shown(image.source)!r}" if image.source else f"the embedded {name}"
     if image.data.count(b"\xff\xda") > MAX_SCANS and image.data.startswith(b"\xff\xd8"):
@@ -40,6 +41,8 @@ def decode(image: InputImage, name: str = "image") -> Image.Image:
             raise InvalidInput(f"{which} has {opened.width}×{opened.height} pixels; the limit is {MAX_PIXELS:,} in all: make it smaller")
         if opened.mode not in MODES:
             raise InvalidInput(f"{which} has pixels of mode {opened.mode}; save it with 8 bits a channel")
+        if name == "mask_image" and _is_transparent(opened):
+            raise InvalidInput(f"{which} has transparent pixels; give a mask without alpha, white where it is painted anew")
         return ImageOps.exif_transpose(opened).convert("L" if name == "mask_image" else "RGB")
     except UnidentifiedImageError:
         raise InvalidInput(f"{which} is no {', '.join(FORMATS)} file; convert it") from None
@@ -47,6 +50,12 @@ def decode(image: InputImage, name: str = "image") -> Image.Image:
         raise
     except Exception as error:  # damaged files, and damaged EXIF in them, raise many kinds
         raise InvalidInput(f"{which} cannot be decoded ({error}); it may be cut off: write it again") from None
+
+
+def _is_transparent(picture: Image.Image) -> bool:
+    """Whether any pixel is; an alpha channel that is opaque everywhere says nothing."""
+    lowest = picture.convert("RGBA").getchannel("A").getextrema()[0] if picture.has_transparency_data else 255
+    return lowest != 255
 
 
 def sized(picture: Image.Image, sample: Sample) -> Image.Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,12 +18,12 @@ from renderfarm.models.networks import MAX_PIXELS
 from renderfarm.plan import Grid, where_row
 from renderfarm.records import PartReceipt
 from renderfarm.samplers import find_sampler
-from renderfarm.samples import Usual, check_side, usual
+from renderfarm.samples import Usual, check_side, instead, usual
 from renderfarm.storage import Store, open_store
 
 USUAL_ROWS = 32
 CONTROL = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "denoising_end")
-TAKEN_BY_SOME = ("negative_prompt", "true_cfg_scale", *CONTROL)
+TAKEN_BY_SOME = ("negative_prompt", "guidance_scale", "true_cfg_scale", *CONTROL)
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,8 @@ class Prepared:
     store: Store
     after_files: dict[str, bytes] = field(default_factory=dict)
     """Weights that the steps of `after` need, by SHA-256."""
-
-    @cached_property
-    def adapter_files(self) -> dict[str, bytes]:
-        return read_files(self.model.adapters)
+    adapter_files: dict[str, bytes] = field(default_factory=dict)
+    """LoRA adapters, by name."""
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
@@ -55,7 +53,7 @@ class Prepared:
         """Columns that may not be what they look like."""
         return self.manifest.hints() + [
             f"column {name!r} is the argument {argument}, which {self.model.pipeline_class or self.model.name} does not take in "
-            f"{self.model.task}: rows that give one end as errors; to keep it as a plain column: "
+            f"{self.model.task}{instead(argument, self.model)}: rows that give one end as errors; to keep it as a plain column: "
             f"manifest: {{columns: {{{argument}: null}}}}"
             for argument, name in self.manifest.columns.items()
             if argument not in self.model.arguments
@@ -93,7 +91,7 @@ class Prepared:
                 "components": self.model.components,
                 "quantization": job.model.quantization and job.model.quantization.model_dump(mode="json"),
                 "safety_checker": job.model.safety_checker,
-                "adapters": {name: sha256(data) for name, data in self.adapter_files.items()},
+                "adapters": dict(self.model.adapter_sha256),
                 **{name: _frozen(given) for name in COMPANIONS if (given := getattr(job.model, name))},
             },
             "task": self.model.task,
@@ -151,6 +149,8 @@ def prepare(job: Job) -> Prepared:
             f"workers.devices_per_worker: model.{next(iter(model.companions))} cannot be spread over several devices here; "
             "use 1, or workers.offload: model"
         )
+    adapter_files = read_files(job.model.adapters)
+    model = replace(model, adapter_sha256={name: sha256(data) for name, data in adapter_files.items()})
     steps, after_files = after.read_steps(job.after)
     if after_files and model.folder is None:
         raise InvalidJob("after: builtin:fake draws without torch, which networks need; use builtin:shapes, or leave them out")
@@ -165,7 +165,7 @@ def prepare(job: Job) -> Prepared:
     job = job.model_copy(update={"output": job.output.model_copy(update={"path": store.url}), "after": steps})
     if model.images:
         job = job.model_copy(update={"inputs": job.inputs.model_copy(update={"folder": _inputs_folder(job, manifest)})})
-    return Prepared(job, model, manifest, store, after_files)
+    return Prepared(job, model, manifest, store, after_files, adapter_files)
 
 
 def _inputs_folder(job: Job, manifest: Manifest) -> str | None:
@@ -192,7 +192,7 @@ def _check_render(job: Job, model: ModelInfo) -> None:
         find_sampler(job.render.sampler or model.sampler, model.kind, model.refused_samplers)
         for name in TAKEN_BY_SOME:
             if getattr(job.render, name) is not None and name not in model.arguments:
-                raise InvalidInput(f"{name} is not an argument of this model; leave it out")
+                raise InvalidInput(f"{name} is not an argument of this model{instead(name, model)}; leave it out")
         parse(job.render.adapters, model.adapters)
         if job.render.prompt_weighting and job.render.negative_prompt:
             weighting.parse(job.render.negative_prompt, "negative_prompt")

@@ -144,8 +144,8 @@ def _samples(values: dict[str, Any], ordinal: int, row_id: str, count: int, job:
         value = _cell(values, name)  # also those that no sample needs: an id that cannot be read would move the seed
         if name in ARGUMENTS and name not in model.arguments and value not in (None, ""):
             raise InvalidInput(
-                f"{name} is not an argument of {model.pipeline_class or model.name} in {model.task}; leave it null, or keep the column as "
-                f"a plain one: manifest: {{columns: {{{name}: null}}}}. Legal: {', '.join(sorted(model.arguments))}"
+                f"{name} is not an argument of {model.pipeline_class or model.name} in {model.task}{instead(name, model)}; leave it null, "
+                f"or keep the column as a plain one: manifest: {{columns: {{{name}: null}}}}. Legal: {', '.join(sorted(model.arguments))}"
             )
     prompt = _prompt(values)
     negative = _text(values, "negative_prompt")
@@ -194,6 +194,12 @@ def _samples(values: dict[str, Any], ordinal: int, row_id: str, count: int, job:
             **images,
             **_control(values, job, model),
         )
+
+
+def instead(name: str, model: ModelInfo) -> str:
+    """What to give where the model does not take an argument, to go on with in a message."""
+    guided = name == "guidance_scale" and "true_cfg_scale" in model.arguments
+    return ", which is guided by true_cfg_scale and a negative_prompt: give those" if guided else ""
 
 
 def _size(values: dict[str, Any], job: Job, model: ModelInfo) -> tuple[int, int]:

@@ -64,7 +64,9 @@ def adapter_files(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.Te
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["sd", "lcm", "sdxl", "sd3", "flux-dev", "flux2-dev", "flux2-klein", "qwen-image", "z-image", "sana"])
+@pytest.mark.parametrize(
+    "name", ["sd", "lcm", "sdxl", "sd3", "flux-dev", "flux2-dev", "flux2-klein", "qwen-image", "z-image", "sana", "deepfloyd"]
+)
 def test_rows_with_other_adapters_get_the_pixels_of_diffusers_with_them(
     name: str, dtype: str, tiny_model: Callable[[str], Path], adapter_files: Adapters
 ) -> None:
@@ -145,6 +147,8 @@ def test_files_that_are_no_adapters_are_refused_before_work_starts(
         job = load_job(write_job(write_manifest(), model={"id": str(tiny_model(model)), "adapters": {"a": file}}))
         with pytest.raises(InvalidJob, match=reason):
             renderfarm.run(job, engine="inline")
+    with pytest.raises(InvalidJob, match="model builtin:fake: it takes no LoRA adapters"):
+        prepare(load_job(write_job(write_manifest(), model={"id": "builtin:fake", "adapters": {"a": "a.safetensors"}})))
     job = load_job(write_job(write_manifest(), model={"id": str(tiny_model("sd"))}, render={"adapters": "a"}))
     with pytest.raises(InvalidJob, match=r"render: adapters: 'a' is not one of the job's model.adapters \(it has none\)"):
         prepare(job)
@@ -152,6 +156,30 @@ def test_files_that_are_no_adapters_are_refused_before_work_starts(
     job = load_job(write_job(write_manifest(), model={"id": str(tiny_model("sd")), "adapters": other}))
     with pytest.raises(Fatal, match=r"model.adapters.a: .* (is no LoRA for|changes no layer of) StableDiffusionPipeline"):
         renderfarm.run(job, engine="inline")
+
+
+def test_an_adapter_is_checked_against_the_jobs_hash_and_a_flipped_byte_stops_it_before_work(
+    tiny_model: Callable[[str], Path], adapter_files: Adapters, write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    file = Path(shutil.copy(adapter_files("sd")["one"], tmp_path / "one.safetensors"))
+    given = {"weights": "one.safetensors", "sha256": adapters.sha256(file.read_bytes())}
+    render = {"adapters": "one", "height": 32, "width": 32}
+    path = write_job(write_manifest(), model={"id": str(tiny_model("sd")), "adapters": {"one": given}}, render=render)
+    prepared = prepare(load_job(path))
+    assert prepared.frozen()["model"]["adapters"] == {"one": given["sha256"]}
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(InvalidJob, match=rf"model\.adapters\.one: .* has the hash .*, and the job asks for {given['sha256']}"):
+        renderfarm.run(path, engine="inline")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(Fatal, match=rf"model\.adapters\.one: .* here, and {given['sha256']} where the job was started"):
+        load_model(prepared.model, prepared.job.workers)  # as on a node that has another file there
+    file.unlink()
+    with pytest.raises(Fatal, match=r"model\.adapters\.one: .* cannot be read on this node: No such file"):
+        load_model(prepared.model, prepared.job.workers)
+    with pytest.raises(InvalidJob, match=r"model\.adapters\.one.*sha256: String should match pattern"):
+        load_job(write_job(write_manifest(), model={"id": str(tiny_model("sd")), "adapters": {"one": given | {"sha256": "ab"}}}))
 
 
 @pytest.mark.parametrize("text", ["a:0.5,a", "b", "a:", "a:x", "a:nan", "a:11", ",", "a:1:2"])

@@ -111,8 +111,20 @@ def test_the_profile_of_an_apple_gpu_names_chip_system_and_switches(monkeypatch:
     monkeypatch.setenv("PYTORCH_MPS_FAST_MATH", "1")
     profile = describe_profile(describe(ModelSpec(id="builtin:fake")), Workers(), "mps")
     assert (profile["device"], profile["device_model"]) == ("mps", "Apple M4, macOS 26.1")
-    assert (profile["cudnn"], profile["cpu_instructions"]) == (None, None)
+    assert profile["cudnn"] is None
     assert profile["environment"]["PYTORCH_MPS_FAST_MATH"] == "1"
+
+
+def test_the_cpu_that_draws_noise_and_makes_schedules_is_in_the_profile_of_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NPY_DISABLE_CPU_FEATURES", "AVX512_SPR")
+    monkeypatch.setattr(torch.backends.mps, "get_name", lambda: "Apple M4")
+    monkeypatch.setattr("renderfarm.models.torch_setup._cpuinfo", lambda: {"flags": "sse2 sse4_2 avx2 fma"})
+    model = describe(ModelSpec(id="builtin:fake"))
+    for device in ("cpu", "mps"):
+        profile = describe_profile(model, Workers(), device)
+        assert profile["cpu_instructions"] == ["avx2", "fma", "sse4_2"]
+        assert profile["cpu_capability"] == torch.backends.cpu.get_cpu_capability()
+        assert profile["environment"]["NPY_DISABLE_CPU_FEATURES"] == "AVX512_SPR"
 
 
 def test_other_numbers_of_whole_devices_are_other_settings_and_shares_are_not(write_manifest: Write, write_job: Write) -> None:

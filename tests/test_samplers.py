@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections import Counter
 from typing import Any
 
 import diffusers
+import families
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,25 @@ def plain(word: str) -> str:
 def test_every_name_and_alias_finds_its_sampler_in_any_spelling(word: str, name: str) -> None:
     for spelling in (word, word.upper(), word.replace("_", " "), word.replace("-", "_"), f" {word} ", word.replace("dpm++", "dpmpp")):
         assert find_sampler(spelling, SAMPLERS[name].kind).name == name, spelling
+
+
+@pytest.mark.parametrize("clip", [{}, {"clip_sample": True}, {"clip_sample": False}], ids=str)
+@pytest.mark.parametrize("own", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize("kind", [diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline])
+def test_a_scheduler_is_configured_as_diffusers_users_do_it_where_a_model_does_not_say_whether_to_clip(
+    kind: Any, own: str, clip: dict[str, bool]
+) -> None:
+    """Stable Diffusion's pipeline corrects its scheduler's `clip_sample` and `steps_offset`; SDXL's does not."""
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", **clip}
+    absent = dict.fromkeys(inspect.signature(kind.__init__).parameters.keys() - {"self", "scheduler"})
+    absent |= {"unet": families.unet(), "vae": families.vae()} | {
+        name: False for name in absent if name.startswith(("requires_", "force_", "add_"))
+    }
+    with warnings.catch_warnings(action="ignore"):
+        pipe = kind(**absent, scheduler=getattr(diffusers, own).from_config(config))
+    for name, wanted in (("ddim", diffusers.DDIMScheduler), ("ddpm", diffusers.DDPMScheduler), ("lcm", diffusers.LCMScheduler)):
+        ours, theirs = make_scheduler(name, dict(pipe.scheduler.config)), wanted.from_config(pipe.scheduler.config)
+        assert {k: ours.config[k] for k in theirs.config if k[0] != "_"} == {k: v for k, v in theirs.config.items() if k[0] != "_"}
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,13 @@ import contextlib
 import hashlib
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import diffusers
@@ -34,9 +35,11 @@ from renderfarm.models.catalog import describe, for_task
 from renderfarm.models.families import FAMILIES
 from renderfarm.models.load import load_model
 from renderfarm.pictures import decode
+from renderfarm.preparation import prepare
 from renderfarm.records import InputImage, Sample
 from renderfarm.slots import SlotLoop
 from renderfarm.storage import open_store
+from renderfarm.validation import validate_rows
 from renderfarm.verification import Choice, verify
 
 Write = Callable[..., Path]
@@ -208,11 +211,46 @@ def test_an_image_that_cannot_be_used_costs_its_row_and_says_what_to_do(job: Cal
     (tmp_path / "outside.png").write_bytes(good)
     (folder / "link.png").symlink_to(tmp_path / "outside.png")
     path = job(columns(len(BAD) + 1, image=["good.png", *BAD]), inputs={"max_mebibytes": 0.01})
+    validated = validate_rows(prepare(load_job(path)))
+    assert not (tmp_path / "out").exists()
     summary = renderfarm.run(path, engine="inline")
     assert (summary.images, summary.errors, summary.exit_code) == (1, len(BAD), 3)
     for error, reason in zip(sorted(error_rows(tmp_path / "out"), key=lambda error: error["row"]), BAD.values(), strict=True):
         assert error["error_class"] == "InvalidInput"
         assert re.search(reason, error["error_message"]), error
+    assert validated.problems == as_validated(tmp_path / "out")
+    assert (validated.rows, validated.images, validated.bad_rows) == (len(BAD) + 1, 1, len(BAD))
+
+
+def as_validated(out: Path) -> list[str]:
+    """What `validate` is to say before rows end as these errors."""
+    return [f"m.parquet, row {error['row']}: {error['error_message']}" for error in sorted(error_rows(out), key=lambda error: error["row"])]
+
+
+def test_validate_judges_urls_without_fetching_them_and_looks_at_what_lies_beside(job: Callable[..., Path], tmp_path: Path) -> None:
+    beginning = "http://127.0.0.1:9/pub/"  # nobody listens there
+    images = [f"{beginning}a.png", f"{beginning}../a.png", f"{beginning}\n", "http://127.0.0.1:x/a", f"{beginning}b.png"]
+    masks = [encoded(mask()), encoded(mask()), encoded(mask()), encoded(mask()), b"no picture"]
+    values = columns(5, image=images, mask_image=masks, height=[32] * 5, width=[32] * 5)
+    found = validate_rows(prepare(load_job(job(values, inputs={"urls": [beginning]}, render={"num_images_per_prompt": 3}))))
+    assert found.problems == [
+        "m.parquet, row 1: image http://127.0.0.1:9/pub/../a.png is not a URL that the job allows; add its beginning to inputs.urls",
+        "m.parquet, row 2: image http://127.0.0.1:9/pub/\n is no URL; correct it",
+        "m.parquet, row 3: image http://127.0.0.1:x/a is no URL; correct it",
+        "m.parquet, row 4: the embedded mask_image is no PNG, JPEG, WEBP file; convert it",
+    ]
+    assert (found.rows, found.images, dict(found.classes)) == (5, 3, {"InvalidInput": 4})
+
+
+def test_validate_sees_many_rows_images_a_few_rows_at_a_time(job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    looked = Fetcher.problems
+    monkeypatch.setattr(Fetcher, "problems", lambda self, samples: seen.append(len(samples)) or looked(self, samples))
+    bad = encoded(picture(1, (36, 36)))
+    images = [bad if k % 50 == 7 else encoded(picture(k)) for k in range(150)]
+    found = validate_rows(prepare(load_job(job(columns(150, image=images)))))
+    assert [problem.partition(":")[0] for problem in found.problems] == [f"m.parquet, row {k}" for k in (7, 57, 107)]
+    assert (found.rows, found.images, max(seen)) == (150, 147, 32)
 
 
 @pytest.mark.parametrize(
@@ -231,9 +269,36 @@ def test_arguments_that_do_not_fit_an_image_are_error_rows(
 ) -> None:
     if "mask_image" in more:
         more = {"mask_image": pa.array(more["mask_image"], pa.binary())}
-    summary = renderfarm.run(job(columns(1, image=[encoded(picture())], **more), render=render), engine="inline")
+    path = job(columns(1, image=[encoded(picture())], **more), render=render)
+    validated = validate_rows(prepare(load_job(path)))
+    summary = renderfarm.run(path, engine="inline")
     assert (summary.images, summary.errors) == (0, 1)
     assert reason in error_rows(tmp_path / "out")[0]["error_message"]
+    assert validated.problems == as_validated(tmp_path / "out")
+
+
+def with_alpha(picture: Image.Image, lowest: int) -> Image.Image:
+    alpha = Image.new("L", picture.size, 255)
+    alpha.putpixel((3, 3), lowest)
+    picture.putalpha(alpha)
+    return picture
+
+
+def test_a_mask_that_is_transparent_somewhere_is_refused_and_an_opaque_alpha_changes_nothing() -> None:
+    palette = mask().convert("P")
+    transparent = {
+        "RGBA": encoded(with_alpha(mask().convert("RGB"), 254)),
+        "LA": encoded(with_alpha(mask(), 0)),
+        "P": encoded(palette, transparency=palette.getpixel((0, 0))),
+        "L": encoded(mask(), transparency=0),
+        "WEBP": encoded(with_alpha(mask().convert("RGB"), 0), "WEBP", lossless=True),
+    }
+    for data in transparent.values():
+        with pytest.raises(InvalidInput, match="the embedded mask_image has transparent pixels; give a mask without alpha"):
+            decode(InputImage(None, data), "mask_image")
+        assert decode(InputImage(None, data), "image").mode == "RGB"
+    for opaque in (with_alpha(mask().convert("RGB"), 255), with_alpha(mask(), 255)):
+        np.testing.assert_array_equal(decode(InputImage(None, encoded(opaque)), "mask_image"), mask())
 
 
 def test_images_are_turned_as_their_files_say_and_resized_as_the_job_says(job: Callable[..., Path], tmp_path: Path) -> None:
@@ -476,11 +541,48 @@ def test_odd_letters_in_a_path_are_sent_as_the_web_writes_them(site: str, tmp_pa
     [
         ("8.8.8.8", True), ("10.0.0.1", False), ("127.0.0.1", False), ("169.254.169.254", False), ("224.0.0.1", False), ("::1", False),
         ("::ffff:10.0.0.1", False), ("64:ff9b::a9fe:a9fe", False), ("2002:7f00:1::", False), ("fec0::1", False), ("fe80::1%eth0", False),
-        ("2001:4860:4860::8888", True),
+        ("2001:4860:4860::8888", True), ("64:ff9b::808:808", True), ("64:ff9b:1::7f00:1", False), ("64:ff9b:1:a::808:808", False),
+        ("::127.0.0.1", False), ("::8.8.8.8", False), ("::ffff:0:127.0.0.1", False), ("::ffff:0:8.8.8.8", False), ("::", False),
+        ("::ffff:8.8.8.8", True), ("5f00::1", False), ("3fff::1", False),
     ],
 )  # fmt: skip
 def test_which_addresses_are_public(address: str, public: bool) -> None:
     assert is_public(address) is public
+
+
+def test_a_name_that_nobody_resolves_in_time_is_given_up_and_may_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answer = [], Event()
+
+    def waits(*args: Any, **kwargs: Any) -> Any:
+        asked.append(args)
+        answer.wait(30)
+        raise socket.gaierror
+
+    monkeypatch.setattr("renderfarm.inputs.PAUSE_S", 0.01)
+    monkeypatch.setattr("renderfarm.inputs.socket.getaddrinfo", waits)
+    started = time.monotonic()
+    found = fetch(tmp_path, "http://slow.example.org/a.png", urls=["http://slow.example.org/"], timeout_s=0.2)
+    answer.set()
+    assert time.monotonic() - started < 5
+    assert isinstance(found, Transient)
+    assert "http://slow.example.org/a.png: the name was not resolved in time (inputs.timeout_s)" in str(found)
+    assert len(asked) == 3
+
+
+def test_a_name_that_nobody_knows_may_be_tried_again_and_one_that_is_none_is_the_rows_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*args: Any, **kwargs: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr("renderfarm.inputs.PAUSE_S", 0.01)
+    with monkeypatch.context() as patch:
+        patch.setattr("renderfarm.inputs.socket.getaddrinfo", unknown)
+        found = fetch(tmp_path, "http://nobody.invalid/a.png", urls=["http://nobody.invalid/"])
+    assert isinstance(found, Transient)
+    assert "http://nobody.invalid/a.png: Name or service not known" in str(found)
+    found = fetch(tmp_path, f"http://{'x' * 70}.invalid/a.png", urls=[f"http://{'x' * 70}.invalid/"])
+    assert "is no URL; correct it" in str(found)
 
 
 def test_what_is_in_the_folder_and_no_picture_is_not_copied_into_the_dataset(job: Callable[..., Path], tmp_path: Path) -> None:
@@ -565,7 +667,7 @@ def test_twelve_rows_through_ray_have_the_same_pixels_with_one_worker_and_with_t
         out = tmp_path / f"out-{workers}"
         output = {"path": str(out), "part_rows": part_rows}
         # the size is said, since a worker tries its device with a picture of the model's own, 1024 pixels for Z-Image
-        render = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 32, "width": 32}
+        render = {"num_inference_steps": 2, "height": 32, "width": 32} | ({"guidance_scale": 1.0} if name != "qwen-image" else {})
         path = job(values, model=str(tiny_model(name)), render=render, output=output)
         assert renderfarm.run(load_job(path, [f"workers.max={workers}"]), engine="ray").images == 12
         check_complete(out, {(number, 0) for number in range(12)})

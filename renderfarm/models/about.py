@@ -34,7 +34,7 @@ def about(spec: ModelSpec, *, fetch: bool = False) -> dict[str, Any]:
         "columns": ", ".join(sorted(info.arguments)),
         "default size": f"{info.height} high, {info.width} wide; multiples of {info.factor}, at most {info.max_side}",
         "default steps": info.num_inference_steps,
-        "default guidance_scale": info.guidance_scale,
+        **({"default guidance_scale": info.guidance_scale} if "guidance_scale" in info.arguments else {}),
         "default sampler": info.sampler,
         **{f"warning {number}": text for number, text in enumerate(info.warnings, 1)},
     }

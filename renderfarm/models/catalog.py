@@ -59,6 +59,8 @@ class ModelInfo:
     """What the model's files must be, if the job says so (`fingerprint.model_sha256`)."""
     adapters: Mapping[str, str] = field(default_factory=dict)
     """LoRA adapters: their files, by name."""
+    adapter_sha256: Mapping[str, str] = field(default_factory=dict)
+    """What those files must be, as the driver has read them."""
     pipeline_class: str = ""
     attention_backends: bool = False
     """Whether `workers.attention_backend` means anything to it, as far as is known before it is loaded."""
@@ -119,6 +121,8 @@ def _described(spec: ModelSpec) -> ModelInfo:
             raise InvalidJob(f"model {model_id}: it has no components; leave model.components out")
         if spec.safety_checker:
             raise InvalidJob(f"model {model_id}: it has no safety checker; leave model.safety_checker out")
+        if spec.adapters:
+            raise InvalidJob(f"model {model_id}: it takes no LoRA adapters; leave model.adapters out")
         return ModelInfo(model_id, "fake:Fake", "diffusion", None, None, 8, 64, 64, 4096, 20, 5.0, "euler", PLAIN)
     folder = find_model(spec, weights=False)
     index = read_index(folder, model_id)
@@ -177,7 +181,7 @@ def _expanded(spec: ModelSpec) -> ModelSpec:
 def _adapters(spec: ModelSpec, family: Family) -> dict[str, str]:
     if spec.adapters and "adapters" not in family.arguments:
         raise InvalidJob(f"model {spec.id}: this class takes no LoRA adapters; leave model.adapters out")
-    return {name: expand_env(path) for name, path in spec.adapters.items()}
+    return {name: expand_env(given.weights) for name, given in spec.adapters.items()}
 
 
 def _of_tasks(family: Family, spec: ModelSpec) -> frozenset[str]:
@@ -302,7 +306,9 @@ def _generic(class_name: Any, folder: Path, model_id: str) -> Family:
             f"prompt alone can call; supported and compared: {', '.join(FAMILIES)}"
         )
     denoiser = next((name for name in ("transformer", "unet") if (folder / name / "config.json").is_file()), "transformer")
-    arguments = (ALWAYS - {"seed_b", "blend"}) | (PLAIN - ALWAYS) & taken.keys()
+    drawn = inspect.signature(known.prepare_latents).parameters if hasattr(known, "prepare_latents") else {}
+    blended = {"seed_b", "blend"} if "latents" in taken and "generator" in drawn else set()
+    arguments = (ALWAYS - {"seed_b", "blend", "guidance_scale"}) | PLAIN & taken.keys() | blended
     steps, guidance = (taken[name].default if name in taken else None for name in ("num_inference_steps", "guidance_scale"))
     return replace(
         GENERIC,
@@ -331,10 +337,13 @@ def _check_safety_checker(spec: ModelSpec, family: Family, index: Config, folder
 
 def _unread(denoiser: Config, index: Config) -> frozenset[str]:
     """Arguments of the family that this model's pipeline would ignore: where guidance is an embedding there is no second
-    pass for a negative prompt, nor in a distilled klein, and without T5 nobody reads the third prompt."""
+    pass for a negative prompt, nor in a distilled klein; without T5 nobody reads the third prompt; and a Qwen-Image that was
+    not distilled to read its guidance is guided by `true_cfg_scale` alone."""
     unread = NEGATIVE if denoiser.get("time_cond_proj_dim") is not None or index.get("is_distilled") else frozenset()
     if "text_encoder_3" not in components(index):
         unread |= {"prompt_3", "negative_prompt_3"}
+    if index.get("_class_name") == "QwenImagePipeline" and not denoiser.get("guidance_embeds"):
+        unread |= {"guidance_scale"}
     return unread
 
 

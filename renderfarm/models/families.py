@@ -202,7 +202,7 @@ FAMILIES = {
     "ZImagePipeline": _called("z_image:ZImage", "flow", SD, 50, 5.0, _of_patches, _EULER_ONLY),
     "PixArtSigmaPipeline": _called("pixart:PixArtSigma", "diffusion", PLAIN, 20, 4.5, _of_pixart),
     "SanaPipeline": _called("sana:Sana", "flow", SD, 20, 4.5, _of_sana),
-    "IFPipeline": Family("deepfloyd:DeepFloyd", "diffusion", PLAIN, 100, 7.0, "unet", _of_pixels, _NO_VARIANCE, False, "calls", False),
+    "IFPipeline": Family("deepfloyd:DeepFloyd", "diffusion", SD, 100, 7.0, "unet", _of_pixels, _NO_VARIANCE, False, "calls", False),
 }
 SHIFTED = ("FluxPipeline", "Flux2Pipeline", "Flux2KleinPipeline", "QwenImagePipeline")  # whether the configuration says so or not
 # whose denoisers ask diffusers' dispatcher for attention; the others' call torch's, and setting a backend changes nothing

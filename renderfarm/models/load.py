@@ -13,7 +13,7 @@ from renderfarm.errors import Fatal
 from renderfarm.models.base import SlotModel
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.files import SAFETY
-from renderfarm.models.fingerprint import companion_hashes, damaged_blobs, model_sha256, weight_hashes
+from renderfarm.models.fingerprint import companion_hashes, damaged_blobs, file_sha256, model_sha256, weight_hashes
 from renderfarm.models.sources import find_beside, find_model
 
 
@@ -30,6 +30,7 @@ def load_model(info: ModelInfo, workers: Workers) -> SlotModel:
         found = {name: str(find_beside(given, f"model.{name}", weights=True)) for name, given in beside.items()}
         info = replace(info, folder=str(find_model(info.source, weights=True)), companions=found)
         _check_files(info)
+        _check_adapters(info)
         for name, folder in found.items():
             hashes = companion_hashes(Path(folder), beside[name].variant)
             _check(f"model.{name}", Path(folder), hashes, f"model.{name}.sha256", beside[name].sha256)
@@ -51,6 +52,18 @@ def prepare_libraries() -> None:
 def _check_files(info: ModelInfo) -> None:
     folder = Path(str(info.folder))
     _check(f"model {info.id}", folder, weight_hashes(folder, info.variant, safety_checker=info.safety_checker), "model.sha256", info.sha256)
+
+
+def _check_adapters(info: ModelInfo) -> None:
+    """Raise Fatal for one that is another file on this node than where the job was started."""
+    for name, wanted in info.adapter_sha256.items():
+        path = info.adapters[name]
+        try:
+            found = file_sha256(Path(path))
+        except OSError as error:
+            raise Fatal(f"model.adapters.{name}: {path} cannot be read on this node: {error.strerror}") from None
+        if found != wanted:
+            raise Fatal(f"model.adapters.{name}: {path} has the hash {found} here, and {wanted} where the job was started")
 
 
 def _check(what: str, folder: Path, hashes: dict[str, str], field: str, wanted: str | None) -> None:

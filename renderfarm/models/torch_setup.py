@@ -141,7 +141,6 @@ def _find_device(workers: Workers) -> str:
 
 def describe_profile(info: ModelInfo, workers: Workers, device: str) -> dict[str, Any]:
     """The part of the profile that all families share."""
-    on_cpu = device == "cpu"
     return {
         "model": info.name,
         "model_revision": info.revision,
@@ -149,9 +148,9 @@ def describe_profile(info: ModelInfo, workers: Workers, device: str) -> dict[str
         "dtype": workers.dtype,
         "device": device,
         "device_model": _device_model(device),
-        # noise is drawn on the CPU, whatever renders
+        # noise is drawn and schedules are made on the CPU, whatever renders
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu_instructions": _cpu_instructions() if on_cpu else None,
+        "cpu_instructions": _cpu_instructions(),
         "environment": {name: os.environ[name] for name in sorted(os.environ) if _decides_pixels(name)},
         "threads": workers.threads,  # blended noise is summed on the CPU, and schedulers make their tables there
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
@@ -205,7 +204,7 @@ def _cuda_packages() -> dict[str, str]:
 def _decides_pixels(name: str) -> bool:
     """Variables by which kernels are chosen; how many threads they use is said elsewhere."""
     chosen = (
-        *("ONEDNN_", "DNNL_", "MKL_", "ATEN_", "TORCH_MKLDNN_", "TORCH_LINEAR_", "DIFFUSERS_ATTN_BACKEND", "DIFFUSERS_GGUF_"),
+        *("ONEDNN_", "DNNL_", "MKL_", "NPY_", "ATEN_", "TORCH_MKLDNN_", "TORCH_LINEAR_", "DIFFUSERS_ATTN_BACKEND", "DIFFUSERS_GGUF_"),
         *("CUBLAS_", "CUBLASLT_", "TORCH_CUBLASLT_", "TORCH_BLAS_", "TORCH_LINALG_", "DISABLE_ADDMM_CUDA_LT", "PYTORCH_TUNABLEOP_"),
         *("CUDNN_", "TORCH_CUDNN_", "NVIDIA_TF32_OVERRIDE"),
         *("PYTORCH_MPS_FAST_MATH", "PYTORCH_MPS_PREFER_METAL", "PYTORCH_ENABLE_MPS_FALLBACK"),
@@ -239,6 +238,6 @@ def _cpu_model() -> str:
 
 
 def _cpu_instructions() -> list[str]:
-    """The vector and matrix instructions that oneDNN and MKL choose between: torch's capability names the class only."""
+    """The vector and matrix instructions that oneDNN, MKL and NumPy choose between: torch's capability names the class only."""
     flags = (_cpuinfo().get("flags") or _cpuinfo().get("Features") or "").split()
     return sorted(flag for flag in flags if flag.startswith(("avx", "amx", "fma", "sse4", "f16c", "asimd", "sve", "sme", "bf16", "i8mm")))
