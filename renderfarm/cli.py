@@ -366,7 +366,9 @@ def _inspect_file(file: Path, as_json: bool, *, alone: bool) -> None:
     if as_json:
         _print_json(found)
         return
-    _print_pairs({name: value for name, value in found.items() if value is not None})
+    row = found["row"]
+    shown = found | {"row": {name: str(value) for name, value in row.items()} if isinstance(row, dict) else row}  # a seed without commas
+    _print_pairs({name: value for name, value in shown.items() if value is not None})
     if not any(found[name] for name in SAYS):
         out_console.print("says nothing of itself: it has no row, no parameters, no mark of a model's picture and no signature")
 
@@ -544,7 +546,10 @@ def _shown_value(value: Any) -> str:
         return "—"
     if isinstance(value, dict):
         return "\n".join(f"{name}: {_shown_value(of)}" for name, of in value.items())
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    # somebody's text may hold what a terminal obeys
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else "\ufffd" for sign in str(value))
 
 
 def _leave(code: int) -> NoReturn:

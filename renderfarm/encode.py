@@ -76,12 +76,12 @@ def _webp(pixels: np.ndarray, encoding: Encoding, marks: Marks) -> bytes:
 
 
 def _jpeg(pixels: np.ndarray, encoding: Encoding, marks: Marks) -> bytes:
+    # not `optimize`: for 6 % fewer bytes it needs the whole file in a buffer, which Pillow makes too small for a noisy picture
     return _pillow(
         pixels,
         "JPEG",
         quality=encoding.quality,
         subsampling=encoding.subsampling,
-        optimize=True,  # Huffman tables of its own: always the same ones
         exif=marks.exif(JPEG_SEGMENT),
         xmp=marks.xmp(JPEG_SEGMENT - XMP_NAME),
     )

@@ -70,14 +70,15 @@ class Worker:
         self.store = open_store(self.job.output.path)
         self.started = time.monotonic()
         self.chain = Chain(self.job.after)
-        self.slots = SlotLoop(self._load, self.job.render.on_truncation, self.chain.in_render_thread)
-        self.encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
         output = self.job.output
         self.written = Written(output.format, output.encoding.settled(output.format), signed=output.c2pa is not None)
         self.encoder = encoder_of(self.written.format)
+        # what `_load` may set, which begins with the slots
         self.sign: Sign | None = None
-        self.profile_sha256 = ""
         self.seconds_per_image: float | None = None
+        self.slots = SlotLoop(self._load, self.job.render.on_truncation, self.chain.in_render_thread)
+        self.encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
+        self.profile_sha256 = ""
 
     def ready(self) -> WorkerReady:
         """Wait until the pipeline is loaded and publish or match the render profile."""
