@@ -22,6 +22,7 @@ from renderfarm.samples import Usual, check_side, usual
 from renderfarm.storage import Store, open_store
 
 USUAL_ROWS = 32
+UNKNOWN_IN_FOLDERS = ("avif", "jxl")  # to imagefolder of datasets 5.2
 CONTROL = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "denoising_end")
 TAKEN_BY_SOME = ("negative_prompt", "true_cfg_scale", *CONTROL)
 
@@ -48,6 +49,12 @@ class Prepared:
         if "seed" not in self.manifest.columns and (again := self.manifest.repeated_ids()):
             found.append(
                 f"{again:,} rows have the id of another row, and get its noise; `renderfarm validate` names them: give each its own"
+            )
+        output = self.job.output
+        if output.layout == "files" and output.format in UNKNOWN_IN_FOLDERS:
+            found.append(
+                f"output.format {output.format}: Hugging Face's `datasets` takes no such file in a folder for a picture, and load_dataset "
+                "would give tables without images, in silence; renderfarm.open reads them, and png, webp and jpeg it knows"
             )
         return tuple(found)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -198,6 +199,15 @@ def test_the_plan_knows_that_lossy_files_are_smaller(done: Path, tmp_path: Path)
         job = load_job(job_file(done, "x", format=format_, path=str(tmp_path / "new")))
         left[format_] = estimate(prepare(job))["bytes left (estimate)"]
     assert left["avif"] < left["jpeg"] < left["webp"] <= left["png"]
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_format_that_load_dataset_does_not_know_in_a_folder_is_said_to_be_one(name: str, done: Path, tmp_path: Path) -> None:
+    format_ = OUTPUTS[name].get("format", "png")
+    dataset = datasets.load_dataset(str(done / name), split="train", cache_dir=str(tmp_path))
+    warned = [text for text in prepare(load_job(done / f"{name}.yaml")).warnings if f"output.format {format_}: " in text]
+    assert ("image" in dataset.column_names) == (not warned)
+    assert bool(warned) == (format_ in ("avif", "jxl"))
 
 
 # ---------------------------------------------------------------------------------------------- inspect FILE
