@@ -23,6 +23,7 @@ from renderfarm.marks import Marks
 from renderfarm.signing import Sign
 
 PLAIN = Marks()
+UNDECODABLE = (OSError, ValueError, SyntaxError, RuntimeError)  # what Pillow's decoders raise for damaged files
 JPEG_SEGMENT = 65533  # bytes that a JPEG's marker can hold; Pillow refuses more
 XMP_NAME = 29  # of them, in front of XMP
 
@@ -157,7 +158,8 @@ def written(output: dict[str, Any]) -> Written:
 
 
 def decode(data: bytes) -> Image.Image:
-    """A file of one of these formats; Pillow's are decoded on first use. Raises OSError for another, or a damaged one."""
+    """A file of one of these formats; Pillow's are decoded on first use. Raises OSError for a file of another kind, one of UNDECODABLE,
+    now or then, for a damaged one."""
     if jxl.is_jxl(data):
         return Image.fromarray(jxl.decode(data))
     return Image.open(io.BytesIO(data), formats=tuple(PILLOW_FORMATS))

@@ -30,8 +30,8 @@ class StoredSample:
     store: Store
 
     def image(self) -> Image.Image:
-        """Decoded on first use, as PIL does. Raises KeyError for a file that is gone, OSError for a damaged one, Fatal where the
-        table names one outside of the output."""
+        """Decoded on first use, as PIL does. Raises KeyError for a file that is gone, one of `encode.UNDECODABLE` for a damaged one, Fatal
+        where the table names one outside of the output."""
         return decode(self.store.read(self.key))
 
     def original(self) -> Image.Image | None:

@@ -17,7 +17,7 @@ import numpy as np
 
 from renderfarm import commit
 from renderfarm.config import Offload
-from renderfarm.encode import FORMATS, Written, decode, encode, encoder_of, pixel_sha256, written
+from renderfarm.encode import FORMATS, UNDECODABLE, Written, decode, encode, encoder_of, pixel_sha256, written
 from renderfarm.errors import Fatal, InvalidJob, RenderfarmError
 from renderfarm.layouts import files
 from renderfarm.manifest import ROW, parse_ranges
@@ -255,7 +255,7 @@ def _damage(sample: StoredSample, key: str, size: tuple[int, int], said: dict[st
     try:
         with decode(data) as image:
             pixels = np.asarray(image)
-    except (RenderfarmError, OSError, ValueError, SyntaxError) as error:  # Pillow raises the last for some damaged PNGs
+    except (RenderfarmError, *UNDECODABLE) as error:
         return f"{name}: cannot be decoded: {error}"
     if pixels.shape != (*size, 3):
         return f"{name}: is {pixels.shape[1]}×{pixels.shape[0]}, the table says {size[1]}×{size[0]}"
@@ -325,7 +325,7 @@ def compare(sample: StoredSample, rendered: Rendered, how: Written, *, exact: bo
     try:
         stored = np.asarray(sample.image())
         psnr = _psnr(stored, how.seen(pixels))
-    except (KeyError, OSError, ValueError, SyntaxError, RenderfarmError):
+    except (KeyError, RenderfarmError, *UNDECODABLE):
         return _again(sample, f"{table}, {'but' if same else 'and'} the file cannot be read", None, ok=False)
     if same:
         again = exact and record["encoder"] == encoder_of(how.format)  # then the same file comes out, but for what it says of itself
