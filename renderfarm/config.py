@@ -457,8 +457,7 @@ class Metadata(Strict):
     """What each image file says of itself."""
 
     provenance: bool = True
-    """That a model painted it (IPTC's digital source type, in an XMP packet), and which one: what the EU's AI Act calls a
-    machine-readable mark."""
+    """That a model painted it, and which one, for machines to read: IPTC's digital source type, in an XMP packet."""
     parameters: bool = True
     """A1111's text: prompts, steps, sampler, seed, so that its users' tools read the file. Where A1111 has it."""
     row: bool = True

@@ -18,6 +18,7 @@ from PIL import Image, PngImagePlugin, features
 
 from renderfarm import jxl
 from renderfarm.config import Encoding
+from renderfarm.errors import Fatal
 from renderfarm.marks import FORMATS as PILLOW_FORMATS
 from renderfarm.marks import Marks
 from renderfarm.signing import Sign
@@ -152,9 +153,12 @@ class Written:
 
 
 def written(output: dict[str, Any]) -> Written:
-    """From job.json's `output`."""
-    format_ = output["format"]
-    return Written(format_, Encoding.model_validate(output.get("encoding") or {}).settled(format_), bool(output.get("signed")))
+    """From job.json's `output`. Raises Fatal for a damaged one."""
+    try:
+        format_ = output["format"]
+        return Written(format_, Encoding.model_validate(output.get("encoding") or {}).settled(format_), bool(output.get("signed")))
+    except (KeyError, ValueError, TypeError):
+        raise Fatal("job.json is damaged (no format of files, or settings that it does not take); restore it from a copy") from None
 
 
 def decode(data: bytes) -> Image.Image:

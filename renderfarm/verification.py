@@ -321,12 +321,12 @@ def compare(sample: StoredSample, rendered: Rendered, how: Written, *, exact: bo
             return _again(sample, f"identical, but {', '.join(untrue)} is not the table's", None, ok=not exact)
         if how.lossless:
             return _again(sample, "identical", None, ok=True)
-    table = "identical" if same else "differs from the table"
     try:
-        stored = np.asarray(sample.image())
-        psnr = _psnr(stored, how.seen(pixels))
+        stored, seen = np.asarray(sample.image()), how.seen(pixels)
+        psnr = _psnr(stored, seen)
     except (KeyError, RenderfarmError, *UNDECODABLE):
-        return _again(sample, f"{table}, {'but' if same else 'and'} the file cannot be read", None, ok=False)
+        table = "identical, but" if same else "differs from the table, and"
+        return _again(sample, f"{table} the file cannot be read", None, ok=False)
     if same:
         again = exact and record["encoder"] == encoder_of(how.format)  # then the same file comes out, but for what it says of itself
         alike = psnr is None or (not again and psnr >= SAME_PICTURE_DB)
@@ -334,7 +334,7 @@ def compare(sample: StoredSample, rendered: Rendered, how: Written, *, exact: bo
     if psnr is None:
         return _again(sample, "differs from the table, but not from the file", None, ok=not exact and not how.lossless)
     other = (", identical before `after`" if same_before else "") + ("" if exact else " (another profile: bits are not promised)")
-    values = int((stored != how.seen(pixels)).sum())
+    values = int((stored != seen).sum())
     return _again(sample, f"differs in {values:,} of {stored.size:,} values{other}", psnr, ok=not exact and psnr >= SAME_PICTURE_DB)
 
 

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 import renderfarm
 from renderfarm.cli import app
 from renderfarm.encode import FORMATS, encode, encoder_of
-from renderfarm.errors import InvalidJob
+from renderfarm.errors import Fatal, InvalidJob
 from renderfarm.estimate import estimate
 from renderfarm.jobfile import load_job
 from renderfarm.marks import PAINTED
@@ -146,6 +146,18 @@ def test_damage_of_any_format_is_a_line(name: str, done: Path, tmp_path: Path) -
     assert "cannot be decoded" in verify(str(out), Choice(sample=0)).problems[0]
     rewrite(out, lambda row: row | {"format": "png"})
     assert "its format is 'png', and the output's" in verify(str(out), Choice(sample=0)).problems[0]
+
+
+@pytest.mark.parametrize(
+    "output", [{}, {"format": "gif"}, {"format": "jpeg", "encoding": {"compression_level": 1}}, {"format": "png", "encoding": 3}]
+)
+def test_a_damaged_job_is_said_to_be_damaged(output: dict[str, Any], done: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(done / "jpeg", tmp_path / "out"))
+    frozen = json.loads((out / "_renderfarm/job.json").read_text())
+    frozen["output"] = {"part_rows": 2, **output}
+    (out / "_renderfarm/job.json").write_text(json.dumps(frozen))
+    with pytest.raises(Fatal, match=r"job.json is damaged"):
+        verify(str(out), Choice(sample=0))
 
 
 def test_a_picture_that_comes_out_otherwise_is_held_against_the_lossy_file(done: Path, tmp_path: Path) -> None:
