@@ -467,8 +467,8 @@ class Metadata(Strict):
 
 
 class C2pa(Strict):
-    """Content Credentials: each file is signed when it is finished. Needs renderfarm[c2pa]. A signature holds its time, so files
-    of the same pixels differ."""
+    """Content Credentials: each file is signed when it is finished; originals are not. Needs renderfarm[c2pa]. Each signature is
+    another one, so files of the same pixels differ."""
 
     certificate: Annotated[str, Field(min_length=1)]
     """PEM file on every worker: the signing certificate first, then those up to its root; relative to the job file."""

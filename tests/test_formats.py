@@ -26,7 +26,7 @@ from renderfarm.encode import FORMATS, encode, encoder_of
 from renderfarm.errors import Fatal, InvalidJob
 from renderfarm.estimate import estimate
 from renderfarm.jobfile import load_job
-from renderfarm.marks import PAINTED
+from renderfarm.marks import PAINTED, read
 from renderfarm.preparation import prepare
 from renderfarm.verification import Choice, inspect, render_to, verify
 
@@ -86,6 +86,27 @@ def test_the_table_says_what_the_file_is_and_the_pixels_are_those_of_png(name: s
         assert row["file_sha256"] == hashlib.sha256(data).hexdigest()
         same = hashlib.sha256(seen_elsewhere(data).tobytes()).hexdigest() == row["pixel_sha256"]
         assert same == (name not in LOSSY)
+
+
+def test_other_parts_and_a_second_run_give_the_same_bytes(done: Path, tmp_path: Path) -> None:
+    path = job_file(done, "again", format="jpeg", part_rows=3, path=str(tmp_path / "again"))
+    assert renderfarm.run(path, engine="inline").images == 2
+    assert [row["file_sha256"] for row in rows(tmp_path / "again")] == [row["file_sha256"] for row in rows(done / "jpeg")]
+
+
+def test_originals_are_kept_without_loss_and_say_who_painted_them(done: Path, tmp_path: Path) -> None:
+    path = job_file(done, "kept", format="jpeg", keep_originals=True, path=str(tmp_path / "kept"))
+    path.write_text(path.read_text() + "after: [{colour: {saturation: 0.5}}]\n")
+    assert renderfarm.run(path, engine="inline").images == 2
+    for row, plain in zip(rows(tmp_path / "kept"), rows(done / "png"), strict=True):
+        data = (tmp_path / "kept" / row["original_file"]).read_bytes()
+        assert hashlib.sha256(seen_elsewhere(data).tobytes()).hexdigest() == plain["pixel_sha256"] == row["original_pixel_sha256"]
+        assert row["original_file"].endswith(".png")
+        said = read(data)
+        assert (said["digital_source_type"], said["row"], said["parameters"]) == (PAINTED, None, None)
+        finished = read((tmp_path / "kept/data/part-00000000" / row["file_name"]).read_bytes())
+        assert finished["row"]["pixel_sha256"] == row["pixel_sha256"] != plain["pixel_sha256"]
+    assert verify(str(tmp_path / "kept"), Choice(all=True)).ok
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
