@@ -174,10 +174,9 @@ def prepare(job: Job) -> Prepared:
             f"change nothing; leave it out (those that do: {', '.join(DISPATCHED)})"
         )
     # expanded once and here: a worker's environment and folder may be others
-    store = open_store(expand_env(job.output.path))
-    job = job.model_copy(
-        update={"output": job.output.model_copy(update={"path": store.url, "c2pa": _expanded(job.output.c2pa)}), "after": steps}
-    )
+    store = open_store(expand_env(job.output.path), single_writer=job.output.single_writer)
+    output = job.output.model_copy(update={"path": store.url, "c2pa": _expanded(job.output.c2pa)})
+    job = job.model_copy(update={"output": output, "after": steps})
     if model.images:
         job = job.model_copy(update={"inputs": job.inputs.model_copy(update={"folder": _inputs_folder(job, manifest)})})
     return Prepared(job, model, manifest, store, after_files)

@@ -67,7 +67,7 @@ class Worker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec, self.job = spec, spec.job
-        self.store = open_store(self.job.output.path)
+        self.store = open_store(self.job.output.path, single_writer=self.job.output.single_writer)
         self.started = time.monotonic()
         self.chain = Chain(self.job.after)
         output = self.job.output
