@@ -132,10 +132,10 @@ class Driver:
                 self._loop(engine)
             except BaseException as error:
                 self.progress.state = "INTERRUPTED" if isinstance(error, Interrupted) else "FAILED"
+                self.heartbeat.close(self.progress.snapshot())
                 raise
             finally:
                 engine.shutdown()
-                self.heartbeat.close(self.progress.snapshot())
         return self._finish()
 
     def _use(self, grid: Grid) -> None:

@@ -12,6 +12,7 @@ from renderfarm.errors import Transient
 from renderfarm.storage import open_store
 
 EVERY_S = 5.0
+LAST_S = 10.0
 
 
 class Heartbeat:
@@ -34,10 +35,11 @@ class Heartbeat:
         return trouble
 
     def close(self, snapshot: dict[str, Any]) -> None:
-        """The last one, whatever came before. A store that is away now does not undo a run."""
-        self.thread.shutdown(wait=True)
-        with contextlib.suppress(Transient):
-            self.store.put(commit.PROGRESS, commit.to_json(snapshot))
+        """The last one, whatever came before. A store that is away now neither undoes a run nor keeps it from ending."""
+        last = self.thread.submit(self.store.put, commit.PROGRESS, commit.to_json(snapshot))
+        self.thread.shutdown(wait=False)
+        with contextlib.suppress(Transient, TimeoutError):
+            last.result(LAST_S)
 
     def _trouble(self) -> str | None:
         try:

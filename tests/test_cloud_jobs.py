@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -239,3 +241,37 @@ def test_a_model_is_fetched_from_a_store_once(bucket: str, tiny_model, write_man
     here = run(write_job(write_manifest({"prompt": ["a", "b"]}), model=str(folder), output={"path": str(tmp_path / "here")}, **job))
     pixels = [[record["pixel_sha256"] for _, record in renderfarm.open(summary.out)] for summary in (there, here)]
     assert pixels[0] == pixels[1]
+
+
+@pytest.mark.chaos
+def test_two_interrupts_end_a_run_whose_store_does_not_answer(s3: str, faults: FaultProxy, write_manifest, write_job) -> None:
+    columns = {"prompt": [f"a red circle {k}" for k in range(400)]}
+    job = write_job(write_manifest(columns), output={"path": f"{s3}/out", "part_rows": 2})
+    committed = threading.Event()
+
+    async def silent(request: web.Request, forward: Forward) -> web.Response:
+        if "_renderfarm/parts/part" in request.path:
+            committed.set()
+        if committed.is_set():
+            await asyncio.sleep(300)
+        return await forward()
+
+    faults.fault = silent
+    process = subprocess.Popen(
+        [sys.executable, "-m", "renderfarm", "run", str(job), "--engine", "inline"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        assert committed.wait(120)
+        process.send_signal(signal.SIGINT)
+        time.sleep(3)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=40)
+    finally:
+        process.kill()
+    assert process.returncode == 75, said
+    assert "stopped at once: run the same command again to continue" in said
+    faults.fault = None
+    assert run(job).images == 400

@@ -7,6 +7,7 @@ Retries are ours alone (`cloud`): a client that retries by itself multiplies the
 from __future__ import annotations
 
 import errno
+import logging
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -82,6 +83,7 @@ def make_client(url: str) -> tuple[Any, str]:
     except ValueError as error:
         raise InvalidJob(_line(error)) from error
     client.retries = 1
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints a traceback for each error that it also raises
     if scheme in ("s3", "s3a"):
         client.cat_file = partial(client.cat_file, max_concurrency=1)  # else it asks for the size first, each time
     return client, path.rstrip("/")
