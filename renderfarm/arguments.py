@@ -36,6 +36,7 @@ ARGUMENTS: dict[str, str] = {
     "control_guidance_end": NUMBER,
     "denoising_end": NUMBER,
 }
+OUR_OWN = "renderfarm"  # the preset for the tables that renderfarm writes, of whose other columns none travels
 PRESETS: dict[str, dict[str, str]] = {
     "diffusiondb": {
         "prompt": "prompt",
@@ -45,6 +46,12 @@ PRESETS: dict[str, dict[str, str]] = {
         "sampler": "sampler",
         "width": "width",
         "height": "height",
+    },
+    OUR_OWN: {
+        **{name: name for name in ARGUMENTS if name != "num_images_per_prompt"},
+        "id": "row_id",
+        # the files in the output's _renderfarm/inputs, which `inputs.folder` names
+        **{name: f"init_{name}_sha256" for name, kind in ARGUMENTS.items() if kind == IMAGE},
     },
 }
 

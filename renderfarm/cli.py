@@ -321,19 +321,24 @@ def _print_verification(found: dict[str, Any]) -> None:
 
 @app.command()
 def inspect(
-    out: Annotated[str, typer.Argument(help="The output folder.", show_default=False)],
-    image: Annotated[str, typer.Argument(metavar="ROW[:K]", help="The row's ordinal, and which of its images.", show_default=False)],
+    out: Annotated[str, typer.Argument(metavar="OUT|FILE", help="The output folder; or an image file, alone.", show_default=False)],
+    image: Annotated[
+        str | None, typer.Argument(metavar="[ROW[:K]]", help="The row's ordinal, and which of its images.", show_default=False)
+    ] = None,
     render: Annotated[Path | None, typer.Option(help="Render that image again, alone, into this PNG file, and compare.")] = None,
     model: Models = None,
     offload: Offload = OffloadChoice.none,
     as_json: AsJson = False,
 ) -> None:
-    """Show where one image comes from; with --render, make it again."""
+    """Show where one image comes from; with --render, make it again. Of an image file: what it says of itself."""
     from dataclasses import asdict
 
     from renderfarm.verification import inspect as inspect_image
     from renderfarm.verification import render_to
 
+    if image is None:
+        _inspect_file(Path(out), as_json, alone=render is None and not model)
+        return
     row, _, k = image.partition(":")
     if not row.isdecimal() or not (k or "0").isdecimal() or len(image) > 30:
         raise InvalidJob(f"{image!r} is not ROW or ROW:K; the row's ordinal counts from 0, for example 12 or 12:3")
@@ -352,6 +357,24 @@ def inspect(
             out_console.print(f"rendered again into {render}: {again.result}{psnr}")
     if again and not again.ok:
         raise typer.Exit(EXIT_ROWS_FAILED)
+
+
+def _inspect_file(file: Path, as_json: bool, *, alone: bool) -> None:
+    from renderfarm.marks import SAYS, read_file
+
+    if not file.is_file():
+        raise InvalidJob(f"{file}: say which image of an output: ROW or ROW:K, for example 12 or 12:3; or give an image file")
+    if not alone:
+        raise InvalidJob("--render and --model need an output and a row; a file alone says only what it holds")
+    found = read_file(file)
+    if as_json:
+        _print_json(found)
+        return
+    row = found["row"]
+    shown = found | {"row": {name: str(value) for name, value in row.items()} if isinstance(row, dict) else row}  # a seed without commas
+    _print_pairs({name: value for name, value in shown.items() if value is not None})
+    if not any(found[name] for name in SAYS):
+        out_console.print("says nothing of itself: it has no row, no parameters, no mark of a model's picture and no signature")
 
 
 @app.command()
@@ -527,7 +550,10 @@ def _shown_value(value: Any) -> str:
         return "—"
     if isinstance(value, dict):
         return "\n".join(f"{name}: {_shown_value(of)}" for name, of in value.items())
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    # somebody's text may hold what a terminal obeys
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else "\ufffd" for sign in str(value))
 
 
 def _leave(code: int) -> NoReturn:

@@ -28,8 +28,8 @@ class ManifestSpec(Strict):
     path: Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
     """Parquet file, directory, glob, or a list of these; relative to the job file."""
     columns: str | dict[str, str | None] | None = None
-    """A preset (`diffusiondb`), or a map from renderfarm's column name to the manifest's own: `{prompt: caption}`.
-    A null (`{image: null}`) makes a column that has an argument's name an ordinary one."""
+    """A preset (`diffusiondb`; `renderfarm` for the tables of an output), or a map from renderfarm's column name to the
+    manifest's own: `{prompt: caption}`. A null (`{image: null}`) makes a column that has an argument's name an ordinary one."""
     where: dict[str, Any] | None = None
     """Render only rows whose columns have these values (a value or a list); `row` takes ranges: `{row: "0-199,300"}`."""
 
@@ -429,12 +429,89 @@ def fixed_batch_size(workers: Workers) -> int:
     return 1 if workers.batch_size == "auto" else workers.batch_size
 
 
+# What each format takes, and its defaults. WebP's are those of its lossless kind; the other has LOSSY_WEBP.
+ENCODINGS: dict[str, dict[str, Any]] = {
+    "png": {"lossless": True, "compression_level": 1},  # level 1: a third of Pillow's own level's time for 7 % more bytes
+    "webp": {"lossless": True},
+    "jpeg": {"lossless": False, "quality": 95, "subsampling": "4:4:4"},
+    "avif": {"lossless": False, "quality": 75, "subsampling": "4:2:0"},  # Pillow's own
+    "jxl": {"lossless": True},
+}
+LOSSY_WEBP: dict[str, Any] = {"lossless": False, "quality": 90}
+
+
+class Encoding(Strict):
+    """How pictures are written in `output.format`. None: the format's own default."""
+
+    lossless: bool | None = None
+    """For webp: true, or with a quality false. PNG and JPEG XL are always lossless, JPEG and AVIF never."""
+    quality: Annotated[int, Field(ge=1, le=100)] | None = None
+    """jpeg: 95. avif: 75. webp that is not lossless: 90."""
+    compression_level: Annotated[int, Field(ge=0, le=9)] | None = None
+    """png: 1. 9 takes seven times as long and saves a twelfth of the bytes."""
+    subsampling: Literal["4:4:4", "4:2:2", "4:2:0"] | None = None
+    """Of colours. jpeg: 4:4:4, none of it. avif: 4:2:0."""
+
+    def settled(self, format_: str) -> Encoding:
+        """Every setting that the format takes, with its defaults. Raises ValueError for what it does not take."""
+        defaults = ENCODINGS[format_]
+        if format_ == "webp" and (self.lossless is False or (self.lossless is None and self.quality is not None)):
+            defaults = LOSSY_WEBP
+        given = self.model_dump(exclude_none=True)
+        for name in given.keys() - defaults.keys():
+            why = "lossless WebP" if defaults is ENCODINGS["webp"] else format_
+            raise ValueError(f"encoding.{name}: {why} has none; it takes {', '.join(defaults)}")
+        if given.get("lossless", defaults["lossless"]) != defaults["lossless"]:
+            always, others = ("always", "webp, jpeg or avif") if defaults["lossless"] else ("never", "png, webp or jxl")
+            raise ValueError(f"encoding.lossless: {format_} is {always} lossless; leave it out, or use format {others}")
+        return Encoding(**{**defaults, **given})
+
+
+class Metadata(Strict):
+    """What each image file says of itself."""
+
+    provenance: bool = True
+    """That a model painted it, and which one, for machines to read: IPTC's digital source type, in an XMP packet."""
+    parameters: bool = True
+    """A1111's text: prompts, steps, sampler, seed, so that its users' tools read the file. Where A1111 has it."""
+    row: bool = True
+    """JSON: the row's identity and every argument, with the hashes of profile and pixels."""
+    prompts: bool = True
+    """Whether any of these hold the prompts, which may be personal data. The tables hold them in any case."""
+
+
+class C2pa(Strict):
+    """Content Credentials: each file is signed when it is finished; originals are not. Needs renderfarm[c2pa]. Each signature is
+    another one, so files of the same pixels differ."""
+
+    certificate: Annotated[str, Field(min_length=1)]
+    """PEM file on every worker: the signing certificate first, then those up to its root; relative to the job file."""
+    private_key: Annotated[str, Field(min_length=1)]
+    """PEM file on every worker, relative to the job file; `${C2PA_KEY}` keeps its place out of the job."""
+    algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = "es256"
+    """That of the key."""
+
+    @field_validator("certificate", "private_key")
+    @classmethod
+    def _is_a_path(cls, value: str) -> str:
+        if "-----" in value or "\n" in value:
+            raise ValueError("give the path of a PEM file; a job file is no place for the key itself: it is copied and shown")
+        return value
+
+
 class Output(Strict):
     path: Annotated[str, Field(min_length=1)]
     """Folder or URL of the dataset; relative to the job file. `{{ ds }}` becomes the logical date."""
     layout: Literal["files"] = "files"
     """files: one folder per part, images beside a metadata.parquet (Hugging Face imagefolder)."""
-    format: Literal["png"] = "png"
+    format: Literal["png", "webp", "jpeg", "avif", "jxl"] = "png"
+    """Of the image files. jxl (JPEG XL, lossless) needs renderfarm[codecs]."""
+    encoding: Encoding = Encoding()
+    """`{quality: 90}`. What a format does not take is refused."""
+    metadata: Metadata = Metadata()
+    """What is written into each file beside its pixels: `{prompts: false}`."""
+    c2pa: C2pa | None = None
+    """Sign each file: `{certificate: ./chain.pem, private_key: "${C2PA_KEY}"}`. None: not signed."""
     part_rows: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = "auto"
     """Manifest rows per part (the unit of commit). auto: about half a minute of rendering, measured once by the first worker."""
     single_writer: bool = False
@@ -442,6 +519,11 @@ class Output(Strict):
     would overwrite each other's parts, and nobody would notice."""
     keep_originals: bool = False
     """Keep each picture as it was before the steps of `after`, too: a PNG in `originals/`, which the table names."""
+
+    @model_validator(mode="after")
+    def _format_takes_it(self) -> Output:
+        self.encoding.settled(self.format)
+        return self
 
 
 class Failure(Strict):
@@ -508,6 +590,8 @@ class Job(Strict):
             for number, step in enumerate(self.after)
             for field in STEP_FILES.get(step.kind, ())
         ]
+        if (c2pa := self.output.c2pa) is not None:
+            found += [("output.c2pa.certificate", c2pa.certificate), ("output.c2pa.private_key", c2pa.private_key)]
         return [*found, *([("inputs.folder", self.inputs.folder)] if self.inputs.folder else [])]
 
 

@@ -7,11 +7,10 @@ from typing import Any
 
 from renderfarm import commit
 from renderfarm.after import scale
+from renderfarm.encode import FORMATS, ORIGINALS
 from renderfarm.preparation import Prepared
 from renderfarm.records import Part
 from renderfarm.report.live import duration
-
-BYTES_PER_PIXEL = 1.5  # PNG of rendered pictures at compress_level 1, before anything was rendered
 
 
 def estimate(prepared: Prepared) -> dict[str, Any]:
@@ -31,7 +30,8 @@ def estimate(prepared: Prepared) -> dict[str, Any]:
     else:
         pixels = (job.render.height or model.height) * (job.render.width or model.width)
         kept = 1 if job.output.keep_originals else 0
-        bytes_per_image = (pixels * scale(prepared.after_files, job.after) ** 2 + pixels * kept) * BYTES_PER_PIXEL
+        finished = pixels * scale(prepared.after_files, job.after) ** 2
+        bytes_per_image = finished * FORMATS[job.output.format].bytes_per_pixel + pixels * kept * FORMATS[ORIGINALS].bytes_per_pixel
     rate = _last_rate(prepared)
     rows_decide = job.manifest.where is not None or "num_images_per_prompt" in prepared.manifest.columns
     return {

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from renderfarm.config import COMPANIONS, STEP_FILES, ComponentSpec, Job, ModelSpec, Step, is_url
+from renderfarm.config import COMPANIONS, STEP_FILES, ComponentSpec, Job, ModelSpec, Output, Step, is_url
 from renderfarm.errors import InvalidJob
 
 MAX_JOB_BYTES = 1 << 20
@@ -214,11 +214,19 @@ def _resolve(job: Job, base: Path) -> Job:
         update={
             "manifest": job.manifest.model_copy(update={"path": absolute if len(absolute) > 1 else absolute[0]}),
             "model": job.model.model_copy(update={"id": _model_folder(job.model.id, base), "adapters": adapters, **resolved}),
-            "output": job.output.model_copy(update={"path": _absolute(job.output.path, base)}),
+            "output": _resolve_output(job.output, base),
             "inputs": job.inputs.model_copy(update={"folder": folder and _absolute(folder, base)}),
             "after": tuple(_resolve_step(step, base) for step in job.after),
         }
     )
+
+
+def _resolve_output(output: Output, base: Path) -> Output:
+    resolved: dict[str, Any] = {"path": _absolute(output.path, base)}
+    if (c2pa := output.c2pa) is not None:
+        places = {name: _absolute(getattr(c2pa, name), base) for name in ("certificate", "private_key")}
+        resolved["c2pa"] = c2pa.model_copy(update=places)
+    return output.model_copy(update=resolved)
 
 
 def _resolve_step(step: Step, base: Path) -> Step:

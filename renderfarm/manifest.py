@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from renderfarm.arguments import ARGUMENTS, IMAGE, PRESETS, accepts
+from renderfarm.arguments import ARGUMENTS, IMAGE, OUR_OWN, PRESETS, accepts
 from renderfarm.config import ManifestSpec, expand_env
 from renderfarm.errors import Fatal, InvalidJob, Transient
-from renderfarm.schema import output_name
+from renderfarm.schema import OUR_COLUMNS, output_name
 from renderfarm.storage import find_files, open_file
 
 ROW = "row"
@@ -257,14 +257,15 @@ def open_manifest(spec: ManifestSpec, supported: frozenset[str]) -> Manifest:
             raise InvalidJob(f"{path}: two columns have the same name; rename one")
         if schema is None:
             schema, columns = found, _map_columns(spec, found, path, supported)
+            not_extra = {*columns.values(), *(OUR_COLUMNS if spec.columns == OUR_OWN else ())}
         _check_columns(found, schema, path)
         _check_arguments(found, columns, types, path)
-        _check_extras(found, schema, columns, path)
+        _check_extras(found, schema, not_extra, path)
         files.append(_describe(path, parquet))
     assert schema is not None
     if sum(file.rows for file in files) == 0:
         raise InvalidJob(f"{files[0].path}: the manifest has no rows; write at least one prompt")
-    extras = pa.schema([pa.field(field.name, _plain(field.type)) for field in schema if field.name not in columns.values()])
+    extras = pa.schema([pa.field(field.name, _plain(field.type)) for field in schema if field.name not in not_extra])
     manifest = Manifest(tuple(files), columns, extras, spec.where)
     if spec.where is not None:  # a mistake in it shows here, before anything is written
         empty = pa.schema([pa.field(field.name, _plain(field.type)) for field in schema]).empty_table()
@@ -400,14 +401,16 @@ def _kind(type_: pa.DataType) -> str:
     return "text" if pa.types.is_string(type_) or pa.types.is_large_string(type_) else str(type_)
 
 
-def _check_extras(found: pa.Schema, first: pa.Schema, columns: dict[str, str], path: str) -> None:
+def _check_extras(found: pa.Schema, first: pa.Schema, not_extra: set[str], path: str) -> None:
     outputs: dict[str, str] = {}
     for field in first:
-        if field.name not in columns.values() and (other := outputs.setdefault(output_name(field.name), field.name)) != field.name:
+        if field.name in not_extra:
+            continue
+        if (other := outputs.setdefault(output_name(field.name), field.name)) != field.name:
             raise InvalidJob(
                 f"{path}: columns {other!r} and {field.name!r} would both be {output_name(field.name)!r} in the output; rename one"
             )
-        if field.name not in columns.values() and found.field(field.name).type != field.type:
+        if found.field(field.name).type != field.type:
             raise InvalidJob(
                 f"{path}: column {field.name!r} has type {found.field(field.name).type}, in the first file {field.type}; cast one of them"
             )

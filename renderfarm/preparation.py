@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from renderfarm import after, commit, weighting
+from renderfarm import after, commit, jxl, signing, weighting
 from renderfarm.adapters import parse, read_files, sha256, written
-from renderfarm.config import COMPANIONS, Checkpoint, Job, check_credentials, expand_env, several_devices
+from renderfarm.config import COMPANIONS, C2pa, Checkpoint, Job, check_credentials, expand_env, several_devices
 from renderfarm.errors import InvalidInput, InvalidJob
 from renderfarm.manifest import Manifest, open_manifest
 from renderfarm.models.catalog import ModelInfo, describe, for_task, shown_name, with_weights
@@ -22,6 +22,7 @@ from renderfarm.samples import Usual, check_side, instead, usual
 from renderfarm.storage import Store, open_store
 
 USUAL_ROWS = 32
+UNKNOWN_IN_FOLDERS = ("avif", "jxl")  # to imagefolder of datasets 5.2
 CONTROL = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "denoising_end")
 TAKEN_BY_SOME = ("negative_prompt", "guidance_scale", "true_cfg_scale", *CONTROL)
 
@@ -46,6 +47,12 @@ class Prepared:
         if "seed" not in self.manifest.columns and (again := self.manifest.repeated_ids()):
             found.append(
                 f"{again:,} rows have the id of another row, and get its noise; `renderfarm validate` names them: give each its own"
+            )
+        output = self.job.output
+        if output.layout == "files" and output.format in UNKNOWN_IN_FOLDERS:
+            found.append(
+                f"output.format {output.format}: Hugging Face's `datasets` takes no such file in a folder for a picture, and load_dataset "
+                "would give tables without images, in silence; renderfarm.open reads them, and png, webp and jpeg it knows"
             )
         return tuple(found)
 
@@ -108,7 +115,12 @@ class Prepared:
                 "devices_per_worker": several_devices(job.workers),
             },
             "output": {"layout": job.output.layout, "format": job.output.format, "part_rows": job.output.part_rows}
-            | {"keep_originals": job.output.keep_originals or None},
+            | {
+                "encoding": job.output.encoding.settled(job.output.format).model_dump(exclude_none=True),
+                "metadata": job.output.metadata.model_dump(),
+                "signed": job.output.c2pa is not None or None,  # by whom may change: certificates expire
+                "keep_originals": job.output.keep_originals or None,
+            },
         }
 
     def _render_defaults(self) -> dict[str, Any]:
@@ -140,6 +152,7 @@ def prepare(job: Job) -> Prepared:
     """Raises InvalidJob for everything that can be known now."""
     for place, text in job.places():
         check_credentials(place, expand_env(text))  # what the job file holds was checked when it was read
+    _check_packages(job)
     model = with_weights(describe(job.model), job.render.prompt_weighting)
     manifest = open_manifest(job.manifest, model.arguments)
     model = for_task(model, manifest.columns)
@@ -162,10 +175,23 @@ def prepare(job: Job) -> Prepared:
         )
     # expanded once and here: a worker's environment and folder may be others
     store = open_store(expand_env(job.output.path), single_writer=job.output.single_writer)
-    job = job.model_copy(update={"output": job.output.model_copy(update={"path": store.url}), "after": steps})
+    output = job.output.model_copy(update={"path": store.url, "c2pa": _expanded(job.output.c2pa)})
+    job = job.model_copy(update={"output": output, "after": steps})
     if model.images:
         job = job.model_copy(update={"inputs": job.inputs.model_copy(update={"folder": _inputs_folder(job, manifest)})})
     return Prepared(job, model, manifest, store, after_files, adapter_files)
+
+
+def _check_packages(job: Job) -> None:
+    """What files need beside Pillow; the driver is as well equipped as its workers."""
+    if job.output.format == "jxl":
+        jxl.codec()
+    if job.output.c2pa is not None:
+        signing.library()
+
+
+def _expanded(c2pa: C2pa | None) -> C2pa | None:
+    return c2pa and c2pa.model_copy(update={name: expand_env(getattr(c2pa, name)) for name in ("certificate", "private_key")})
 
 
 def _inputs_folder(job: Job, manifest: Manifest) -> str | None:

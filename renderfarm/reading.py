@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from PIL import Image
 
 from renderfarm import commit
 from renderfarm.config import expand_env
+from renderfarm.encode import decode
 from renderfarm.errors import InvalidJob
 from renderfarm.layouts import files
 from renderfarm.plan import Grid
@@ -30,14 +30,14 @@ class StoredSample:
     store: Store
 
     def image(self) -> Image.Image:
-        """Decoded on first use, as PIL does. Raises KeyError for a file that is gone, OSError for a damaged one, Fatal where the
-        table names one outside of the output."""
-        return Image.open(io.BytesIO(self.store.read(self.key)))
+        """Decoded on first use, as PIL does. Raises KeyError for a file that is gone, one of `encode.UNDECODABLE` for a damaged one, Fatal
+        where the table names one outside of the output."""
+        return decode(self.store.read(self.key))
 
     def original(self) -> Image.Image | None:
         """The picture before the job's `after`, where the output keeps it. Raises as `image` does."""
         key = self.record.get("original_file")
-        return None if key is None else Image.open(io.BytesIO(self.store.read(key)))
+        return None if key is None else decode(self.store.read(key))
 
 
 class Output:

@@ -40,6 +40,8 @@ class Sampler:
     `kind`: what the model must have been trained for, diffusion (noise or v at a timestep) or flow (a velocity at a time
     between picture and noise). The other kind's samplers run, too, and paint nonsense. own: nobody knows what the model
     was trained for, and its own scheduler is the only one.
+
+    `a1111`: how A1111's web UI spells it, without the schedule; None where it has no such sampler.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Sampler:
     min_steps: int = 1
     max_steps: int = 998  # of 1000 training steps; at 999 and 1000 half of the schedulers fail or give NaN
     kind: Kind = "diffusion"
+    a1111: str | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -75,31 +78,39 @@ _KARRAS = {"use_karras_sigmas": True, "use_exponential_sigmas": False, "use_beta
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
 _TABLE = (
     Sampler("ddpm", "DDPMScheduler", draws=True),
-    Sampler("ddim", "DDIMScheduler"),
-    Sampler("pndm", "PNDMScheduler", {"skip_prk_steps": True}, ("plms", "k_plms")),
+    Sampler("ddim", "DDIMScheduler", a1111="DDIM"),
+    Sampler("pndm", "PNDMScheduler", {"skip_prk_steps": True}, ("plms", "k_plms"), a1111="PLMS"),
     Sampler("dpm", "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}, ("dpm-solver",)),
-    Sampler("dpm++2m", "DPMSolverMultistepScheduler", aliases=("dpmpp_2m", "dpmsolver++")),
-    Sampler("dpm++2m-karras", "DPMSolverMultistepScheduler", _KARRAS, ("dpmpp_2m_karras",)),
-    Sampler("dpm++2m-sde", "DPMSolverMultistepScheduler", _SDE, ("dpmpp_2m_sde",), draws=True),
-    Sampler("dpm++2m-sde-karras", "DPMSolverMultistepScheduler", {**_SDE, **_KARRAS}, ("dpmpp_2m_sde_karras",), draws=True),
+    Sampler("dpm++2m", "DPMSolverMultistepScheduler", aliases=("dpmpp_2m", "dpmsolver++"), a1111="DPM++ 2M"),
+    Sampler("dpm++2m-karras", "DPMSolverMultistepScheduler", _KARRAS, ("dpmpp_2m_karras",), a1111="DPM++ 2M"),
+    Sampler("dpm++2m-sde", "DPMSolverMultistepScheduler", _SDE, ("dpmpp_2m_sde",), draws=True, a1111="DPM++ 2M SDE"),
+    Sampler(
+        *("dpm++2m-sde-karras", "DPMSolverMultistepScheduler", {**_SDE, **_KARRAS}, ("dpmpp_2m_sde_karras",)),
+        draws=True, a1111="DPM++ 2M SDE",
+    ),
     Sampler("dpm++2s", "DPMSolverSinglestepScheduler", aliases=("dpmpp_2s", "dpm++singlestep"), min_steps=2),
-    Sampler("dpm++sde", "DPMSolverSinglestepScheduler", _SDE, ("dpmpp_sde",), draws=True, min_steps=2),
-    Sampler("dpm++sde-karras", "DPMSolverSinglestepScheduler", {**_SDE, **_KARRAS}, ("dpmpp_sde_karras",), draws=True, min_steps=2),
-    Sampler("euler", "EulerDiscreteScheduler", aliases=("k_euler",)),
-    Sampler("euler-karras", "EulerDiscreteScheduler", _KARRAS),
-    Sampler("euler-a", "EulerAncestralDiscreteScheduler", aliases=("k_euler_a", "k_euler_ancestral", "euler_ancestral"), draws=True),
-    Sampler("heun", "HeunDiscreteScheduler", aliases=("k_heun",)),
-    Sampler("heun-karras", "HeunDiscreteScheduler", _KARRAS),
-    Sampler("dpm2", "KDPM2DiscreteScheduler", aliases=("k_dpm_2",)),
-    Sampler("dpm2-karras", "KDPM2DiscreteScheduler", _KARRAS),
-    Sampler("dpm2-a", "KDPM2AncestralDiscreteScheduler", aliases=("k_dpm_2_a", "k_dpm_2_ancestral", "dpm_2_ancestral"), draws=True),
-    Sampler("dpm2-a-karras", "KDPM2AncestralDiscreteScheduler", _KARRAS, draws=True),
-    Sampler("lms", "LMSDiscreteScheduler", aliases=("k_lms",)),
-    Sampler("lms-karras", "LMSDiscreteScheduler", _KARRAS),
-    Sampler("unipc", "UniPCMultistepScheduler"),
+    Sampler("dpm++sde", "DPMSolverSinglestepScheduler", _SDE, ("dpmpp_sde",), draws=True, min_steps=2, a1111="DPM++ SDE"),
+    Sampler(
+        *("dpm++sde-karras", "DPMSolverSinglestepScheduler", {**_SDE, **_KARRAS}, ("dpmpp_sde_karras",)),
+        draws=True, min_steps=2, a1111="DPM++ SDE",
+    ),
+    Sampler("euler", "EulerDiscreteScheduler", aliases=("k_euler",), a1111="Euler"),
+    Sampler("euler-karras", "EulerDiscreteScheduler", _KARRAS, a1111="Euler"),
+    Sampler("euler-a", "EulerAncestralDiscreteScheduler", aliases=("k_euler_a", "k_euler_ancestral", "euler_ancestral"),
+            draws=True, a1111="Euler a"),
+    Sampler("heun", "HeunDiscreteScheduler", aliases=("k_heun",), a1111="Heun"),
+    Sampler("heun-karras", "HeunDiscreteScheduler", _KARRAS, a1111="Heun"),
+    Sampler("dpm2", "KDPM2DiscreteScheduler", aliases=("k_dpm_2",), a1111="DPM2"),
+    Sampler("dpm2-karras", "KDPM2DiscreteScheduler", _KARRAS, a1111="DPM2"),
+    Sampler("dpm2-a", "KDPM2AncestralDiscreteScheduler", aliases=("k_dpm_2_a", "k_dpm_2_ancestral", "dpm_2_ancestral"),
+            draws=True, a1111="DPM2 a"),
+    Sampler("dpm2-a-karras", "KDPM2AncestralDiscreteScheduler", _KARRAS, draws=True, a1111="DPM2 a"),
+    Sampler("lms", "LMSDiscreteScheduler", aliases=("k_lms",), a1111="LMS"),
+    Sampler("lms-karras", "LMSDiscreteScheduler", _KARRAS, a1111="LMS"),
+    Sampler("unipc", "UniPCMultistepScheduler", a1111="UniPC"),
     Sampler("deis", "DEISMultistepScheduler"),
     # distilled models' samplers draw their steps from the 50 that they were distilled on
-    Sampler("lcm", "LCMScheduler", draws=True, max_steps=50),
+    Sampler("lcm", "LCMScheduler", draws=True, max_steps=50, a1111="LCM"),
     Sampler("tcd", "TCDScheduler", draws=True, max_steps=50),
     Sampler("flow-euler", "FlowMatchEulerDiscreteScheduler", aliases=("flowmatch_euler", "fm_euler"), kind="flow"),
     Sampler("flow-dpm++2m", "DPMSolverMultistepScheduler", _FLOW_DPM, ("flow_dpmpp_2m",), kind="flow"),

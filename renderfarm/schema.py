@@ -29,6 +29,7 @@ IMAGE_COLUMNS = pa.schema(
         pa.field("prompt_cut_off", pa.string()),
         pa.field("negative_prompt_cut_off", pa.string()),
         pa.field("format", pa.string(), nullable=False),
+        pa.field("encoder", pa.string()),
         pa.field("bytes", pa.int64(), nullable=False),
         pa.field("file_sha256", pa.string(), nullable=False),
         pa.field("pixel_sha256", pa.string(), nullable=False),
@@ -88,6 +89,8 @@ GIVEN_BY = {
     "original_bytes": "keep_originals",
     "original_file_sha256": "keep_originals",
 }
+# `image` is what readers call the picture that was painted
+OUR_COLUMNS = frozenset((*IMAGE_COLUMNS.names, *ARGUMENT_COLUMNS.names, "image"))
 ERROR_COLUMNS = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),
@@ -103,8 +106,8 @@ ERRORS_KEY = b"renderfarm.errors"  # Parquet footer metadata of a commit object:
 
 
 def output_name(column: str) -> str:
-    """The name under which a manifest's own column reaches the table. `image` is what readers call the picture."""
-    while column in (*IMAGE_COLUMNS.names, *ARGUMENT_COLUMNS.names, "image"):
+    """The name under which a manifest's own column reaches the table."""
+    while column in OUR_COLUMNS:
         column = f"input_{column}"
     return column
 

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from renderfarm import commit
 from renderfarm.config import Offload
-from renderfarm.encode import encode, pixel_sha256
+from renderfarm.encode import FORMATS, UNDECODABLE, Written, decode, encode, encoder_of, pixel_sha256, written
 from renderfarm.errors import Fatal, InvalidJob, RenderfarmError
 from renderfarm.layouts import files
 from renderfarm.manifest import ROW, parse_ranges
@@ -35,7 +34,8 @@ KEPT_PROBLEMS = 100
 
 @dataclass(frozen=True)
 class Again:
-    """One sample rendered again. `psnr`: dB against the stored picture, None where it is infinite or cannot be known."""
+    """One sample rendered again. `psnr`: dB of the stored picture against it, None where it is infinite or cannot be known; of an
+    identical picture, what a lossy format takes from it."""
 
     row: int
     image_index: int
@@ -96,7 +96,7 @@ def verify(
     """
     output = Output(out)
     found = Verification(parts=output.grid.count)
-    chosen, named = _Chosen(choice), set[str]()
+    how, chosen, named = written(output.job["output"]), _Chosen(choice), set[str]()
     seen: dict[int, tuple[int, int] | None] = {}
     with ThreadPoolExecutor(READERS) as readers:
         for index in output.committed():
@@ -111,7 +111,7 @@ def verify(
             seen[index] = (len(samples), len(errors))
             _check_part(found, output, index, samples, errors)
             named |= {sample.record["profile_sha256"] for sample in samples}
-            for problem in filter(None, readers.map(_file_problem, samples)):
+            for problem in filter(None, readers.map(partial(_file_problem, how=how), samples)):
                 found.add(problem)
             chosen.offer(samples)
     _check_index(found, output, seen)
@@ -120,7 +120,7 @@ def verify(
     profiles = _profiles(found, output, named) if named else {}
     if choice.rows is not None and not chosen.samples and found.ok:
         raise InvalidJob(f"rows {choice.rows}: no committed image; `renderfarm status {out}` shows what there is")
-    _render_again(found, chosen.samples, profiles, lambda profile: Renderer(output, profile, model, beside or {}, offload), say)
+    _render_again(found, chosen.samples, how, profiles, lambda profile: Renderer(output, profile, model, beside or {}, offload), say)
     return found
 
 
@@ -223,22 +223,24 @@ def _profiles(found: Verification, output: Output, named: set[str]) -> dict[str,
     return known
 
 
-def _file_problem(sample: StoredSample) -> str | None:
+def _file_problem(sample: StoredSample, how: Written) -> str | None:
     """What is wrong with a sample's files, or None."""
     record = sample.record
-    name = files.name_of(SampleKey(record["row"], record["image_index"]), record["pixel_sha256"], record["format"])
+    if record["format"] != how.format:
+        return f"row {record['row']}, image {record['image_index']}: its format is {record['format']!r}, and the output's {how.format!r}"
+    name = files.name_of(SampleKey(record["row"], record["image_index"]), record[how.named_by], FORMATS[how.format].extension)
     if record["file_name"] != name:
         return f"row {record['row']}, image {record['image_index']}: its file is named {record['file_name']!r}, and should be {name}"
     size = (record.get("file_height") or record["height"], record.get("file_width") or record["width"])
-    problem = _damage(sample, sample.key, size, record)
+    problem = _damage(sample, sample.key, size, record, lossless=how.lossless)
     if problem is not None or record.get("original_file") is None:
         return problem
     said = {name: record[f"original_{name}"] for name in ("bytes", "file_sha256", "pixel_sha256")}
-    return _damage(sample, record["original_file"], (record["height"], record["width"]), said)
+    return _damage(sample, record["original_file"], (record["height"], record["width"]), said, lossless=True)
 
 
-def _damage(sample: StoredSample, key: str, size: tuple[int, int], said: dict[str, Any]) -> str | None:
-    """How the file under `key` is not the one of that height, width, and hashes."""
+def _damage(sample: StoredSample, key: str, size: tuple[int, int], said: dict[str, Any], *, lossless: bool) -> str | None:
+    """How the file under `key` is not the one of that height, width, and hashes. Of a lossy one, only rendering tells its pixels."""
     name = f"row {sample.record['row']}, image {sample.record['image_index']} ({key})"
     try:
         data = sample.store.read(key)
@@ -251,13 +253,13 @@ def _damage(sample: StoredSample, key: str, size: tuple[int, int], said: dict[st
     if hashlib.sha256(data).hexdigest() != said["file_sha256"]:
         return f"{name}: its bytes are not those that were written (SHA-256 differs)"
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with decode(data) as image:
             pixels = np.asarray(image)
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+    except (RenderfarmError, *UNDECODABLE) as error:
         return f"{name}: cannot be decoded: {error}"
     if pixels.shape != (*size, 3):
         return f"{name}: is {pixels.shape[1]}×{pixels.shape[0]}, the table says {size[1]}×{size[0]}"
-    if pixel_sha256(pixels) != said["pixel_sha256"]:
+    if lossless and pixel_sha256(pixels) != said["pixel_sha256"]:
         return f"{name}: its pixels are not those that were rendered (pixel SHA-256 differs)"
     return None
 
@@ -268,6 +270,7 @@ def _damage(sample: StoredSample, key: str, size: tuple[int, int], said: dict[st
 def _render_again(
     found: Verification,
     samples: list[StoredSample],
+    how: Written,
     profiles: dict[str, dict[str, Any]],
     set_up: Callable[[dict[str, Any]], Renderer],
     say: Callable[[str], None],
@@ -287,45 +290,58 @@ def _render_again(
         renderer = set_up(profiles[sha256])
         which = f"profile {sha256[:12]}: " if len(groups) > 1 else ""
         found.profile_differences += [f"{which}{line}" for line in renderer.differences]
-        _render_group(group, renderer, ended)
+        _render_group(group, how, renderer, ended)
     found.again.sort(key=lambda again: (again.row, again.image_index))
 
 
-def _render_group(samples: list[StoredSample], renderer: Renderer, ended: Callable[[Again], None]) -> None:
+def _render_group(samples: list[StoredSample], how: Written, renderer: Renderer, ended: Callable[[Again], None]) -> None:
     try:
         for start in range(0, len(samples), GROUP):
             group = samples[start : start + GROUP]
             for sample, future in zip(group, renderer.render(sample.record for sample in group), strict=True):
                 try:
-                    ended(compare(sample, future.result(), exact=renderer.promises(sample.record)))
+                    ended(compare(sample, future.result(), how, exact=renderer.promises(sample.record)))
                 except RenderfarmError as error:
                     ended(_again(sample, f"{type(error).__name__}: {error}", None, ok=False))
     finally:
         renderer.close()
 
 
-def compare(sample: StoredSample, rendered: Rendered, *, exact: bool) -> Again:
-    """`exact`: the profile is the same, so anything but equal bits is a difference; else the pictures must look alike."""
+def compare(sample: StoredSample, rendered: Rendered, how: Written, *, exact: bool) -> Again:
+    """`exact`: the profile is the same, so anything but equal bits is a difference; else the pictures must look alike. A lossy file
+    is held against what its format makes of the pixels: by their hash nobody knows it."""
     pixels, record = rendered.pixels, sample.record
     before = record.get("original_pixel_sha256")
     same_before = before == pixel_sha256(rendered.original)
-    if pixel_sha256(pixels) == record["pixel_sha256"]:
+    same = pixel_sha256(pixels) == record["pixel_sha256"]
+    if same:
         untrue = [] if same_before or before is None else ["the picture before `after`"]
         untrue += [name for name, value in rendered.counted.columns().items() if record[name] != value]
-        if not untrue:
+        if untrue:
+            return _again(sample, f"identical, but {', '.join(untrue)} is not the table's", None, ok=not exact)
+        if how.lossless:
             return _again(sample, "identical", None, ok=True)
-        return _again(sample, f"identical, but {', '.join(untrue)} is not the table's", None, ok=not exact)
     try:
-        stored = np.asarray(sample.image(), dtype=np.float64)
-        error = float(((stored - pixels) ** 2).mean())
-    except (KeyError, OSError, ValueError, RenderfarmError):
-        return _again(sample, "differs from the table, and the file cannot be read", None, ok=False)
-    if not error:
-        return _again(sample, "differs from the table, but not from the file", None, ok=False)
+        stored, seen = np.asarray(sample.image()), how.seen(pixels)
+        psnr = _psnr(stored, seen)
+    except (KeyError, RenderfarmError, *UNDECODABLE):
+        table = "identical, but" if same else "differs from the table, and"
+        return _again(sample, f"{table} the file cannot be read", None, ok=False)
+    if same:
+        again = exact and record["encoder"] == encoder_of(how.format)  # then the same file comes out, but for what it says of itself
+        alike = psnr is None or (not again and psnr >= SAME_PICTURE_DB)
+        return _again(sample, "identical" if alike else "identical, but the file shows another picture", _psnr(stored, pixels), ok=alike)
+    if psnr is None:
+        return _again(sample, "differs from the table, but not from the file", None, ok=not exact and not how.lossless)
     other = (", identical before `after`" if same_before else "") + ("" if exact else " (another profile: bits are not promised)")
-    psnr = 10 * math.log10(255**2 / error)
-    values = int((stored != pixels).sum())
+    values = int((stored != seen).sum())
     return _again(sample, f"differs in {values:,} of {stored.size:,} values{other}", psnr, ok=not exact and psnr >= SAME_PICTURE_DB)
+
+
+def _psnr(a: np.ndarray, b: np.ndarray) -> float | None:
+    """dB between two pictures of one size; None where they are equal. Raises ValueError for other sizes."""
+    error = float(((a.astype(np.float64) - b) ** 2).mean())
+    return 10 * math.log10(255**2 / error) if error else None
 
 
 def _again(sample: StoredSample, result: str, psnr: float | None, *, ok: bool) -> Again:
@@ -380,17 +396,18 @@ def render_to(
         raise InvalidJob(f"row {found.record['row']} has no image: it ended as {found.record['error_class']}")
     if not found.profile:
         raise InvalidJob(f"row {found.record['row']} names a render profile that the output has not; restore it from a copy")
-    renderer = Renderer(Output(found.out), found.profile, model, beside or {}, offload)
+    output = Output(found.out)
+    renderer, how = Renderer(output, found.profile, model, beside or {}, offload), written(output.job["output"])
     try:
         rendered = renderer.render([found.record])[0].result()
     finally:
         renderer.close()
     try:
-        path.write_bytes(encode(rendered.pixels, "png").data)
+        path.write_bytes(encode(rendered.pixels).data)
     except OSError as error:
         raise InvalidJob(f"{path}: cannot be written: {error.strerror}; give another file") from None
-    again = compare(found.stored, rendered, exact=renderer.promises(found.record))
-    problem = _file_problem(found.stored)
+    again = compare(found.stored, rendered, how, exact=renderer.promises(found.record))
+    problem = _file_problem(found.stored, how)
     if problem is None:
         return again
     return replace(again, result=f"{again.result}, but the stored file is not what its table says: {problem}", ok=False)

@@ -22,11 +22,12 @@ import pyarrow as pa
 from renderfarm import commit
 from renderfarm.after import Chain
 from renderfarm.config import Job
-from renderfarm.encode import encode, pixel_sha256
+from renderfarm.encode import FORMATS, ORIGINALS, Written, encode, encoder_of, pixel_sha256
 from renderfarm.errors import RenderfarmError, WorkerCrashed
 from renderfarm.inputs import Fetcher
 from renderfarm.layouts import files
 from renderfarm.manifest import EXTRA, ROW
+from renderfarm.marks import Marks, marks
 from renderfarm.models.base import SlotModel
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.load import load_model
@@ -35,11 +36,11 @@ from renderfarm.pictures import shown
 from renderfarm.records import IMAGE_ARGUMENTS, Lease, Part, PartReceipt, Receipt, RowError, Sample, SampleKey, WorkerReady
 from renderfarm.samples import Usual, expand_rows, row_error
 from renderfarm.schema import ARGUMENT_COLUMNS, ERROR_COLUMNS, GIVEN_BY, IMAGE_COLUMNS, output_name
+from renderfarm.signing import Sign, signer
 from renderfarm.slots import Rendered, SlotLoop
 from renderfarm.storage import open_store
 
 ENCODERS = 2
-ORIGINALS = "png"  # of whatever format the dataset is: without loss
 LEASES_IN_FLIGHT = 3
 MOST_LEASES = 32  # of small parts
 
@@ -69,10 +70,15 @@ class Worker:
         self.store = open_store(self.job.output.path, single_writer=self.job.output.single_writer)
         self.started = time.monotonic()
         self.chain = Chain(self.job.after)
+        output = self.job.output
+        self.written = Written(output.format, output.encoding.settled(output.format), signed=output.c2pa is not None)
+        self.encoder = encoder_of(self.written.format)
+        # what `_load` may set, which begins with the slots
+        self.sign: Sign | None = None
+        self.seconds_per_image: float | None = None
         self.slots = SlotLoop(self._load, self.job.render.on_truncation, self.chain.in_render_thread)
         self.encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
         self.profile_sha256 = ""
-        self.seconds_per_image: float | None = None
 
     def ready(self) -> WorkerReady:
         """Wait until the pipeline is loaded and publish or match the render profile."""
@@ -89,6 +95,8 @@ class Worker:
         )
 
     def _load(self) -> SlotModel:
+        if self.job.output.c2pa is not None:
+            self.sign = signer(self.job.output.c2pa)
         model = load_model(self.spec.model, self.job.workers)
         self.chain.load(partial(commit.kept, self.store), model.device, self.job.workers.dtype)
         if (backend := self.job.workers.attention_backend) is not None:
@@ -199,34 +207,37 @@ class Worker:
 
     def _put_image(self, part: Part, sample: Sample, picture: np.ndarray, rendered: Rendered) -> dict[str, Any]:
         """`picture`: what `after` has made of what was rendered."""
-        format_ = self.job.output.format
-        image = encode(picture, format_)
-        name = files.image_name(sample.key, image, format_)
+        record = self._record(sample, picture, rendered)
+        said = marks(record, self.job.output.metadata)
+        image = encode(picture, self.written.format, self.written.encoding, said, self.sign)
+        name = files.name_of(sample.key, getattr(image, self.written.named_by), FORMATS[self.written.format].extension)
         self.store.put(files.image_key(part, name), image.data)
+        columns = {"file_name": name, "bytes": len(image.data), "file_sha256": image.file_sha256}
+        return record | columns | self._original(part, sample, rendered.original, said)
+
+    def _record(self, sample: Sample, picture: np.ndarray, rendered: Rendered) -> dict[str, Any]:
+        """An image's row of the table, as far as it is known before there is a file."""
         return {
             **{f.name: getattr(sample, f.name) for f in dataclasses.fields(sample) if f.name not in ("key", *IMAGE_ARGUMENTS)},
             **_inputs(sample),
             "row": sample.key.row,
             "image_index": sample.key.image_index,
-            "file_name": name,
             "model": self.spec.model.name,
             "model_revision": self.spec.model.revision,
             "profile_sha256": self.profile_sha256,
             **rendered.counted.columns(),
-            "format": format_,
-            "bytes": len(image.data),
-            "file_sha256": image.file_sha256,
-            "pixel_sha256": image.pixel_sha256,
+            "format": self.written.format,
+            "encoder": self.encoder,
+            "pixel_sha256": pixel_sha256(picture),
             "file_height": picture.shape[0],
             "file_width": picture.shape[1],
-            **self._original(part, sample, rendered.original),
         }
 
-    def _original(self, part: Part, sample: Sample, pixels: np.ndarray) -> dict[str, Any]:
+    def _original(self, part: Part, sample: Sample, pixels: np.ndarray, said: Marks) -> dict[str, Any]:
         """The columns about a picture as it was before `after`; with `keep_originals` they name its file."""
         if not self.job.output.keep_originals:
             return {"original_pixel_sha256": pixel_sha256(pixels)} if self.job.after else {}
-        image = encode(pixels, ORIGINALS)
+        image = encode(pixels, ORIGINALS, marks=said.of_its_origin())
         key = files.original_key(part, files.image_name(sample.key, image, ORIGINALS))
         self.store.put(key, image.data)
         columns = {"bytes": len(image.data), "file_sha256": image.file_sha256, "pixel_sha256": image.pixel_sha256}
