@@ -418,8 +418,10 @@ def fixed_batch_size(workers: Workers) -> int:
 class Output(Strict):
     path: Annotated[str, Field(min_length=1)]
     """Folder or URL of the dataset; relative to the job file. `{{ ds }}` becomes the logical date."""
-    layout: Literal["files"] = "files"
-    """files: one folder per part, images beside a metadata.parquet (Hugging Face imagefolder)."""
+    layout: Literal["files", "parquet", "webdataset"] = "files"
+    """files: one folder per part, images beside a metadata.parquet (Hugging Face imagefolder). parquet: one file per part, images in
+    it (Hugging Face's column `image`). webdataset: one tar per part, each image beside its row as JSON, and the tables in `metadata`.
+    The last two keep a part's images in TMPDIR until it is committed."""
     format: Literal["png"] = "png"
     part_rows: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = "auto"
     """Manifest rows per part (the unit of commit). auto: about half a minute of rendering, measured once by the first worker."""
