@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import pyarrow as pa
+
 from renderfarm import after, commit, weighting
 from renderfarm.adapters import parse, read_files, sha256, written
 from renderfarm.config import COMPANIONS, Checkpoint, Job, check_credentials, expand_env, several_devices
@@ -18,7 +20,8 @@ from renderfarm.models.networks import MAX_PIXELS
 from renderfarm.plan import Grid, where_row
 from renderfarm.records import PartReceipt
 from renderfarm.samplers import find_sampler
-from renderfarm.samples import Usual, check_side, usual
+from renderfarm.samples import Usual, check_side, given_names, usual
+from renderfarm.schema import image_columns, output_name
 from renderfarm.storage import Store, open_store
 
 USUAL_ROWS = 32
@@ -76,6 +79,11 @@ class Prepared:
 
     def committed(self) -> dict[int, PartReceipt]:
         return commit.committed_parts(self.store)
+
+    def columns(self) -> pa.Schema:
+        """Of the image table."""
+        own = [pa.field(output_name(field.name), field.type) for field in self.manifest.extras]
+        return pa.schema([*image_columns(given_names(self.job, self.model, self.manifest.columns)), *own])
 
     def frozen(self) -> dict[str, Any]:
         """What decides pixels or layout, for job.json. How many workers render may change freely."""
