@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 
 from renderfarm.errors import AlreadyExists, Fatal, InvalidJob, ProfileMismatch
 from renderfarm.layouts import LAYOUTS
-from renderfarm.layouts.base import Committed, Layout, PartWriter, errors_bytes, errors_key, read_errors_only
+from renderfarm.layouts.base import Committed, Layout, PartWriter, error_view_bytes, errors_bytes, errors_key, read_errors_only
 from renderfarm.plan import Grid, where_row
 from renderfarm.records import Part, PartReceipt
 from renderfarm.storage import OURS, Store
@@ -280,9 +280,10 @@ def publish(store: Store, layout: Layout, part: Part, writer: PartWriter, images
     try:
         store.put_if_absent(key, data)
     except AlreadyExists:
-        found = find_commit(store, layout, part)
-        assert found is not None, f"{key} exists but cannot be read back"
-        return found
+        if (found := find_commit(store, layout, part)) is not None:
+            return found
+        assert not len(images), f"{key} exists but cannot be read back"
+        store.put(key, data)  # in the place of a view of what is gone
     if not len(images) and (found := find_commit(store, layout, part)) and found.images:
         return found  # another worker had images for this part, and images beat errors
     return _finish(store, layout, part, committed, adopted=False)
@@ -325,7 +326,7 @@ def _mend_views(store: Store, layout: Layout, part: Part, images: pa.Table, erro
     for key, data in layout.views(part, images, errors).items():
         if not store.exists(key) or store.read(key) != data:
             store.put(key, data)
-    key, data = errors_key(part), errors_bytes(errors)
+    key, data = errors_key(part), error_view_bytes(errors)
     if (store.read(key) != data) if store.exists(key) else len(errors):
         store.put(key, data)
 

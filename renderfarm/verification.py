@@ -103,14 +103,16 @@ def verify(
         for index in output.committed():
             found.parts_done += 1
             say(f"files: part {found.parts_done:,} of {found.parts:,}, {found.images:,} images checked")
-            seen[index] = None
             try:
                 part = output.part(index)
             except Fatal as error:
+                seen[index] = None
                 found.add(f"part {index}: {error}")
                 continue
-            if part.committed is not None:  # nobody has removed it meanwhile
-                seen[index] = _Seen(len(part.samples), len(part.errors), part.committed.sha256)
+            if part.committed is None:  # an error view whose commit object is gone
+                found.parts_done -= 1
+                continue
+            seen[index] = _Seen(len(part.samples), len(part.errors), part.committed.sha256)
             _check_part(found, output, index, part)
             named |= {sample.record["profile_sha256"] for sample in part.samples}
             for problem in filter(None, readers.map(_file_problem, part.samples)):

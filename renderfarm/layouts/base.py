@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import IO, BinaryIO, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,6 +31,7 @@ from renderfarm.storage import Store
 Place = tuple[int, int]
 """Where in a commit object a picture lies. What the numbers mean, only its layout knows."""
 NOWHERE = (0, 0)
+_VIEW = {b"renderfarm.view": b"1"}
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,13 @@ def footer(errors: pa.Table) -> dict[bytes, bytes] | None:
 
 
 def errors_bytes(errors: pa.Table) -> bytes:
+    """The commit of a part without any image."""
     return parquet_bytes(errors)
+
+
+def error_view_bytes(errors: pa.Table) -> bytes:
+    """The same under the same key for a part that has images, and no commit: it must not pass for one when they are lost."""
+    return parquet_bytes(errors.replace_schema_metadata(_VIEW))
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -161,10 +168,13 @@ def read_errors(data: bytes) -> pa.Table:
 
 
 def read_errors_only(file: BinaryIO) -> Committed:
-    """The commit of a part without any image."""
+    """The commit of a part without any image. Raises KeyError for a view."""
     with damage_named():
         data = file.read()
-    return Committed(IMAGE_COLUMNS.empty_table(), read_errors(data), (), (), hashlib.sha256(data).hexdigest())
+    errors = read_errors(data)
+    if _VIEW.items() <= (errors.schema.metadata or {}).items():
+        raise KeyError("a view")
+    return Committed(IMAGE_COLUMNS.empty_table(), errors, (), (), hashlib.sha256(data).hexdigest())
 
 
 @contextlib.contextmanager
@@ -208,6 +218,7 @@ class Spool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._at: dict[str, Place] = {}
+        self._object: IO[bytes] | None = None
         with local_disk():
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
 
@@ -228,18 +239,17 @@ class Spool:
             self._file.seek(offset)
             return self._file.read(size)
 
+    def commit_object(self, suffix: str) -> Path:
+        """A file for the part's commit object, gone when the spool is closed."""
+        with local_disk():
+            self._object = tempfile.NamedTemporaryFile(prefix="renderfarm-", suffix=suffix)  # noqa: SIM115 - closed by `close`
+        return Path(self._object.name)
+
     def close(self) -> None:
         with self._lock:
             self._file.close()
-
-
-@contextlib.contextmanager
-def spooled(suffix: str) -> Iterator[Path]:
-    """A file on this machine's disk for a commit object, removed at the end."""
-    with local_disk():
-        file = tempfile.NamedTemporaryFile(prefix="renderfarm-", suffix=suffix)  # noqa: SIM115 - closed below
-    with file:
-        yield Path(file.name)
+            if self._object is not None:
+                self._object.close()
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from renderfarm.layouts.base import Committed, Place, Spool, checked, damage_named, footer, local_disk, spooled
+from renderfarm.layouts.base import Committed, Place, Spool, checked, damage_named, footer, local_disk
 from renderfarm.records import Part
 from renderfarm.storage import Store
 
@@ -42,13 +42,13 @@ def commit_key(part: Part) -> str:
 
 @contextlib.contextmanager
 def writer(store: Store, part: Part) -> Iterator[_Writer]:
-    with contextlib.closing(Spool()) as spool, spooled(".parquet") as path:
-        yield _Writer(spool, path)
+    with contextlib.closing(Spool()) as spool:
+        yield _Writer(spool)
 
 
 class _Writer:
-    def __init__(self, spool: Spool, path: Path) -> None:
-        self._spool, self._path = spool, path
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
         self.add = spool.add
 
     def commit_object(self, images: pa.Table, errors: pa.Table) -> Path:
@@ -59,12 +59,13 @@ class _Writer:
         schema = pa.schema([pa.field(IMAGE, TYPE), *table.schema], HUGGING_FACE | (footer(errors) or {}))
         plain = table.column_names  # a dictionary or statistics of pictures would be a copy of them
         options = {"compression": "zstd", "use_dictionary": plain, "write_statistics": plain}
-        with local_disk(), pq.ParquetWriter(self._path, schema, **options) as file:
+        path = self._spool.commit_object(".parquet")
+        with local_disk(), pq.ParquetWriter(path, schema, **options) as file:
             for start, stop in _groups([self._spool.size(name) for name in names]):
                 data = pa.array([{"bytes": self._spool.read(name), "path": name} for name in names[start:stop]], TYPE)
                 columns = [data, *table.slice(start, stop - start).combine_chunks().columns]
                 file.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=stop - start)
-        return self._path
+        return path
 
 
 def _groups(sizes: list[int]) -> Iterator[tuple[int, int]]:

@@ -39,7 +39,6 @@ from renderfarm.layouts.base import (
     local_disk,
     parquet_bytes,
     read_parquet,
-    spooled,
     table_bytes,
 )
 from renderfarm.records import Part
@@ -68,13 +67,13 @@ def views(part: Part, images: pa.Table, errors: pa.Table) -> dict[str, bytes]:
 
 @contextlib.contextmanager
 def writer(store: Store, part: Part) -> Iterator[_Writer]:
-    with contextlib.closing(Spool()) as spool, spooled(".tar") as path:
-        yield _Writer(part, spool, path)
+    with contextlib.closing(Spool()) as spool:
+        yield _Writer(part, spool)
 
 
 class _Writer:
-    def __init__(self, part: Part, spool: Spool, path: Path) -> None:
-        self._part, self._spool, self._path = part, spool, path
+    def __init__(self, part: Part, spool: Spool) -> None:
+        self._part, self._spool = part, spool
         self.add = spool.add
 
     def commit_object(self, images: pa.Table, errors: pa.Table) -> Path:
@@ -84,12 +83,13 @@ class _Writer:
             places.append((end + tarfile.BLOCKSIZE, size := self._spool.size(name)))
             end += _member_size(size) + _member_size(len(record))
         metadata = (footer(errors) or {}) | {PLACES_KEY: json.dumps(places, separators=(",", ":")).encode()}
-        with local_disk(), tarfile.open(self._path, "w", format=tarfile.PAX_FORMAT) as tar:
+        path = self._spool.commit_object(".tar")
+        with local_disk(), tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
             _append(tar, f"__{self._part.name}__", parquet_bytes(images.replace_schema_metadata(metadata)))
             for name, record in rows:
                 _append(tar, name, self._spool.read(name))
                 _append(tar, _json_name(name), record)
-        return self._path
+        return path
 
 
 def _append(tar: tarfile.TarFile, name: str, data: bytes) -> None:
