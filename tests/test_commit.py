@@ -281,6 +281,17 @@ def stale_errors(store: Store, layout: Layout) -> None:
     publish(store, layout, PART, images(), errors(21, 22, 23, kind="OutOfMemory"))
 
 
+def test_an_error_view_whose_images_are_lost_is_no_commit(layout: Layout, tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    publish(store, layout, PART, images(21, 22), errors(23))
+    for key in (layout.commit_key(PART), *store.list(ENTRIES)):
+        store.delete(key)
+    assert commit.find_commit(store, layout, PART) is None
+    receipt = publish(store, layout, PART, images(), errors(21, 22, 23))  # rendered again, by a machine that cannot
+    assert (receipt.images, receipt.errors, receipt.adopted) == (0, 3, False)
+    assert commit.find_commit(store, layout, PART) == PartReceipt(7, 0, 3, 0, True, {"InvalidInput": 3})
+
+
 def test_images_beat_errors_that_came_first(store: Store, layout: Layout) -> None:
     stale_errors(store, layout)
     receipt = publish(store, layout, PART, images(21, 22), errors(23))

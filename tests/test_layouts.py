@@ -482,14 +482,17 @@ def test_a_part_that_was_cut_off_is_named_and_hides_no_other(layout: str, size: 
     assert any("part 1: was committed" in problem for problem in problems)
 
 
-@PACKED
 def test_a_part_that_is_gone_is_named_and_rendered_again_with_the_same_bytes(layout: str, out: Path, write: Write) -> None:
-    data = packed(out).read_bytes()
-    packed(out).unlink()
+    """Its error view is still there, and is not taken for the commit of a part without images."""
+    path = out / LAYOUTS[layout].commit_key(Part(0, 0, 3))
+    data = path.read_bytes()
+    path.unlink()
+    assert (out / "errors/part-00000000.parquet").exists()
     assert verify(str(out), FILES_ONLY).problems == ["part 0: was committed, and its table is missing; restore it from a copy"]
     next(out.glob("_renderfarm/parts/part-00000000.*")).unlink()
     assert renderfarm.run(write(layout, str(out)), engine="inline").new_images == 4
-    assert next(out.glob("data/part-00000000.*")).read_bytes() == data
+    assert path.read_bytes() == data
+    assert verify(str(out), FILES_ONLY).ok
 
 
 @PACKED
