@@ -62,8 +62,9 @@ class _Writer:
         path = self._spool.commit_object(".parquet")
         with local_disk(), pq.ParquetWriter(path, schema, **options) as file:
             for start, stop in _groups([self._spool.size(name) for name in names]):
-                data = pa.array([{"bytes": self._spool.read(name), "path": name} for name in names[start:stop]], TYPE)
-                columns = [data, *table.slice(start, stop - start).combine_chunks().columns]
+                data = pa.array([self._spool.read(name) for name in names[start:stop]], pa.binary())
+                pictures = pa.StructArray.from_arrays([data, pa.array(names[start:stop])], fields=list(TYPE))
+                columns = [pictures, *table.slice(start, stop - start).combine_chunks().columns]
                 file.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=stop - start)
         return path
 

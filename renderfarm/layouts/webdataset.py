@@ -170,13 +170,26 @@ def problems(file: BinaryIO, committed: Committed) -> Iterator[str]:
                 if member.name != name or offset not in (None, member.offset_data):
                     yield f"holds {member.name!r} where its table says {name!r}"
                     return
-                if record is not None and tar.fileobj.read(member.size) != record:
+                if record is not None and _bytes(tar, member) != record:
                     yield f"{name} is not what the table says of that image"
-    except tarfile.TarError as error:
+            end = tar.offset  # of the members
+    except (tarfile.TarError, OSError, ValueError) as error:
         yield f"cannot be read to its end ({error})"
         return
     if (missing := next(left, None)) is not None:
         yield f"ends before {missing[0]!r}, which its table names"
+    elif file.seek(end) == end and file.read(3 * tarfile.RECORDSIZE) != b"\0" * _zeros(end):
+        yield "does not end as a tar does"
+
+
+def _zeros(end: int) -> int:
+    """How many follow a tar's last member: two blocks, and what makes its records whole."""
+    return math.ceil((end + 2 * tarfile.BLOCKSIZE) / tarfile.RECORDSIZE) * tarfile.RECORDSIZE - end
+
+
+def _bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    return b"" if file is None else file.read()  # None: of a folder or a link
 
 
 def _expected(committed: Committed) -> Iterator[tuple[str, int | None, bytes | None]]:

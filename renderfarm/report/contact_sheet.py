@@ -8,6 +8,7 @@ import textwrap
 
 from PIL import Image, ImageDraw, ImageFont
 
+from renderfarm.errors import RenderfarmError
 from renderfarm.reading import Output
 
 KEY = "_renderfarm/report/contact_sheet.png"
@@ -19,7 +20,7 @@ def write_contact_sheet(output: Output, limit: int = 36) -> str | None:
     cells = []
     for sample in output.spread(limit):
         # a view must not fail for a picture that somebody removed or damaged
-        with contextlib.suppress(KeyError, OSError):
+        with contextlib.suppress(KeyError, OSError, RenderfarmError):
             cells.append((sample.image().convert("RGB"), sample.record["prompt"]))
     if not cells:
         return None
