@@ -15,8 +15,10 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -105,8 +107,8 @@ def test_a_job_gives_the_same_rows_and_pixels_in_every_layout_and_store(
     assert [sample.record["row"] for sample in output.spread(5)] == [0, 1, 6, 6, 7]
     if kind == "local":
         check_complete(Path(url), {*expected, *((row, 0) for row in (2, 3, 4, 5))})
-        found = verify(url, Choice(all=True))
-        assert (found.ok, found.images, found.errors, len(found.again), found.notes) == (True, 7, 4, 7, [])
+    found = verify(url, Choice(all=True))
+    assert (found.ok, found.images, found.errors, len(found.again), found.notes) == (True, 7, 4, 7, [])
     again = renderfarm.run(write(layout, url), engine="inline")
     assert (again.new_images, again.images, again.errors) == (0, 7, 4)
 
@@ -202,11 +204,13 @@ def dying(write: Callable[..., None], left: Iterator[int], late: bool) -> Callab
     return or_die
 
 
+PACKED = pytest.mark.parametrize("layout", ["parquet", "webdataset"])
+
+
+@PACKED
 def test_a_disk_without_room_for_a_parts_pictures_stops_the_job_with_what_to_do(
     layout: str, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if layout == "files":
-        pytest.skip("it keeps nothing")
     with monkeypatch.context() as patch:
         patch.setattr(base.tempfile, "TemporaryFile", lambda: FullDisk())
         with pytest.raises(Fatal, match=r"cannot keep a part's pictures in .*spools.*: No space left.*TMPDIR"):
@@ -227,6 +231,37 @@ def test_what_threads_still_bring_when_a_part_has_failed_is_dropped() -> None:
     spool.add("b", b"2")
     with pytest.raises(KeyError):
         spool.read("b")
+
+
+@PACKED
+def test_pictures_that_wait_have_no_name_that_a_killed_process_could_leave(layout: str, spools: Path, tmp_path: Path) -> None:
+    with LAYOUTS[layout].writer(open_store(str(tmp_path / "out")), PART) as writer:
+        writer.add("21.png", b"." * 100)
+        assert list(spools.iterdir()) == []
+        committed = writer.commit_object(images(21), errors())
+        assert list(spools.iterdir()) == [committed]
+
+
+def test_two_workers_that_reach_each_commit_together_make_one_output(
+    layout: str, expected: dict[tuple[int, int], dict[str, Any]], write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, create = LAYOUTS[layout], LocalStore.put_if_absent
+    together = {key: threading.Barrier(2) for index in (0, 2) for key in [module.commit_key(Part(index, 0, 0))]}
+
+    def meet(store: LocalStore, key: str, data: bytes | Path) -> None:
+        if key in together:
+            together[key].wait(timeout=60)
+        create(store, key, data)
+
+    job = write(layout)
+    monkeypatch.setattr(LocalStore, "put_if_absent", meet)
+    with ThreadPoolExecutor(2) as pool:
+        summaries = list(pool.map(lambda _: renderfarm.run(job, engine="inline"), range(2)))
+    assert [(summary.images, summary.errors) for summary in summaries] == [(7, 4)] * 2
+    assert sum(summary.new_images for summary in summaries) == 7
+    assert all(barrier.broken is False for barrier in together.values())
+    assert rows_of(str(tmp_path / layout)) == expected
+    assert verify(str(tmp_path / layout), FILES_ONLY).ok
 
 
 def test_a_second_writer_of_a_part_adopts_it_and_stores_nothing(layout: str, tmp_path: Path) -> None:
@@ -438,9 +473,6 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def out(rendered: Path, layout: str, tmp_path: Path) -> Path:
     return Path(shutil.copytree(rendered / layout, tmp_path / "out"))
-
-
-PACKED = pytest.mark.parametrize("layout", ["parquet", "webdataset"])
 
 
 def packed(out: Path) -> Path:
