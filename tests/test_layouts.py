@@ -542,6 +542,21 @@ def test_a_commit_object_made_anew_is_not_the_one_that_was_committed(layout: str
     assert "part 0: its table is not the one that was committed (SHA-256 differs); restore it from a copy" in problems
 
 
+@PACKED
+def test_a_commit_object_that_lacks_what_every_reader_needs_is_damaged_and_not_absent(layout: str, out: Path) -> None:
+    """Else its part would be rendered again, and could not be committed."""
+    store, module, part = open_store(str(out)), LAYOUTS[layout], Part(0, 0, 3)
+    table = commit.read_part(store, module, part)[1].images
+    if layout == "parquet":  # without a column `image`
+        pq.write_table(table, packed(out))
+    else:  # a table without places
+        with tarfile.open(packed(out), "w") as tar:
+            webdataset._append(tar, "__part-00000000__", base.table_bytes(table, errors()))
+    with pytest.raises(Fatal, match="a committed table is damaged"):
+        commit.find_commit(store, module, part)
+    assert any("part 0: a committed table is damaged" in problem for problem in verify(str(out), FILES_ONLY).problems)
+
+
 def repacked(out: Path, change: Callable[[list[tuple[str, bytes]]], list[tuple[str, bytes]]]) -> None:
     """A tar whose members somebody has changed."""
     with tarfile.open(packed(out)) as tar:

@@ -179,11 +179,12 @@ def read_errors_only(file: BinaryIO) -> Committed:
 
 @contextlib.contextmanager
 def damage_named() -> Iterator[None]:
-    """Turns what Arrow and JSON raise for damaged data into one Fatal."""
+    """Turns what Arrow, JSON and our own look-ups raise for damaged data into one Fatal."""
     try:
         yield
-    except (pa.ArrowException, OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
-        raise Fatal(f"a committed table is damaged ({str(error).splitlines()[0]}); restore the output from a copy") from error
+    except (pa.ArrowException, OSError, ValueError, TypeError, AttributeError, OverflowError, LookupError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise Fatal(f"a committed table is damaged ({reason}); restore the output from a copy") from error
 
 
 def _check_columns(table: pa.Table, wanted: Iterable[pa.Field]) -> None:

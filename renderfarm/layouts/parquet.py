@@ -140,11 +140,11 @@ class _Pictures:
                 self._held[key, group] = self._read(key, group)
             self._held.move_to_end((key, group))
             column = self._held[key, group]
-        value = column[index].as_py()
-        if value is None or value["bytes"] is None:
+        with damage_named():
+            data = column[index].as_py()["bytes"]
+        if data is None:
             raise KeyError(name)
-        data: bytes = value["bytes"]
-        return data
+        return bytes(data)
 
     def _read(self, key: str, group: int) -> pa.ChunkedArray:
         with self._store.open(key) as file, damage_named():
