@@ -36,8 +36,10 @@ from test_readers import run_card
 import renderfarm
 from renderfarm import commit
 from renderfarm.errors import AlreadyExists, Fatal
+from renderfarm.jobfile import load_job
 from renderfarm.layouts import LAYOUTS, base, parquet, webdataset
 from renderfarm.layouts.base import Layout
+from renderfarm.preparation import prepare
 from renderfarm.reading import Output
 from renderfarm.records import Part
 from renderfarm.storage import LocalStore, Store, open_store
@@ -130,6 +132,23 @@ def test_the_same_job_gives_the_same_bytes(layout: str, write: Write, tmp_path: 
     renderfarm.run(write(layout), engine="inline")
     renderfarm.run(write(layout, str(tmp_path / "again")), engine="inline")
     assert data(tmp_path / layout) == data(tmp_path / "again") != {}
+
+
+def test_the_card_knows_a_tables_columns_before_there_is_a_table(write: Write, tmp_path: Path) -> None:
+    columns = {
+        "prompt": ["a"],
+        "seed": [1],
+        "id": ["x"],
+        "seed_": [2],
+        "file_name": ["theirs"],
+    }
+    options = {"after": [{"colour": {"saturation": 2.0}}], "output": {"keep_originals": True}, "render": {"negative_prompt": "b"}}
+    job = write("parquet", columns=columns, **options)
+    expected = prepare(load_job(job)).columns()
+    renderfarm.run(job, engine="inline")
+    table = commit.read_part(open_store(str(tmp_path / "parquet")), parquet, Part(0, 0, 1))[1].images
+    assert [(field.name, field.type) for field in table.schema] == [(field.name, field.type) for field in expected]
+    assert {"seed_", "input_file_name", "original_file", "file_width"} <= set(expected.names)
 
 
 def test_originals_stay_loose_files_in_every_layout(layout: str, write: Write, tmp_path: Path) -> None:
