@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -246,6 +247,18 @@ def test_every_layout_holds_every_format_and_says_where_load_dataset_finds_no_pi
     assert [np.asarray(image).shape for image, _ in renderfarm.open(out)] == [(64, 64, 3)] * 8
     warned = any(text.startswith(f"output.format {format_}: ") for text in prepare(load_job(job)).warnings)
     assert warned == (not pictures_by_load_dataset(out, FORMATS[format_].extension, tmp_path))
+
+
+@pytest.mark.parametrize("format_", ["jpeg", "webp", "avif"])
+def test_the_cards_line_for_webdataset_gives_pictures(format_: str, write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    renderfarm.run(write_job(write_manifest(), output={"format": format_, "layout": "webdataset"}), engine="inline")
+    card = (tmp_path / "out/README.md").read_text()
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "import webdataset" in block]
+    found: dict[str, Any] = {}
+    exec(block, found)  # noqa: S102 - the card's own lines
+    pairs = list(found["dataset"])
+    assert len(pairs) == 8
+    assert all(isinstance(picture, Image.Image) and row["format"] == format_ for picture, row in pairs)
 
 
 def pictures_by_load_dataset(out: Path, extension: str, cache: Path) -> bool:

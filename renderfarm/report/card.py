@@ -75,7 +75,7 @@ import glob
 import webdataset
 
 shards = sorted(glob.glob({{ (escaped ~ "/data/*.tar")|py }}))
-dataset = webdataset.WebDataset(shards, shardshuffle=False).decode("pil").to_tuple({{ extension|py }}, "json")
+dataset = webdataset.WebDataset(shards, shardshuffle=False).decode({{ decoder }}).to_tuple({{ extension|py }}, "json")
 ```
 {% endif %}
 
@@ -149,6 +149,8 @@ def write_card(
         layout=layout,
         format=format_,
         extension=extension,
+        # of itself it knows no AVIF, which Pillow opens
+        decoder='webdataset.imagehandler("pil", ["avif"])' if extension == "avif" else '"pil"',
         seen=f"{extension}, json" if layout == "webdataset" else "image, prompt, seed, …",
         data_files={"files": "data/**", "parquet": "data/*.parquet", "webdataset": "data/*.tar"}[layout],
         features=yaml.safe_dump({"dataset_info": {"features": features}}, sort_keys=False, allow_unicode=True) if features else "",
