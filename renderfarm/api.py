@@ -80,5 +80,6 @@ def _write_card(prepared: Prepared) -> None:
         errors=sum(receipt.errors for receipt in committed.values()),
         finished=grid is not None and len(committed) == grid.count,
         sheet=SHEET if prepared.store.exists(SHEET) else None,
+        columns=prepared.columns(),
         warnings=prepared.model.warnings,
     )

@@ -293,8 +293,8 @@ def _print_verification(found: dict[str, Any]) -> None:
         if found["problem_count"] > len(found["problems"]):
             out_console.print("  …")
         out_console.print(
-            "restore what is damaged from a copy; or remove that part's table (data/part-N/metadata.parquet) and its entry in "
-            "_renderfarm/parts/, and `renderfarm run` renders the part again"
+            "restore what is damaged from a copy; or remove that part's commit (data/part-N/metadata.parquet, data/part-N.parquet or "
+            "data/part-N.tar) and its entry in _renderfarm/parts/, and `renderfarm run` renders the part again"
         )
     for note in found["notes"]:
         out_console.print(note, markup=False)

@@ -5,12 +5,12 @@
     _renderfarm/profile.json   the render profile, by the first worker ready (create-if-absent)
     _renderfarm/profiles/…     others, by their SHA-256, if the job allows them
     _renderfarm/parts/…        one key a part, its counts in its name, so that one listing tells what is done, and in it the
-                               SHA-256 of the commit object; derived: a missing entry costs one request, never an image
+                               SHA-256 of the commit object (see layouts); derived: a missing entry costs one request, never an image
     _renderfarm/inputs/…       files that rows and job gave (images, LoRA adapters, networks), by their SHA-256
     data/…, errors/…           the commit objects (see layouts)
     originals/…                pictures before the job's `after`, if they are kept; like images, only those count that a table names
 
-Order of a part: images and originals, commit object, error view, index entry. Whoever loses the create of the commit object reads
+Order of a part: images and originals, commit object, views, index entry. Whoever loses the create of the commit object reads
 back what is stored and reports that, whether it is somebody else's or its own whose reply was lost.
 """
 
@@ -18,18 +18,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import re
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from renderfarm.errors import AlreadyExists, Fatal, InvalidJob, ProfileMismatch
-from renderfarm.layouts import files
+from renderfarm.layouts import LAYOUTS
+from renderfarm.layouts.base import Committed, Layout, PartWriter, error_view_bytes, errors_bytes, errors_key, read_errors_only
 from renderfarm.plan import Grid, where_row
 from renderfarm.records import Part, PartReceipt
-from renderfarm.schema import IMAGE_COLUMNS
 from renderfarm.storage import OURS, Store
 
 FORMAT_VERSION = 1
@@ -115,6 +118,7 @@ def read_job(store: Store) -> dict[str, Any]:
         where, part_rows = job["manifest"]["where"], job["output"]["part_rows"]
         numbers = [*(file["rows"] for file in job["manifest"]["files"]), 1 if part_rows == "auto" else part_rows]
         known = all(isinstance(given, dict) for given in (where or {}, job["model"], job["render"]))
+        known = known and job["output"]["layout"] in LAYOUTS
         if known and numbers[-1] > 0 and all(isinstance(number, int) for number in numbers):
             return job
     except (KeyError, TypeError):
@@ -243,32 +247,46 @@ def profile_sha256(profile: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------- parts
 
 
-def find_commit(store: Store, part: Part) -> PartReceipt | None:
-    """The receipt of a part that somebody has committed, or None. Mends its view and index entry if they are missing."""
-    for key, read in ((files.commit_key(part), files.read_table), (files.errors_key(part), _errors_only)):
-        try:
-            data = store.read(key)
-        except KeyError:
-            continue
-        return _finish(store, part, *read(data), data, adopted=True)
-    return None
+def read_part(store: Store, layout: Layout, part: Part) -> tuple[str, Committed]:
+    """A part's commit object, by its key, without its pictures. Raises KeyError where there is none, Fatal for a damaged one."""
+    try:
+        return _read(store, layout.commit_key(part), layout.read)
+    except KeyError:
+        return _read(store, errors_key(part), read_errors_only)
 
 
-def publish(store: Store, part: Part, images: pa.Table, errors: pa.Table) -> PartReceipt:
-    """Commit a part whose images are in the store already."""
+def _read(store: Store, key: str, read: Callable[[BinaryIO], Committed]) -> tuple[str, Committed]:
+    with store.open(key) as file:
+        return key, read(file)
+
+
+def find_commit(store: Store, layout: Layout, part: Part) -> PartReceipt | None:
+    """The receipt of a part that somebody has committed, or None. Mends its views and index entry if they are missing."""
+    try:
+        _, committed = read_part(store, layout, part)
+    except KeyError:
+        return None
+    return _finish(store, layout, part, committed, adopted=True)
+
+
+def publish(store: Store, layout: Layout, part: Part, writer: PartWriter, images: pa.Table, errors: pa.Table) -> PartReceipt:
+    """Commit a part. `writer`: the layout's, which was given every image that `images` names."""
     if len(images):
-        key, data = files.commit_key(part), files.table_bytes(images, errors)
+        key, data, read = layout.commit_key(part), writer.commit_object(images, errors), layout.read
     else:
-        key, data = files.errors_key(part), files.errors_bytes(errors)
+        key, data, read = errors_key(part), errors_bytes(errors), read_errors_only
+    with data.open("rb") if isinstance(data, Path) else io.BytesIO(data) as file:
+        committed = read(file)
     try:
         store.put_if_absent(key, data)
     except AlreadyExists:
-        found = find_commit(store, part)
-        assert found is not None, f"{key} exists but cannot be read back"
-        return found
-    if not len(images) and (found := find_commit(store, part)) and found.images:
+        if (found := find_commit(store, layout, part)) is not None:
+            return found
+        assert not len(images), f"{key} exists but cannot be read back"
+        store.put(key, data)  # in the place of a view of what is gone
+    if not len(images) and (found := find_commit(store, layout, part)) and found.images:
         return found  # another worker had images for this part, and images beat errors
-    return _finish(store, part, images, errors, data, adopted=False)
+    return _finish(store, layout, part, committed, adopted=False)
 
 
 def announce(store: Store, part: Part, row: int, token: str) -> None:
@@ -285,10 +303,10 @@ def announced_row(store: Store, part: Part, token: str) -> int | None:
     return int(announced["row"]) if announced.get("token") == token else None
 
 
-def _finish(store: Store, part: Part, images: pa.Table, errors: pa.Table, committed: bytes, *, adopted: bool) -> PartReceipt:
-    """`committed`: the stored commit object, of which `images` and `errors` were read, or made."""
+def _finish(store: Store, layout: Layout, part: Part, committed: Committed, *, adopted: bool) -> PartReceipt:
+    images, errors = committed.images, committed.errors
     if len(images):
-        _mend_view(store, part, errors)
+        _mend_views(store, layout, part, images, errors)
     classes = {str(item["values"]): int(item["counts"]) for item in pc.value_counts(errors.column("error_class")).to_pylist()}
     receipt = PartReceipt(
         part=part.index,
@@ -299,19 +317,18 @@ def _finish(store: Store, part: Part, images: pa.Table, errors: pa.Table, commit
         error_classes=classes,
     )
     entry = f"{PARTS}/{part.name}.i{receipt.images}.e{receipt.errors}.b{receipt.bytes}.json"
-    store.put(entry, to_json({"error_classes": classes, "commit_sha256": hashlib.sha256(committed).hexdigest()}))
+    store.put(entry, to_json({"error_classes": classes, "commit_sha256": committed.sha256}))
     return receipt
 
 
-def _mend_view(store: Store, part: Part, errors: pa.Table) -> None:
-    """Make the error view say what the part's table says; the errors of a worker that lost to images may lie there."""
-    key, data = files.errors_key(part), files.errors_bytes(errors)
+def _mend_views(store: Store, layout: Layout, part: Part, images: pa.Table, errors: pa.Table) -> None:
+    """Make the views say what the commit object says; the errors of a worker that lost to images may lie there."""
+    for key, data in layout.views(part, images, errors).items():
+        if not store.exists(key) or store.read(key) != data:
+            store.put(key, data)
+    key, data = errors_key(part), error_view_bytes(errors)
     if (store.read(key) != data) if store.exists(key) else len(errors):
         store.put(key, data)
-
-
-def _errors_only(data: bytes) -> tuple[pa.Table, pa.Table]:
-    return IMAGE_COLUMNS.empty_table(), files.read_errors(data)
 
 
 _ENTRY = re.compile(r"part-(\d+)\.i(\d+)\.e(\d+)\.b(\d+)\.json$")
@@ -333,14 +350,12 @@ def index_entries(store: Store) -> dict[int, tuple[str, PartReceipt]]:
     return found
 
 
-def is_as_committed(store: Store, part: Part, entry: str) -> bool:
-    """Whether a part's commit object has the bytes that its index entry says. Raises KeyError or Fatal where one cannot be read.
+def is_as_committed(store: Store, entry: str, committed_sha256: str) -> bool:
+    """Whether a part's commit object is the one that its index entry says. Raises KeyError or Fatal for an entry that cannot be read.
 
     Only a stored entry can tell: a part without one is found and entered again as it is.
     """
-    key = files.commit_key(part)
-    data = store.read(key if store.exists(key) else files.errors_key(part))
-    return bool(read_json(store, entry).get("commit_sha256") == hashlib.sha256(data).hexdigest())
+    return bool(read_json(store, entry).get("commit_sha256") == committed_sha256)
 
 
 def error_classes(store: Store) -> dict[str, int]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import pyarrow as pa
+
 from renderfarm import after, commit, jxl, signing, weighting
 from renderfarm.adapters import parse, read_files, sha256, written
 from renderfarm.config import COMPANIONS, C2pa, Checkpoint, Job, check_credentials, expand_env, several_devices
@@ -18,11 +20,13 @@ from renderfarm.models.networks import MAX_PIXELS
 from renderfarm.plan import Grid, where_row
 from renderfarm.records import PartReceipt
 from renderfarm.samplers import find_sampler
-from renderfarm.samples import Usual, check_side, instead, usual
+from renderfarm.samples import Usual, check_side, given_names, instead, usual
+from renderfarm.schema import image_columns, output_name
 from renderfarm.storage import Store, open_store
 
 USUAL_ROWS = 32
-UNKNOWN_IN_FOLDERS = ("avif", "jxl")  # to imagefolder of datasets 5.2
+# datasets 5.2: in folders it goes by the names of files; elsewhere, told by schema or card, by what Pillow opens
+UNKNOWN_TO_DATASETS = {"files": ("avif", "jxl"), "parquet": ("jxl",), "webdataset": ("jxl",)}
 CONTROL = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "denoising_end")
 TAKEN_BY_SOME = ("negative_prompt", "guidance_scale", "true_cfg_scale", *CONTROL)
 
@@ -49,10 +53,10 @@ class Prepared:
                 f"{again:,} rows have the id of another row, and get its noise; `renderfarm validate` names them: give each its own"
             )
         output = self.job.output
-        if output.layout == "files" and output.format in UNKNOWN_IN_FOLDERS:
+        if output.format in UNKNOWN_TO_DATASETS[output.layout]:
             found.append(
-                f"output.format {output.format}: Hugging Face's `datasets` takes no such file in a folder for a picture, and load_dataset "
-                "would give tables without images, in silence; renderfarm.open reads them, and png, webp and jpeg it knows"
+                f"output.format {output.format}: Hugging Face's `datasets` takes no such file for a picture in layout {output.layout}, so "
+                "load_dataset gives none; renderfarm.open reads them, and png, webp and jpeg are known to both"
             )
         return tuple(found)
 
@@ -81,6 +85,11 @@ class Prepared:
 
     def committed(self) -> dict[int, PartReceipt]:
         return commit.committed_parts(self.store)
+
+    def columns(self) -> pa.Schema:
+        """Of the image table."""
+        own = [pa.field(output_name(field.name), field.type) for field in self.manifest.extras]
+        return pa.schema([*image_columns(given_names(self.job, self.model, self.manifest.columns)), *own])
 
     def frozen(self) -> dict[str, Any]:
         """What decides pixels or layout, for job.json. How many workers render may change freely."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +14,44 @@ from PIL import Image
 from renderfarm import commit
 from renderfarm.config import expand_env
 from renderfarm.encode import decode
-from renderfarm.errors import InvalidJob
-from renderfarm.layouts import files
+from renderfarm.errors import Fatal, InvalidJob
+from renderfarm.layouts import LAYOUTS
+from renderfarm.layouts.base import Committed, damage_named, errors_key, part_of, read_errors, read_table, table_bytes
 from renderfarm.plan import Grid
+from renderfarm.records import Part
 from renderfarm.schema import ERROR_COLUMNS, IMAGE_COLUMNS
 from renderfarm.storage import Store, open_store
 
 
 @dataclass(frozen=True)
 class StoredSample:
-    """A committed image: its table row, and where its file is."""
+    """A committed image: its table row, and where it is. `key`: its file, or the commit object that holds it, and `name` in it."""
 
     record: dict[str, Any]
     key: str
     store: Store
+    name: str
+    data: Callable[[], bytes]
+    """The file's bytes. Raises KeyError for what is gone, Fatal for what cannot be read, or lies outside of the output."""
 
     def image(self) -> Image.Image:
-        """Decoded on first use, as PIL does. Raises KeyError for a file that is gone, one of `encode.UNDECODABLE` for a damaged one, Fatal
-        where the table names one outside of the output."""
-        return decode(self.store.read(self.key))
+        """Decoded on first use, as PIL does. Raises as `data` does, and one of `encode.UNDECODABLE` for a damaged file."""
+        return decode(self.data())
 
     def original(self) -> Image.Image | None:
         """The picture before the job's `after`, where the output keeps it. Raises as `image` does."""
         key = self.record.get("original_file")
         return None if key is None else decode(self.store.read(key))
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """What a part's commit object holds, by its key; nothing where the part is not committed."""
+
+    samples: list[StoredSample] = field(default_factory=list)
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    key: str = ""
+    committed: Committed | None = None
 
 
 class Output:
@@ -49,6 +63,8 @@ class Output:
             self.job = commit.read_job(self.store)
         except KeyError:
             raise InvalidJob(f"{url}: not an output of renderfarm (it has no {commit.JOB}); give the folder that `run` printed") from None
+        self.layout = LAYOUTS[self.job["output"]["layout"]]
+        self._pictures = self.layout.pictures(self.store)
 
     @cached_property
     def grid(self) -> Grid:
@@ -63,59 +79,83 @@ class Output:
 
     def samples(self) -> Iterator[StoredSample]:
         """Every committed sample in manifest order; its image is read only when asked for."""
-        for key in self._tables():
-            yield from self._stored(key, files.read_table(self.store.read(key))[0])
+        for part in self._with_images():
+            key, committed = commit.read_part(self.store, self.layout, part)
+            records = enumerate(committed.images.to_pylist())
+            yield from (self._stored(key, committed, index, record) for index, record in records)
 
     def __len__(self) -> int:
         return sum(receipt.images for receipt in commit.committed_parts(self.store).values())
 
     def spread(self, limit: int) -> list[StoredSample]:
         """About `limit` samples spread over the output, from at most `limit` parts."""
-        keys = self._tables()
-        keys = keys[:: -(-len(keys) // limit)] if keys else []
+        parts = self._with_images()
+        parts = parts[:: -(-len(parts) // limit)] if parts else []
         chosen: list[StoredSample] = []
-        for index, key in enumerate(keys):
-            images = files.read_table(self.store.read(key))[0]
-            take = (limit - len(chosen)) // (len(keys) - index)
+        for index, part in enumerate(parts):
+            key, committed = commit.read_part(self.store, self.layout, part)
+            images, take = committed.images, (limit - len(chosen)) // (len(parts) - index)
             for k in range(min(take, len(images))):
-                record = images.select(IMAGE_COLUMNS.names).slice(k * len(images) // min(take, len(images)), 1).to_pylist()[0]
-                chosen.append(StoredSample(record, f"{key.rpartition('/')[0]}/{record['file_name']}", self.store))
+                row = k * len(images) // min(take, len(images))
+                record = images.select(IMAGE_COLUMNS.names).slice(row, 1).to_pylist()[0]
+                chosen.append(self._stored(key, committed, row, record))
         return chosen
 
     def errors(self) -> pa.Table:
         """The error table of all committed parts."""
-        tables = [files.read_errors(self.store.read(key)) for key in self.store.list("errors")]
+        tables = [read_errors(self.store.read(key)) for key in self.store.list("errors")]
         return pa.concat_tables([ERROR_COLUMNS.empty_table(), *tables])
 
     def committed(self) -> list[int]:
         """Indices of the parts that have a commit object, ascending; not taken from the index of parts."""
-        named = (files.part_of(key) for key in (*self._tables(), *self.store.list("errors")))
-        return sorted({index for index in named if index is not None})
+        with_errors = (part_of(key) for key in self.store.list("errors"))
+        return sorted({*(part.index for part in self._with_images()), *(index for index in with_errors if index is not None)})
 
-    def part(self, index: int) -> tuple[list[StoredSample], list[dict[str, Any]]]:
-        """A part's samples and error rows; both are empty for one that is not committed. Raises Fatal for a damaged one."""
-        part = self.grid.part(index)
+    def part(self, index: int) -> StoredPart:
+        """Empty for a part that is not committed. Raises Fatal for a damaged one."""
         try:
-            key = files.commit_key(part)
-            images, errors = files.read_table(self.store.read(key))
-            with files.damage_named():
-                return list(self._stored(key, images)), errors.to_pylist()
+            key, committed = commit.read_part(self.store, self.layout, self.grid.part(index))
         except KeyError:
-            return [], self.errors_of(index)
+            return StoredPart()
+        with damage_named():
+            records = committed.images.to_pylist()
+            samples = [self._stored(key, committed, place, record) for place, record in enumerate(records)]
+            return StoredPart(samples, committed.errors.to_pylist(), key, committed)
 
     def errors_of(self, index: int) -> list[dict[str, Any]]:
         """What the error view has for a part; its table's footer says the same, or the view is damaged."""
         try:
-            return list(files.read_errors(self.store.read(files.errors_key(self.grid.part(index)))).to_pylist())
+            return list(read_errors(self.store.read(errors_key(self.grid.part(index)))).to_pylist())
         except KeyError:
             return []
 
-    def _stored(self, key: str, images: pa.Table) -> Iterator[StoredSample]:
-        folder = key.rpartition("/")[0]
-        return (StoredSample(record, f"{folder}/{record['file_name']}", self.store) for record in images.to_pylist())
+    def problems(self, index: int, stored: StoredPart) -> Iterator[str]:
+        """What is wrong with a part that has images, its table and the pictures' bytes aside."""
+        assert stored.committed is not None
+        images, errors = stored.committed.images, stored.committed.errors
+        with self.store.open(stored.key) as file:
+            yield from (f"{stored.key} {problem}" for problem in self.layout.problems(file, stored.committed))
+        for view, data in self.layout.views(self.grid.part(index), images, errors).items():
+            if not self._is(view, data):
+                yield f"{view} is not what {stored.key} says; take it from a copy"
 
-    def _tables(self) -> list[str]:
-        return [key for key in self.store.list("data") if key.endswith("/metadata.parquet")]
+    def _is(self, view: str, data: bytes) -> bool:
+        """Whether a view holds that table; another version of Arrow may have written it in other bytes."""
+        try:
+            return table_bytes(*read_table(self.store.read(view))) == data
+        except (KeyError, Fatal):
+            return False
+
+    def _stored(self, key: str, committed: Committed, index: int, record: dict[str, Any]) -> StoredSample:
+        name, place = committed.names[index], committed.places[index]
+        data = partial(self._pictures.read, key, name, place)
+        return StoredSample(record, self.layout.picture_key(key, name), self.store, name, data)
+
+    def _with_images(self) -> list[Part]:
+        """Parts that have a commit object besides an error table."""
+        named = ((key, part_of(key)) for key in self.store.list("data"))
+        parts = ((key, Part(index, 0, 0)) for key, index in named if index is not None)
+        return [part for key, part in parts if key == self.layout.commit_key(part)]  # sorted as the keys are
 
 
 def open(out: str | Path) -> Output:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +47,13 @@ def expand_rows(rows: pa.Table, job: Job, model: ModelInfo) -> Iterator[Expanded
     for index in range(len(rows)):
         cells = {name: column[index] for name, column in columns.items()}
         yield expand_row(cells | unreadable.get(index, {}), job, model)
+
+
+def given_names(job: Job, model: ModelInfo, columns: Iterable[str]) -> set[str]:
+    """What decides which columns an image table has: arguments that manifest or job give, and parts of the job."""
+    parts = {"images": model.images, "after": job.after, "keep_originals": job.output.keep_originals}
+    there = (name for name, given in parts.items() if given)
+    return {*columns, *(name for name, value in job.render if value is not None), *model.companions, *there}
 
 
 def _unreadable_extras(rows: pa.Table) -> dict[int, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 import pyarrow as pa
@@ -91,6 +92,13 @@ GIVEN_BY = {
 }
 # `image` is what readers call the picture that was painted
 OUR_COLUMNS = frozenset((*IMAGE_COLUMNS.names, *ARGUMENT_COLUMNS.names, "image"))
+
+
+def image_columns(given: Collection[str]) -> pa.Schema:
+    """An image table's columns but for the manifest's own. `given`: arguments and parts of the job (`GIVEN_BY`)."""
+    return pa.schema([*IMAGE_COLUMNS, *(field for field in ARGUMENT_COLUMNS if GIVEN_BY.get(field.name, field.name) in given)])
+
+
 ERROR_COLUMNS = pa.schema(
     [
         pa.field("row", pa.int64(), nullable=False),

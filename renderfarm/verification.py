@@ -19,9 +19,9 @@ from renderfarm import commit
 from renderfarm.config import Offload
 from renderfarm.encode import FORMATS, UNDECODABLE, Written, decode, encode, encoder_of, pixel_sha256, written
 from renderfarm.errors import Fatal, InvalidJob, RenderfarmError
-from renderfarm.layouts import files
+from renderfarm.layouts.base import name_of
 from renderfarm.manifest import ROW, parse_ranges
-from renderfarm.reading import Output, StoredSample
+from renderfarm.reading import Output, StoredPart, StoredSample
 from renderfarm.records import SampleKey
 from renderfarm.rerender import Renderer
 from renderfarm.slots import Rendered
@@ -97,23 +97,26 @@ def verify(
     output = Output(out)
     found = Verification(parts=output.grid.count)
     how, chosen, named = written(output.job["output"]), _Chosen(choice), set[str]()
-    seen: dict[int, tuple[int, int] | None] = {}
+    seen: dict[int, _Seen | None] = {}
     with ThreadPoolExecutor(READERS) as readers:
         for index in output.committed():
             found.parts_done += 1
             say(f"files: part {found.parts_done:,} of {found.parts:,}, {found.images:,} images checked")
-            seen[index] = None
             try:
-                samples, errors = output.part(index)
+                part = output.part(index)
             except Fatal as error:
+                seen[index] = None
                 found.add(f"part {index}: {error}")
                 continue
-            seen[index] = (len(samples), len(errors))
-            _check_part(found, output, index, samples, errors)
-            named |= {sample.record["profile_sha256"] for sample in samples}
-            for problem in filter(None, readers.map(partial(_file_problem, how=how), samples)):
+            if part.committed is None:  # an error view whose commit object is gone
+                found.parts_done -= 1
+                continue
+            seen[index] = _Seen(len(part.samples), len(part.errors), part.committed.sha256)
+            _check_part(found, output, index, part)
+            named |= {sample.record["profile_sha256"] for sample in part.samples}
+            for problem in filter(None, readers.map(partial(_file_problem, how=how), part.samples)):
                 found.add(problem)
-            chosen.offer(samples)
+            chosen.offer(part.samples)
     _check_index(found, output, seen)
     if not seen and found.ok:
         raise InvalidJob(f"{out}: nothing was rendered yet; run its job first")
@@ -122,6 +125,15 @@ def verify(
         raise InvalidJob(f"rows {choice.rows}: no committed image; `renderfarm status {out}` shows what there is")
     _render_again(found, chosen.samples, how, profiles, lambda profile: Renderer(output, profile, model, beside or {}, offload), say)
     return found
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What verification keeps of a part whose commit object could be read."""
+
+    images: int
+    errors: int
+    sha256: str
 
 
 class _Chosen:
@@ -147,8 +159,9 @@ class _Chosen:
 # ---------------------------------------------------------------------------------------------- files against tables
 
 
-def _check_part(found: Verification, output: Output, index: int, samples: list[StoredSample], errors: list[dict[str, Any]]) -> None:
-    """Every row of the part ended, each sample exactly once, and as many as when it was committed."""
+def _check_part(found: Verification, output: Output, index: int, stored: StoredPart) -> None:
+    """Every row of the part ended, each sample exactly once, and the part's views say what its commit object says."""
+    samples, errors = stored.samples, stored.errors
     found.images += len(samples)
     found.errors += len(errors)
     part = output.grid.part(index)
@@ -172,6 +185,11 @@ def _check_part(found: Verification, output: Output, index: int, samples: list[S
             found.add(f"{part.name}: errors/{part.name}.parquet is not what the part's table says of its errors; take it from a copy")
     except Fatal as error:
         found.add(f"errors/{part.name}.parquet: {error}")
+    try:
+        for problem in output.problems(index, stored) if samples else ():
+            found.add(problem)
+    except (KeyError, RenderfarmError) as error:
+        found.add(f"{stored.key}: {error}")
 
 
 def _expected(output: Output, planned: set[int]) -> set[int]:
@@ -185,7 +203,7 @@ def _expected(output: Output, planned: set[int]) -> set[int]:
     return {row for row in planned if any(row in wanted for wanted in ranges)}
 
 
-def _check_index(found: Verification, output: Output, seen: dict[int, tuple[int, int] | None]) -> None:
+def _check_index(found: Verification, output: Output, seen: dict[int, _Seen | None]) -> None:
     """What the index of parts says was committed must be there, to the byte. A part without an entry is no problem but worth a
     word: a worker may have died before it, and the next run that finds the part enters it."""
     entries = commit.index_entries(output.store)
@@ -197,15 +215,14 @@ def _check_index(found: Verification, output: Output, seen: dict[int, tuple[int,
     for index, (entry, receipt) in sorted(entries.items()):
         if index not in seen:
             found.add(f"part {index}: was committed, and its table is missing; restore it from a copy")
-        elif (counts := seen[index]) is not None and counts != (receipt.images, receipt.errors):
-            images, errors = counts
+        elif (part := seen[index]) is not None and (part.images, part.errors) != (receipt.images, receipt.errors):
             found.add(
                 f"part {index}: was committed with {receipt.images} images and {receipt.errors} errors, "
-                f"and its table has {images} and {errors}; restore it from a copy"
+                f"and its table has {part.images} and {part.errors}; restore it from a copy"
             )
-        elif counts is not None:
+        elif part is not None:
             try:
-                if not commit.is_as_committed(output.store, output.grid.part(index), entry):
+                if not commit.is_as_committed(output.store, entry, part.sha256):
                     found.add(f"part {index}: its table is not the one that was committed (SHA-256 differs); restore it from a copy")
             except (KeyError, Fatal) as error:
                 found.add(f"part {index}: {error}")
@@ -228,22 +245,25 @@ def _file_problem(sample: StoredSample, how: Written) -> str | None:
     record = sample.record
     if record["format"] != how.format:
         return f"row {record['row']}, image {record['image_index']}: its format is {record['format']!r}, and the output's {how.format!r}"
-    name = files.name_of(SampleKey(record["row"], record["image_index"]), record[how.named_by], FORMATS[how.format].extension)
-    if record["file_name"] != name:
-        return f"row {record['row']}, image {record['image_index']}: its file is named {record['file_name']!r}, and should be {name}"
+    name = name_of(SampleKey(record["row"], record["image_index"]), record[how.named_by], FORMATS[how.format].extension)
+    if sample.name != name:
+        return f"row {record['row']}, image {record['image_index']}: its file is named {sample.name!r}, and should be {name}"
     size = (record.get("file_height") or record["height"], record.get("file_width") or record["width"])
-    problem = _damage(sample, sample.key, size, record, lossless=how.lossless)
+    problem = _damage(sample, sample.key, sample.data, size, record, lossless=how.lossless)
     if problem is not None or record.get("original_file") is None:
         return problem
     said = {name: record[f"original_{name}"] for name in ("bytes", "file_sha256", "pixel_sha256")}
-    return _damage(sample, record["original_file"], (record["height"], record["width"]), said, lossless=True)
+    key = record["original_file"]
+    return _damage(sample, key, partial(sample.store.read, key), (record["height"], record["width"]), said, lossless=True)
 
 
-def _damage(sample: StoredSample, key: str, size: tuple[int, int], said: dict[str, Any], *, lossless: bool) -> str | None:
+def _damage(
+    sample: StoredSample, key: str, read: Callable[[], bytes], size: tuple[int, int], said: dict[str, Any], *, lossless: bool
+) -> str | None:
     """How the file under `key` is not the one of that height, width, and hashes. Of a lossy one, only rendering tells its pixels."""
     name = f"row {sample.record['row']}, image {sample.record['image_index']} ({key})"
     try:
-        data = sample.store.read(key)
+        data = read()
     except KeyError:
         return f"{name}: the file is missing"
     except RenderfarmError as error:
@@ -371,16 +391,16 @@ def inspect(out: str, row: int, image_index: int) -> Provenance:
     if not 0 <= row < grid.rows:
         raise InvalidJob(f"row {row}: the manifest has rows 0 to {grid.rows - 1}")
     part = grid.part(row // grid.part_rows)
-    samples, errors = output.part(part.index)
+    stored = output.part(part.index)
     profiles = commit.read_profiles(output.store)
-    for sample in samples:
+    for sample in stored.samples:
         if (sample.record["row"], sample.record["image_index"]) == (row, image_index):
             profile = profiles.get(sample.record["profile_sha256"], {})
             return Provenance(output.store.url, part.name, sample.key, sample.record, profile, sample)
-    for error in errors:
+    for error in stored.errors:
         if (error["row"], error["image_index"]) == (row, image_index):
             return Provenance(output.store.url, part.name, None, error, {}, None)
-    images = sorted(s.record["image_index"] for s in samples if s.record["row"] == row)
+    images = sorted(s.record["image_index"] for s in stored.samples if s.record["row"] == row)
     there = f"it has the images {images[0]} to {images[-1]}" if images else "it is not rendered yet, or `where` leaves it out"
     raise InvalidJob(f"row {row} has no image {image_index}: {there}")
 

@@ -25,7 +25,8 @@ from renderfarm.config import Job
 from renderfarm.encode import FORMATS, ORIGINALS, Written, encode, encoder_of, pixel_sha256
 from renderfarm.errors import RenderfarmError, WorkerCrashed
 from renderfarm.inputs import Fetcher
-from renderfarm.layouts import files
+from renderfarm.layouts import LAYOUTS
+from renderfarm.layouts.base import PartWriter, name_of, original_key
 from renderfarm.manifest import EXTRA, ROW
 from renderfarm.marks import Marks, marks
 from renderfarm.models.base import SlotModel
@@ -34,8 +35,8 @@ from renderfarm.models.load import load_model
 from renderfarm.models.measure import best_batch_size, check_attention, check_places, seconds_per_image
 from renderfarm.pictures import shown
 from renderfarm.records import IMAGE_ARGUMENTS, Lease, Part, PartReceipt, Receipt, RowError, Sample, SampleKey, WorkerReady
-from renderfarm.samples import Usual, expand_rows, row_error
-from renderfarm.schema import ARGUMENT_COLUMNS, ERROR_COLUMNS, GIVEN_BY, IMAGE_COLUMNS, output_name
+from renderfarm.samples import Usual, expand_rows, given_names, row_error
+from renderfarm.schema import ERROR_COLUMNS, image_columns, output_name
 from renderfarm.signing import Sign, signer
 from renderfarm.slots import Rendered, SlotLoop
 from renderfarm.storage import open_store
@@ -68,6 +69,7 @@ class Worker:
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec, self.job = spec, spec.job
         self.store = open_store(self.job.output.path, single_writer=self.job.output.single_writer)
+        self.layout = LAYOUTS[self.job.output.layout]
         self.started = time.monotonic()
         self.chain = Chain(self.job.after)
         output = self.job.output
@@ -134,7 +136,7 @@ class Worker:
         self.encoders.shutdown()
 
     def _render_part(self, part: Part, lease: Lease) -> PartReceipt:
-        if found := commit.find_commit(self.store, part):
+        if found := commit.find_commit(self.store, self.layout, part):
             return found
         ordinals = lease.rows.column(ROW).to_numpy()
         rows = lease.rows.filter(pa.array((ordinals >= part.start) & (ordinals < part.stop)))
@@ -152,15 +154,16 @@ class Worker:
             errors += unusable
 
         records: list[dict[str, Any]] = []
-        for outcome in self._render_samples(part, samples, lease.announce_as):
-            result = outcome.result()
-            if isinstance(result, RowError):
-                errors.append(result)
-            else:
-                records.append(result)
-        ended = sorted([*(SampleKey(r["row"], r["image_index"]) for r in records), *(e.key for e in errors)])
-        assert ended == planned, f"{part.name}: samples planned and ended differ; nothing was committed"
-        return commit.publish(self.store, part, self._image_table(records, rows), _error_table(errors))
+        with self.layout.writer(self.store, part) as writer:
+            for outcome in self._render_samples(part, writer, samples, lease.announce_as):
+                result = outcome.result()
+                if isinstance(result, RowError):
+                    errors.append(result)
+                else:
+                    records.append(result)
+            ended = sorted([*(SampleKey(r["row"], r["image_index"]) for r in records), *(e.key for e in errors)])
+            assert ended == planned, f"{part.name}: samples planned and ended differ; nothing was committed"
+            return commit.publish(self.store, self.layout, part, writer, self._image_table(records, rows), _error_table(errors))
 
     def _with_images(self, samples: list[Sample]) -> tuple[list[Sample], list[RowError]]:
         """Samples with their images; errors for those whose images are of no use."""
@@ -170,10 +173,12 @@ class Worker:
         unusable = [row_error(s.key, s.row_id, s.prompt, error) for s, error in found if isinstance(error, RenderfarmError)]
         return [sample for _, sample in found if isinstance(sample, Sample)], unusable
 
-    def _render_samples(self, part: Part, samples: list[Sample], announce_as: str | None) -> Iterator[Future[dict[str, Any] | RowError]]:
+    def _render_samples(
+        self, part: Part, writer: PartWriter, samples: list[Sample], announce_as: str | None
+    ) -> Iterator[Future[dict[str, Any] | RowError]]:
         """An outcome per sample: all at once, or row by row with an announcement that survives the worker's death."""
         if announce_as is None:
-            outcomes = [self._put_when_rendered(part, s, f) for s, f in zip(samples, self.slots.submit(samples), strict=True)]
+            outcomes = [self._put_when_rendered(part, writer, s, f) for s, f in zip(samples, self.slots.submit(samples), strict=True)]
             yield from outcomes
             return
         for sample in samples:
@@ -183,11 +188,13 @@ class Worker:
                 ended: Future[dict[str, Any] | RowError] = Future()
                 ended.set_result(error)
                 yield ended
-            for outcome in [self._put_when_rendered(part, s, f) for s, f in zip(ready, self.slots.submit(ready), strict=True)]:
+            for outcome in [self._put_when_rendered(part, writer, s, f) for s, f in zip(ready, self.slots.submit(ready), strict=True)]:
                 wait([outcome])
                 yield outcome
 
-    def _put_when_rendered(self, part: Part, sample: Sample, rendered: Future[Rendered]) -> Future[dict[str, Any] | RowError]:
+    def _put_when_rendered(
+        self, part: Part, writer: PartWriter, sample: Sample, rendered: Future[Rendered]
+    ) -> Future[dict[str, Any] | RowError]:
         """Finish, encode and put the image in the pool as soon as its pixels are there."""
         outcome: Future[dict[str, Any] | RowError] = Future()
 
@@ -198,20 +205,20 @@ class Worker:
                 except RenderfarmError as error:  # the sample's own end; a store's error, below, is the lease's
                     outcome.set_result(row_error(sample.key, sample.row_id, sample.prompt, error))
                     return
-                outcome.set_result(self._put_image(part, sample, picture, rendered.result()))
+                outcome.set_result(self._put_image(part, writer, sample, picture, rendered.result()))
             except BaseException as error:  # must reach the lease: an unset future would wait for ever
                 outcome.set_exception(error)
 
         rendered.add_done_callback(lambda _: self.encoders.submit(finish))
         return outcome
 
-    def _put_image(self, part: Part, sample: Sample, picture: np.ndarray, rendered: Rendered) -> dict[str, Any]:
+    def _put_image(self, part: Part, writer: PartWriter, sample: Sample, picture: np.ndarray, rendered: Rendered) -> dict[str, Any]:
         """`picture`: what `after` has made of what was rendered."""
         record = self._record(sample, picture, rendered)
         said = marks(record, self.job.output.metadata)
         image = encode(picture, self.written.format, self.written.encoding, said, self.sign)
-        name = files.name_of(sample.key, getattr(image, self.written.named_by), FORMATS[self.written.format].extension)
-        self.store.put(files.image_key(part, name), image.data)
+        name = name_of(sample.key, getattr(image, self.written.named_by), FORMATS[self.written.format].extension)
+        writer.add(name, image.data)
         columns = {"file_name": name, "bytes": len(image.data), "file_sha256": image.file_sha256}
         return record | columns | self._original(part, sample, rendered.original, said)
 
@@ -238,7 +245,7 @@ class Worker:
         if not self.job.output.keep_originals:
             return {"original_pixel_sha256": pixel_sha256(pixels)} if self.job.after else {}
         image = encode(pixels, ORIGINALS, marks=said.of_its_origin())
-        key = files.original_key(part, files.image_name(sample.key, image, ORIGINALS))
+        key = original_key(part, name_of(sample.key, image.pixel_sha256, FORMATS[ORIGINALS].extension))
         self.store.put(key, image.data)
         columns = {"bytes": len(image.data), "file_sha256": image.file_sha256, "pixel_sha256": image.pixel_sha256}
         return {"original_file": key, **{f"original_{name}": value for name, value in columns.items()}}
@@ -246,11 +253,8 @@ class Worker:
     def _image_table(self, records: list[dict[str, Any]], rows: pa.Table) -> pa.Table:
         """Our columns, sorted by sample, then the manifest's own for each row."""
         records = sorted(records, key=lambda record: (record["row"], record["image_index"]))
-        named = {*rows.column_names, *(name for name, value in self.job.render if value is not None), *self.spec.model.companions}
-        parts = {"images": self.spec.model.images, "after": self.job.after, "keep_originals": self.job.output.keep_originals}
-        named |= {name for name, there in parts.items() if there}
-        given = [field for field in ARGUMENT_COLUMNS if GIVEN_BY.get(field.name, field.name) in named]
-        table = pa.Table.from_pylist(records, schema=pa.schema([*IMAGE_COLUMNS, *given]))
+        given = given_names(self.job, self.spec.model, rows.column_names)
+        table = pa.Table.from_pylist(records, schema=image_columns(given))
         place = {ordinal: index for index, ordinal in enumerate(rows.column(ROW).to_pylist())}
         source = rows.take(pa.array([place[record["row"]] for record in records], pa.int64()))
         for name in source.column_names:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +17,50 @@ from PIL import Image
 
 
 def tables(out: Path) -> list[Path]:
+    """Of layout `files`."""
     return sorted(out.glob("data/*/metadata.parquet"))
 
 
 def image_rows(out: Path) -> list[dict[str, Any]]:
-    """All image rows, after checking size, hashes, dimensions and pixels of every file."""
+    """All image rows, after checking names, sizes, hashes, dimensions and pixels of every picture. Any layout."""
     rows = []
-    for table in tables(out):
-        for row in pq.read_table(table).to_pylist():
-            check_file(table.parent / row["file_name"], (row.get("file_width", row["width"]), row.get("file_height", row["height"])), row)
-            assert row["pixel_sha256"][:8] in row["file_name"]
-            if "original_file" in row:
-                said = {name: row[f"original_{name}"] for name in ("bytes", "file_sha256", "pixel_sha256")}
-                check_file(out / row["original_file"], (row["width"], row["height"]), said)
-            rows.append(row)
+    for row, name, data in _pictures(out):
+        check_picture(data, (row.get("file_width", row["width"]), row.get("file_height", row["height"])), row)
+        assert name.startswith(f"{row['row']:010d}-{row['image_index']:04d}-{row['pixel_sha256'][:8]}.")
+        if "original_file" in row:
+            said = {name: row[f"original_{name}"] for name in ("bytes", "file_sha256", "pixel_sha256")}
+            check_picture((out / row["original_file"]).read_bytes(), (row["width"], row["height"]), said)
+        rows.append(row)
     return rows
 
 
-def check_file(path: Path, size: tuple[int, int], said: dict[str, Any]) -> None:
-    data = path.read_bytes()
-    assert len(data) == said["bytes"], path
-    assert hashlib.sha256(data).hexdigest() == said["file_sha256"], path
-    with Image.open(path) as image:
-        assert image.size == size, path
-        assert image.mode == "RGB", path
-        assert hashlib.sha256(np.asarray(image).tobytes()).hexdigest() == said["pixel_sha256"], path
+def _pictures(out: Path) -> Iterator[tuple[dict[str, Any], str, bytes]]:
+    """(row, the picture's name, its bytes)."""
+    for table in tables(out):
+        for row in pq.read_table(table).to_pylist():
+            yield row, row["file_name"], (table.parent / row["file_name"]).read_bytes()
+    for file in sorted(out.glob("data/*.parquet")):
+        for row in pq.read_table(file).to_pylist():
+            assert row["file_name"] is None
+            image = row.pop("image")
+            yield row, image["path"], image["bytes"]
+    for file in sorted(out.glob("data/*.tar")):
+        rows = pq.read_table(out / "metadata" / f"{file.stem}.parquet").to_pylist()
+        with tarfile.open(file) as tar:
+            first, *names = tar.getnames()
+            assert first.startswith("__")
+            assert names == [name for row in rows for name in (row["file_name"], row["file_name"].rpartition(".")[0] + ".json")]
+            for row in rows:
+                yield row, row["file_name"], tar.extractfile(row["file_name"]).read()  # type: ignore[union-attr]
+
+
+def check_picture(data: bytes, size: tuple[int, int], said: dict[str, Any]) -> None:
+    assert len(data) == said["bytes"]
+    assert hashlib.sha256(data).hexdigest() == said["file_sha256"]
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.size == size
+        assert image.mode == "RGB"
+        assert hashlib.sha256(np.asarray(image).tobytes()).hexdigest() == said["pixel_sha256"]
 
 
 def error_rows(out: Path) -> list[dict[str, Any]]:

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,7 +18,7 @@ import pytest
 import yaml
 from checker import check_complete, error_rows, image_rows, pixels, tables
 from PIL import Image, ImageEnhance
-from test_readers import card_lines, run_line
+from test_readers import run_card
 from torch import nn
 from upscalers import Compact, RRDBNet, enlarged, random_network, save
 
@@ -129,19 +127,17 @@ def test_the_profile_names_what_decides_pixels_and_job_json_no_path(done: Path) 
     assert str(done) not in (done / "finished/_renderfarm/job.json").read_text()
 
 
-def test_readers_see_the_finished_pictures_alone(out: Path, tmp_path: Path) -> None:
-    def load(path: str, **options: Any) -> datasets.Dataset:
-        return datasets.load_dataset(str(out), cache_dir=str(tmp_path / "cache"), **options)
-
+def test_readers_see_the_finished_pictures_alone(out: Path, done: Path, tmp_path: Path) -> None:
     assert len(list(out.glob("originals/*/*.png"))) == 4
     expected = {row["row"]: row for row in image_rows(out)}
-    dataset = run_line(card_lines(out)["datasets"], load_dataset=load)
+    card = out / "README.md"  # of the output that `out` is a copy of
+    card.write_text(card.read_text().replace(str(done / "finished"), str(out)))
+    dataset = run_card(out, "datasets", tmp_path / "cache")["dataset"]
     assert {row["row"] for row in dataset} == set(expected)
     assert dataset.num_rows == 4
     assert {row["image"].size for row in dataset} == {(256, 256)}
     assert all(row["original_file"] == expected[row["row"]]["original_file"] for row in dataset), "a column of text"
-    card = card_lines(out)["duckdb"].split('duckdb.sql("')[1].rstrip(')"').replace(str(out.parent / "finished"), str(out))
-    assert sorted(duckdb.sql(card).project("row, pixel_sha256, file_width").fetchall()) == sorted(
+    assert sorted(run_card(out, "duckdb", tmp_path)["table"].project("row, pixel_sha256, file_width").fetchall()) == sorted(
         (row["row"], row["pixel_sha256"], 256) for row in expected.values()
     )
     read = {sample.record["row"]: sample for sample in renderfarm.open(out).samples()}

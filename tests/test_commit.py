@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from renderfarm import commit
 from renderfarm.errors import InvalidJob, ProfileMismatch
 from renderfarm.jobfile import load_job
-from renderfarm.layouts import files
+from renderfarm.layouts import LAYOUTS, base
+from renderfarm.layouts.base import Layout
 from renderfarm.preparation import prepare
 from renderfarm.records import Part, PartReceipt
 from renderfarm.schema import ERROR_COLUMNS, ERRORS_KEY, IMAGE_COLUMNS, errors_from_json, errors_to_json, output_name
@@ -38,16 +39,29 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return open_store(f"memory://{uuid.uuid4().hex}" if request.param == "memory" else str(tmp_path / "out"))
 
 
+@pytest.fixture(params=list(LAYOUTS))
+def layout(request: pytest.FixtureRequest) -> Layout:
+    return LAYOUTS[request.param]
+
+
 def images(*rows: int, size: int = 100) -> pa.Table:
-    filled = {"row_id": "p", "file_name": "x.png", "prompt": "a", "sampler": "euler", "model": "m", "format": "png"}
+    filled = {"row_id": "p", "prompt": "a", "sampler": "euler", "model": "m", "format": "png"}
     filled |= {"profile_sha256": "0", "file_sha256": "0", "pixel_sha256": "0", "guidance_scale": 5.0}
     numbers = {"image_index": 0, "seed": 1, "height": 64, "width": 64, "num_inference_steps": 3, "bytes": size}
-    return pa.Table.from_pylist([{**filled, **numbers, "row": row} for row in rows], IMAGE_COLUMNS)
+    return pa.Table.from_pylist([{**filled, **numbers, "row": row, "file_name": f"{row}.png"} for row in rows], IMAGE_COLUMNS)
 
 
 def errors(*rows: int, message: str = "prompt is empty", kind: str = "InvalidInput") -> pa.Table:
     filled = {"row_id": "p", "image_index": 0, "error_class": kind, "error_message": message, "retryable": False}
     return pa.Table.from_pylist([{**filled, "row": row, "prompt_sha256": None} for row in rows], ERROR_COLUMNS)
+
+
+def publish(store: Store, layout: Layout, part: Part, images: pa.Table, errors: pa.Table) -> PartReceipt:
+    """Commit a part as a worker does."""
+    with layout.writer(store, part) as writer:
+        for name, size in zip(images.column("file_name").to_pylist(), images.column("bytes").to_pylist(), strict=True):
+            writer.add(name, b"." * size)
+        return commit.publish(store, layout, part, writer, images, errors)
 
 
 def error_view(store: Store) -> pa.Table:
@@ -175,138 +189,157 @@ def test_other_profiles_are_recorded_where_the_job_allows_them(store: Store) -> 
 # ---------------------------------------------------------------------------------------------------- publish, adopt
 
 
-def test_a_part_is_committed_with_its_view_and_its_index_entry(store: Store) -> None:
-    assert commit.find_commit(store, PART) is None
-    receipt = commit.publish(store, PART, images(21, 23, size=50), errors(22))
+def test_a_part_is_committed_with_its_view_and_its_index_entry(store: Store, layout: Layout) -> None:
+    assert commit.find_commit(store, layout, PART) is None
+    receipt = publish(store, layout, PART, images(21, 23, size=50), errors(22))
     assert receipt == PartReceipt(7, images=2, errors=1, bytes=100, adopted=False, error_classes={"InvalidInput": 1})
-    assert store.list("data") == ["data/part-00000007/metadata.parquet"]
+    named = {"data/part-00000007/21.png", "data/part-00000007/23.png"} if layout is LAYOUTS["files"] else set()
+    assert set(store.list("data")) - named == {layout.commit_key(PART)}
     assert error_view(store).equals(errors(22))
     assert store.list(ENTRIES) == [entry := f"{ENTRIES}/part-00000007.i2.e1.b100.json"]
-    table = store.read("data/part-00000007/metadata.parquet")
-    assert commit.read_json(store, entry)["commit_sha256"] == hashlib.sha256(table).hexdigest()
+    _, committed = commit.read_part(store, layout, PART)
+    assert commit.is_as_committed(store, entry, committed.sha256)
+    if layout is LAYOUTS["files"]:
+        assert committed.sha256 == hashlib.sha256(store.read(layout.commit_key(PART))).hexdigest()
     assert commit.committed_parts(store) == {7: PartReceipt(7, 2, 1, 100, adopted=True)}
     assert commit.error_classes(store) == {"InvalidInput": 1}
 
 
-def test_a_part_of_errors_alone_is_committed_by_its_error_table(store: Store) -> None:
-    receipt = commit.publish(store, PART, images(), errors(21, 22, 23))
+def test_a_part_of_errors_alone_is_committed_by_its_error_table(store: Store, layout: Layout) -> None:
+    receipt = publish(store, layout, PART, images(), errors(21, 22, 23))
     assert (receipt.images, receipt.errors, receipt.bytes) == (0, 3, 0)
     assert store.list("data") == []
-    found = commit.find_commit(store, PART)
+    found = commit.find_commit(store, layout, PART)
     assert found == PartReceipt(7, 0, 3, 0, adopted=True, error_classes={"InvalidInput": 3})
     (entry,) = store.list(ENTRIES)
-    assert commit.is_as_committed(store, PART, entry)
-    store.put("errors/part-00000007.parquet", files.errors_bytes(errors(21, 22, 23, message="another")))
-    assert not commit.is_as_committed(store, PART, entry)
+    assert commit.is_as_committed(store, entry, commit.read_part(store, layout, PART)[1].sha256)
+    store.put("errors/part-00000007.parquet", base.errors_bytes(errors(21, 22, 23, message="another")))
+    assert not commit.is_as_committed(store, entry, commit.read_part(store, layout, PART)[1].sha256)
 
 
-def test_a_part_without_errors_leaves_no_error_file(store: Store) -> None:
-    commit.publish(store, PART, images(21), errors())
+def test_a_part_without_errors_leaves_no_error_file(store: Store, layout: Layout) -> None:
+    publish(store, layout, PART, images(21), errors())
     assert store.list("errors") == []
 
 
-def test_a_part_of_which_nothing_was_wanted_is_done_too(store: Store) -> None:
-    receipt = commit.publish(store, PART, images(), errors())
+def test_a_part_of_which_nothing_was_wanted_is_done_too(store: Store, layout: Layout) -> None:
+    receipt = publish(store, layout, PART, images(), errors())
     assert (receipt.images, receipt.errors) == (0, 0)
-    assert commit.find_commit(store, PART) == PartReceipt(7, 0, 0, 0, adopted=True)
+    assert commit.find_commit(store, layout, PART) == PartReceipt(7, 0, 0, 0, adopted=True)
     assert 7 in commit.committed_parts(store)
 
 
-def test_whoever_comes_second_adopts_what_is_stored_and_changes_no_byte(store: Store) -> None:
-    commit.publish(store, PART, images(21, 22), errors(23, message="first"))
+def test_whoever_comes_second_adopts_what_is_stored_and_changes_no_byte(store: Store, layout: Layout) -> None:
+    publish(store, layout, PART, images(21, 22), errors(23, message="first"))
     before = {key: store.read(key) for key in store.list("")}
-    second = commit.publish(store, PART, images(21, 22, 23), errors())
+    second = publish(store, layout, PART, images(21, 22, 23), errors())
     assert second == PartReceipt(7, 2, 1, 200, adopted=True, error_classes={"InvalidInput": 1})
-    assert {key: store.read(key) for key in store.list("")} == before
+    after = {key: store.read(key) for key in store.list("") if key != "data/part-00000007/23.png"}
+    assert after == before, "beside an image that no table names, in the layout where images come first"
 
 
-def test_a_writer_whose_reply_was_lost_adopts_its_own_part(store: Store) -> None:
-    store.put_if_absent(files.commit_key(PART), files.table_bytes(images(21), errors(22)))  # and then the connection broke
-    assert commit.publish(store, PART, images(21), errors(22)) == PartReceipt(7, 1, 1, 100, True, {"InvalidInput": 1})
-    assert commit.is_as_committed(store, PART, f"{ENTRIES}/part-00000007.i1.e1.b100.json")
+def test_a_writer_whose_reply_was_lost_adopts_its_own_part(store: Store, layout: Layout) -> None:
+    with layout.writer(store, PART) as writer:
+        writer.add("21.png", b"." * 100)
+        store.put_if_absent(layout.commit_key(PART), writer.commit_object(images(21), errors(22)))  # and then the connection broke
+    assert publish(store, layout, PART, images(21), errors(22)) == PartReceipt(7, 1, 1, 100, True, {"InvalidInput": 1})
+    (entry,) = store.list(ENTRIES)
+    assert entry == f"{ENTRIES}/part-00000007.i1.e1.b100.json"
+    assert commit.is_as_committed(store, entry, commit.read_part(store, layout, PART)[1].sha256)
     assert error_view(store).equals(errors(22))
     assert 7 in commit.committed_parts(store)
 
 
-def test_a_missing_view_and_a_missing_index_entry_are_mended_when_the_part_is_found(tmp_path: Path) -> None:
+def test_a_missing_view_and_a_missing_index_entry_are_mended_when_the_part_is_found(layout: Layout, tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
-    commit.publish(store, PART, images(21), errors(22, 23))
+    publish(store, layout, PART, images(21), errors(22, 23))
     committed = {key: store.read(key) for key in store.list("")}
     for removed in itertools.chain(*(itertools.combinations([key for key in committed if not key.startswith("data")], n) for n in (1, 2))):
         for key in removed:
             (tmp_path / key).unlink()
-        assert commit.find_commit(store, PART) == PartReceipt(7, 1, 2, 100, True, {"InvalidInput": 2})
+        assert commit.find_commit(store, layout, PART) == PartReceipt(7, 1, 2, 100, True, {"InvalidInput": 2})
         assert {key: store.read(key) for key in store.list("")} == committed
 
 
-def test_of_sixteen_workers_with_one_part_one_commits_and_all_report_the_same(store: Store) -> None:
+def test_of_sixteen_workers_with_one_part_one_commits_and_all_report_the_same(store: Store, layout: Layout) -> None:
     with ThreadPoolExecutor(16) as pool:
         for round_ in range(20):
             part, start = Part(round_, 0, 16), threading.Barrier(16)
 
-            def publish(worker: int, part: Part = part, start: threading.Barrier = start) -> PartReceipt:
+            def race(worker: int, part: Part = part, start: threading.Barrier = start) -> PartReceipt:
                 start.wait()
-                return commit.publish(store, part, images(*range(worker + 1)), errors(*range(worker + 1, 16)))
+                return publish(store, layout, part, images(*range(worker + 1)), errors(*range(worker + 1, 16)))
 
-            receipts = list(pool.map(publish, range(16)))
+            receipts = list(pool.map(race, range(16)))
             assert sum(not receipt.adopted for receipt in receipts) == 1
             assert len({(receipt.images, receipt.errors) for receipt in receipts}) == 1
             assert commit.committed_parts(store)[round_].images == receipts[0].images
 
 
-def stale_errors(store: Store) -> None:
+def stale_errors(store: Store, layout: Layout) -> None:
     """What a worker leaves that saw only errors, just before another one had images."""
-    commit.publish(store, PART, images(), errors(21, 22, 23, kind="OutOfMemory"))
+    publish(store, layout, PART, images(), errors(21, 22, 23, kind="OutOfMemory"))
 
 
-def test_images_beat_errors_that_came_first(store: Store) -> None:
-    stale_errors(store)
-    receipt = commit.publish(store, PART, images(21, 22), errors(23))
+def test_an_error_view_whose_images_are_lost_is_no_commit(layout: Layout, tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    publish(store, layout, PART, images(21, 22), errors(23))
+    for key in (layout.commit_key(PART), *store.list(ENTRIES)):
+        store.delete(key)
+    assert commit.find_commit(store, layout, PART) is None
+    receipt = publish(store, layout, PART, images(), errors(21, 22, 23))  # rendered again, by a machine that cannot
+    assert (receipt.images, receipt.errors, receipt.adopted) == (0, 3, False)
+    assert commit.find_commit(store, layout, PART) == PartReceipt(7, 0, 3, 0, True, {"InvalidInput": 3})
+
+
+def test_images_beat_errors_that_came_first(store: Store, layout: Layout) -> None:
+    stale_errors(store, layout)
+    receipt = publish(store, layout, PART, images(21, 22), errors(23))
     assert (receipt.images, receipt.errors, receipt.adopted) == (2, 1, False)
-    assert commit.find_commit(store, PART) == PartReceipt(7, 2, 1, 200, True, {"InvalidInput": 1})
+    assert commit.find_commit(store, layout, PART) == PartReceipt(7, 2, 1, 200, True, {"InvalidInput": 1})
     assert commit.committed_parts(store) == {7: PartReceipt(7, 2, 1, 200, adopted=True)}
     assert commit.error_classes(store) == {"InvalidInput": 1}
     assert error_view(store).equals(errors(23))
 
 
-def test_images_without_any_error_empty_the_error_view_that_came_first(store: Store) -> None:
-    stale_errors(store)
-    commit.publish(store, PART, images(21, 22, 23), errors())
+def test_images_without_any_error_empty_the_error_view_that_came_first(store: Store, layout: Layout) -> None:
+    stale_errors(store, layout)
+    publish(store, layout, PART, images(21, 22, 23), errors())
     assert len(error_view(store)) == 0
     assert commit.error_classes(store) == {}
 
 
-def test_images_beat_errors_that_come_after(store: Store) -> None:
-    commit.publish(store, PART, images(21, 22, 23), errors())
-    receipt = commit.publish(store, PART, images(), errors(21, 22, 23, kind="OutOfMemory"))
+def test_images_beat_errors_that_come_after(store: Store, layout: Layout) -> None:
+    publish(store, layout, PART, images(21, 22, 23), errors())
+    receipt = publish(store, layout, PART, images(), errors(21, 22, 23, kind="OutOfMemory"))
     assert receipt == PartReceipt(7, 3, 0, 300, adopted=True)
     assert store.list("errors") == [] or len(error_view(store)) == 0
     assert commit.committed_parts(store) == {7: PartReceipt(7, 3, 0, 300, adopted=True)}
     assert commit.error_classes(store) == {}
 
 
-def test_images_and_errors_racing_for_a_part_always_end_as_the_images(store: Store) -> None:
+def test_images_and_errors_racing_for_a_part_always_end_as_the_images(store: Store, layout: Layout) -> None:
     with ThreadPoolExecutor(2) as pool:
         for round_ in range(20):
             part, start = Part(round_, 0, 3), threading.Barrier(2)
 
-            def publish(good: bool, part: Part = part, start: threading.Barrier = start) -> None:
+            def race(good: bool, part: Part = part, start: threading.Barrier = start) -> None:
                 start.wait()
-                commit.publish(store, part, images(0, 1) if good else images(), errors(2) if good else errors(0, 1, 2))
+                publish(store, layout, part, images(0, 1) if good else images(), errors(2) if good else errors(0, 1, 2))
 
-            list(pool.map(publish, (True, False)))
-            found = commit.find_commit(store, part)
+            list(pool.map(race, (True, False)))
+            found = commit.find_commit(store, layout, part)
             assert found is not None
             assert (found.images, found.errors) == (2, 1)
             assert commit.committed_parts(store)[round_].images == 2
-            view = files.read_errors(store.read(files.errors_key(part)))
+            view = base.read_errors(store.read(base.errors_key(part)))
             assert view.column("row").to_pylist() == [2]
 
 
-def test_error_classes_are_counted_over_all_parts(store: Store) -> None:
-    commit.publish(store, Part(0, 0, 3), images(0), errors(1, 2))
-    commit.publish(store, Part(1, 3, 6), images(), pa.concat_tables([errors(3, 4), errors(5, kind="OutOfMemory")]))
-    commit.publish(store, Part(2, 6, 9), images(6, 7, 8), errors())
+def test_error_classes_are_counted_over_all_parts(store: Store, layout: Layout) -> None:
+    publish(store, layout, Part(0, 0, 3), images(0), errors(1, 2))
+    publish(store, layout, Part(1, 3, 6), images(), pa.concat_tables([errors(3, 4), errors(5, kind="OutOfMemory")]))
+    publish(store, layout, Part(2, 6, 9), images(6, 7, 8), errors())
     assert commit.error_classes(store) == {"InvalidInput": 4, "OutOfMemory": 1}
     assert list(commit.committed_parts(store)) == [0, 1, 2]
 
@@ -347,25 +380,25 @@ def test_the_row_that_is_rendered_next_is_announced_and_read_back(store: Store) 
 )
 def test_error_rows_in_the_parquet_footer_are_read_back_whatever_they_say(rows: list[dict[str, Any]]) -> None:
     table = pa.Table.from_pylist(rows, ERROR_COLUMNS)
-    found_images, found = files.read_table(files.table_bytes(images(1, 2), table))
+    found_images, found = base.read_table(base.table_bytes(images(1, 2), table))
     assert found.equals(table)
     assert found_images.equals(images(1, 2))
     assert errors_from_json(errors_to_json(table)).equals(table)
 
 
 def test_the_error_rows_lie_in_the_footer_and_no_reader_sees_them_in_the_table() -> None:
-    data = files.table_bytes(images(1), errors(2))
+    data = base.table_bytes(images(1), errors(2))
     assert json.loads(pq.read_metadata(io.BytesIO(data)).metadata[ERRORS_KEY])[0]["row"] == 2
     assert pq.read_table(io.BytesIO(data)).num_rows == 1
-    assert ERRORS_KEY not in (pq.read_metadata(io.BytesIO(files.table_bytes(images(1), errors()))).metadata or {})
+    assert ERRORS_KEY not in (pq.read_metadata(io.BytesIO(base.table_bytes(images(1), errors()))).metadata or {})
 
 
 def test_the_same_tables_give_the_same_bytes_however_they_were_put_together() -> None:
-    whole = files.table_bytes(images(1, 2, 3), errors(4, 5))
+    whole = base.table_bytes(images(1, 2, 3), errors(4, 5))
     pieces = pa.concat_tables([images(1), images(2, 3)]).combine_chunks(), pa.concat_tables([errors(4), errors(5)])
-    assert files.table_bytes(*pieces) == whole
-    assert files.errors_bytes(pieces[1]) == files.errors_bytes(errors(4, 5))
-    assert files.table_bytes(*files.read_table(whole)) == whole
+    assert base.table_bytes(*pieces) == whole
+    assert base.errors_bytes(pieces[1]) == base.errors_bytes(errors(4, 5))
+    assert base.table_bytes(*base.read_table(whole)) == whole
 
 
 def test_the_same_profile_gives_the_same_json_whatever_the_order_of_its_keys() -> None:

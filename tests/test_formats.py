@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -234,13 +235,40 @@ def test_the_plan_knows_that_lossy_files_are_smaller(done: Path, tmp_path: Path)
     assert left["avif"] < left["jpeg"] < left["webp"] <= left["png"]
 
 
-@pytest.mark.parametrize("name", OUTPUTS)
-def test_a_format_that_load_dataset_does_not_know_in_a_folder_is_said_to_be_one(name: str, done: Path, tmp_path: Path) -> None:
-    format_ = OUTPUTS[name].get("format", "png")
-    dataset = datasets.load_dataset(str(done / name), split="train", cache_dir=str(tmp_path))
-    warned = [text for text in prepare(load_job(done / f"{name}.yaml")).warnings if f"output.format {format_}: " in text]
-    assert ("image" in dataset.column_names) == (not warned)
-    assert bool(warned) == (format_ in ("avif", "jxl"))
+@pytest.mark.parametrize("layout", ["files", "parquet", "webdataset"])
+@pytest.mark.parametrize("format_", FORMATS)
+def test_every_layout_holds_every_format_and_says_where_load_dataset_finds_no_picture(
+    format_: str, layout: str, write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    job = write_job(write_manifest(), output={"format": format_, "layout": layout})
+    assert renderfarm.run(job, engine="inline").images == 8
+    out = tmp_path / "out"
+    assert verify(str(out), Choice(rows="0-1")).ok
+    assert [np.asarray(image).shape for image, _ in renderfarm.open(out)] == [(64, 64, 3)] * 8
+    warned = any(text.startswith(f"output.format {format_}: ") for text in prepare(load_job(job)).warnings)
+    assert warned == (not pictures_by_load_dataset(out, FORMATS[format_].extension, tmp_path))
+
+
+@pytest.mark.parametrize("format_", ["jpeg", "webp", "avif"])
+def test_the_cards_line_for_webdataset_gives_pictures(format_: str, write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    renderfarm.run(write_job(write_manifest(), output={"format": format_, "layout": "webdataset"}), engine="inline")
+    card = (tmp_path / "out/README.md").read_text()
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL) if "import webdataset" in block]
+    found: dict[str, Any] = {}
+    exec(block, found)  # noqa: S102 - the card's own lines
+    pairs = list(found["dataset"])
+    assert len(pairs) == 8
+    assert all(isinstance(picture, Image.Image) and row["format"] == format_ for picture, row in pairs)
+
+
+def pictures_by_load_dataset(out: Path, extension: str, cache: Path) -> bool:
+    """Whether every row comes with a picture that is opened."""
+    try:
+        dataset = datasets.load_dataset(str(out), split="train", cache_dir=str(cache / "cache"))
+        column = next(name for name in ("image", extension) if name in dataset.column_names)
+        return len(dataset) == 8 and all(isinstance(picture, Image.Image) for picture in dataset[column])
+    except (StopIteration, OSError, datasets.exceptions.DatasetsError):
+        return False
 
 
 # ---------------------------------------------------------------------------------------------- inspect FILE

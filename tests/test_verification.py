@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -18,7 +19,6 @@ from PIL import Image
 import renderfarm
 from renderfarm.commit import profile_sha256
 from renderfarm.errors import Fatal, InvalidJob
-from renderfarm.reading import StoredSample
 from renderfarm.schema import ERRORS_KEY
 from renderfarm.verification import Choice, _Chosen, inspect, render_to, verify
 
@@ -90,7 +90,7 @@ def test_rows_and_samples_choose_what_is_rendered_again(rendered: Path) -> None:
 
 def test_a_random_choice_is_another_one_each_time(rendered: Path) -> None:
     (sample, *_) = renderfarm.open(rendered).samples()
-    thousand = [StoredSample(sample.record | {"row": row}, sample.key, sample.store) for row in range(1000)]
+    thousand = [dataclasses.replace(sample, record=sample.record | {"row": row}) for row in range(1000)]
 
     def rows(choice: Choice) -> list[int]:
         chosen = _Chosen(choice)
@@ -336,7 +336,7 @@ def test_a_reader_follows_no_name_that_leads_out_of_the_output(out: Path) -> Non
     sample = next(sample for sample in renderfarm.open(out).samples() if sample.record["row"] == 1)
     with pytest.raises(Fatal, match=r"'data/part-00000000/../../../x.png' is no file of .*/out"):
         sample.image()
-    original = StoredSample(sample.record | {"original_file": str(out.parent / "x.png")}, sample.key, sample.store)
+    original = dataclasses.replace(sample, record=sample.record | {"original_file": str(out.parent / "x.png")})
     with pytest.raises(Fatal, match="is no file of"):
         original.original()
 

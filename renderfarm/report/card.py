@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import glob
+import json
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow as pa
+import yaml
 from jinja2 import Environment
 
-from renderfarm.layouts import files
+from renderfarm.encode import FORMATS
+from renderfarm.layouts import LAYOUTS, webdataset
 from renderfarm.storage import Store
 
 KEY = "README.md"
@@ -20,8 +24,8 @@ tags: [renderfarm, synthetic]
 configs:
 - config_name: default
   data_files:
-  - {split: train, path: "data/**"}
----
+  - {split: train, path: "{{ data_files }}"}
+{{ features }}---
 # {{ name }}
 
 Images rendered by renderfarm from a table of prompts. {% if finished %}Finished:{% else %}Not finished; what is here is
@@ -48,19 +52,64 @@ committed and complete in itself. When this card was written:{% endif %} {{ imag
 ## Open it
 
 Each row's place in the manifest is in `row`; readers may give the rows in another order.
+{% if layout == "files" %}
+A row's picture is the file `file_name` beside its table, which `table_file` below names.
+{% elif layout == "parquet" %}
+The pictures' files are in the tables: `image` has their `bytes`, and their names (`path`). Name the columns that you need,
+and pictures that you do not need are not read.
+{% else %}
+Each picture lies in a tar, with its row as JSON beside it: there dates are text, bytes are base64, and NaN is null. The tables in
+`metadata/` have the same rows with their own types; `file_name` is the picture's name in that tar of `data/` which is named as
+the table is, and `table_file` below names the table.
+{% endif %}
 
 ```python
 from datasets import load_dataset
-dataset = load_dataset({{ out|tojson }}, split="train")   # columns: image, prompt, seed, …
 
-import glob, pandas
-table = pandas.concat(map(pandas.read_parquet, sorted(glob.glob({{ (escaped ~ "/" ~ tables)|tojson }}))))
+dataset = load_dataset({{ out|py }}, split="train")  # columns: {{ seen }}
+```
+{% if layout == "webdataset" %}
 
+```python
+import glob
+import webdataset
+
+shards = sorted(glob.glob({{ (escaped ~ "/data/*.tar")|py }}))
+dataset = webdataset.WebDataset(shards, shardshuffle=False).decode({{ decoder }}).to_tuple({{ extension|py }}, "json")
+```
+{% endif %}
+
+```python
+{% if layout == "parquet" %}
+import pandas
+
+table = pandas.read_parquet({{ (out ~ "/data")|py }})
+{% else %}
+import glob
+import pandas
+
+tables = sorted(glob.glob({{ tables|py }}))
+table = pandas.concat([pandas.read_parquet(path).assign(table_file=path) for path in tables], ignore_index=True)
+{% endif %}
+```
+
+```python
+import polars
+
+table = polars.scan_parquet({{ tables|py }}{{ "" if layout == "parquet" else ', include_file_paths="table_file"' }}).collect()
+```
+
+```python
 import duckdb
-table = duckdb.sql("select * from '{{ quoted }}/{{ tables }}'")
 
+table = duckdb.sql({{ query|py }})
+```
+
+```python
 import renderfarm
-for image, record in renderfarm.open({{ out|tojson }}): ...
+
+for picture, row in renderfarm.open({{ out|py }}):
+    print(picture.size, row["prompt"])
 ```
 
 `pixel_sha256` is the SHA-256 of the image's raw RGB bytes (row-major, H×W×3, uint8); `file_sha256` that of the file.
@@ -78,11 +127,17 @@ def write_card(
     errors: int,
     finished: bool,
     sheet: str | None,
+    columns: pa.Schema,
     warnings: Sequence[str] = (),
 ) -> None:
-    """Write or refresh the card. `frozen` is job.json's value."""
+    """Write or refresh the card. `frozen` is job.json's value, `columns` those of the image table."""
     # Markdown, not HTML: every value is checked by the job's schema, a number, or JSON-quoted
     environment = Environment(autoescape=False, trim_blocks=True, keep_trailing_newline=True)  # noqa: S701
+    environment.filters["py"] = lambda text: json.dumps(text, ensure_ascii=False)
+    layout, format_ = frozen["output"]["layout"], frozen["output"]["format"]
+    tables = f"{glob.escape(store.url)}/{LAYOUTS[layout].TABLES}"
+    extension = FORMATS[format_].extension
+    features = webdataset.features(columns, extension) if layout == "webdataset" else None
     text = environment.from_string(_TEMPLATE).render(
         name=name,
         rows=f"{rows:,}",
@@ -91,17 +146,29 @@ def write_card(
         finished=finished,
         model=frozen["model"]["id"],
         revision=frozen["model"]["revision"],
-        layout=frozen["output"]["layout"],
-        format=frozen["output"]["format"],
+        layout=layout,
+        format=format_,
+        extension=extension,
+        # of itself it knows no AVIF, which Pillow opens
+        decoder='webdataset.imagehandler("pil", ["avif"])' if extension == "avif" else '"pil"',
+        seen=f"{extension}, json" if layout == "webdataset" else "image, prompt, seed, …",
+        data_files={"files": "data/**", "parquet": "data/*.parquet", "webdataset": "data/*.tar"}[layout],
+        features=yaml.safe_dump({"dataset_info": {"features": features}}, sort_keys=False, allow_unicode=True) if features else "",
         seed=frozen["seed"],
         weighted=frozen["render"].get("prompt_weighting") is not None,
         out=store.url,
         escaped=glob.escape(store.url),
-        quoted=store.url.replace("'", "''"),
-        tables=files.TABLES,
+        tables=tables,
+        query=_query(tables, named=layout != "parquet"),
         sheet=sheet,
         after=", ".join(next(iter(step)) for step in frozen["after"] or ()),
         originals=frozen["output"]["keep_originals"],
         warnings=warnings,
     )
     store.put(KEY, text.encode())
+
+
+def _query(tables: str, *, named: bool) -> str:
+    """`named`: each row says which file it is from."""
+    quoted, option = tables.replace("'", "''"), ", filename = 'table_file'" if named else ""
+    return f"select * from read_parquet('{quoted}'{option})"  # noqa: S608 - text for people, never run here

@@ -9,6 +9,7 @@ import textwrap
 from PIL import Image, ImageDraw, ImageFont
 
 from renderfarm.encode import UNDECODABLE
+from renderfarm.errors import RenderfarmError
 from renderfarm.reading import Output
 
 KEY = "_renderfarm/report/contact_sheet.png"
@@ -20,7 +21,7 @@ def write_contact_sheet(output: Output, limit: int = 36) -> str | None:
     cells = []
     for sample in output.spread(limit):
         # a view must not fail for a picture that somebody removed or damaged
-        with contextlib.suppress(KeyError, *UNDECODABLE):
+        with contextlib.suppress(KeyError, RenderfarmError, *UNDECODABLE):
             cells.append((sample.image().convert("RGB"), sample.record["prompt"]))
     if not cells:
         return None
