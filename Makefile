@@ -11,7 +11,7 @@ demo: .venv/installed
 # Two processes, each with its own Ray and its own tiny models; a wait that spins would take the other's core. What kills
 # processes and counts on their time runs by itself afterwards.
 TEST := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest
-test: .venv/installed-dev
+test: .venv/installed-dev .venv/azurite
 	$(TEST) -n 2 --dist worksteal $(or $(PYTEST_OPTIONS),-m "not chaos")
 	$(if $(PYTEST_OPTIONS),,$(TEST) -m chaos)
 
@@ -45,6 +45,12 @@ record: .venv/installed-dev
 .venv/installed-dev: .venv/installed
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $@
+
+# Azure's own store on loopback, for the tests; without node they say that they skip it
+AZURITE := azurite@3.37.0
+.venv/azurite: .venv/bin/python
+	@if command -v npm >/dev/null; then npm install --silent --no-audit --no-fund --prefix .venv/azurite $(AZURITE); touch $@; \
+	  else echo 'npm is not installed: the tests on Azure are skipped'; fi
 
 clean:
 	rm -rf .venv out build *.egg-info

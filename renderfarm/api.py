@@ -10,7 +10,7 @@ from typing import Literal
 from renderfarm.config import Job
 from renderfarm.driver import Driver, Observer, RunSummary
 from renderfarm.engines.base import Engine
-from renderfarm.errors import InvalidJob, RenderfarmError
+from renderfarm.errors import Interrupted, InvalidJob, RenderfarmError
 from renderfarm.jobfile import load_job
 from renderfarm.preparation import Prepared, prepare
 from renderfarm.reading import Output
@@ -45,6 +45,8 @@ def run(
     _write_card(prepared)  # at the start, so that an interrupted output opens, too
     try:
         summary = driver.run(_engine_maker(prepared, engine, address))
+    except Interrupted:  # at once: the store may be what keeps somebody waiting
+        raise
     except RenderfarmError:
         _write_card(prepared)  # parts may have been committed before the end came
         raise

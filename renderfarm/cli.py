@@ -96,18 +96,22 @@ def run(
 
 
 def _stop_on_signals() -> tuple[threading.Event, threading.Event]:
-    """The first Ctrl-C or SIGTERM lets leases in flight finish; the second one ends at once.
+    """The first Ctrl-C or SIGTERM lets leases in flight finish; the second one ends at once; the third does not even say so in the
+    output, which may be what everything waits for.
 
     Nothing is raised in the handler: an exception inside one of Ray's own calls becomes another error.
     """
     stop, stop_now = threading.Event(), threading.Event()
-    first = 0.0
+    first = second = 0.0
 
     def handle(number: int, frame: Any) -> None:
-        nonlocal first
+        nonlocal first, second
         if stop.is_set():
             # `timeout` and service managers signal a process and its group, so one stop may arrive twice
-            if time.monotonic() - first > SAME_SIGNAL_S:
+            if stop_now.is_set() and time.monotonic() - second > SAME_SIGNAL_S:
+                os._exit(EXIT_INTERRUPTED)
+            if time.monotonic() - first > SAME_SIGNAL_S and not stop_now.is_set():
+                second = time.monotonic()
                 stop_now.set()
             return
         first = time.monotonic()

@@ -425,6 +425,9 @@ class Output(Strict):
     format: Literal["png"] = "png"
     part_rows: Annotated[int, Field(ge=1, le=100_000)] | Literal["auto"] = "auto"
     """Manifest rows per part (the unit of commit). auto: about half a minute of rendering, measured once by the first worker."""
+    single_writer: bool = False
+    """Write to a store that has no create-if-absent. Only where nothing else ever writes to this output at the same time: two runs
+    would overwrite each other's parts, and nobody would notice."""
     keep_originals: bool = False
     """Keep each picture as it was before the steps of `after`, too: a PNG in `originals/`, which the table names."""
 

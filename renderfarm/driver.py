@@ -34,6 +34,7 @@ from renderfarm.errors import (
     Transient,
     WorkerLost,
 )
+from renderfarm.heartbeat import Heartbeat
 from renderfarm.plan import Grid, choose_part_rows, leases
 from renderfarm.preparation import Prepared
 from renderfarm.progress import Progress, WorkerProgress
@@ -41,7 +42,6 @@ from renderfarm.records import Lease, WorkerReady
 from renderfarm.storage import probe
 from renderfarm.worker import LEASES_IN_FLIGHT, leases_held
 
-HEARTBEAT_S = 5.0
 TRANSIENT_ATTEMPTS = 8
 LOSSES_BEFORE_ANNOUNCING = 2
 START_ATTEMPTS = 3
@@ -105,7 +105,7 @@ class Driver:
         self.again: deque[tuple[float, Lease]] = deque()  # (not before, lease)
         self.restarts: list[float] = []  # when to try again to start a worker
         self.start_failures = self.worker_number = 0
-        self.last_heartbeat = 0.0
+        self.heartbeat = Heartbeat(self.store.url)
 
     def begin(self) -> None:
         """Check that the output can be written and belongs to this job; the first time, freeze the job in it."""
@@ -115,7 +115,8 @@ class Driver:
             raise InvalidJob(
                 f"{self.store.url} is no output of renderfarm, and not empty (it holds {theirs}); give an empty folder, or a new one"
             )
-        probe(self.store)
+        if not self.job.output.single_writer:
+            probe(self.store)
         commit.freeze_job(self.store, self.prepared.frozen())
         self.progress.rate_before = float(commit.read_progress(self.store).get("images_per_second") or 0.0)
         for data in (*self.prepared.adapter_files.values(), *self.prepared.after_files.values()):
@@ -131,10 +132,10 @@ class Driver:
                 self._loop(engine)
             except BaseException as error:
                 self.progress.state = "INTERRUPTED" if isinstance(error, Interrupted) else "FAILED"
+                self.heartbeat.close(self.progress.snapshot())
                 raise
             finally:
                 engine.shutdown()
-                self._heartbeat(force=True)
         return self._finish()
 
     def _use(self, grid: Grid) -> None:
@@ -175,7 +176,7 @@ class Driver:
                     self._done(event)
                 else:
                     self._failed(engine, event)
-            self._heartbeat()
+            self.progress.trouble = self.heartbeat.beat(self.progress.snapshot()) if self.heartbeat.is_due() else self.progress.trouble
             self.observe(self.progress)
 
     def _leases(self) -> Iterator[Lease]:
@@ -320,11 +321,6 @@ class Driver:
 
     # ------------------------------------------------------------------------------------------ records of the run
 
-    def _heartbeat(self, force: bool = False) -> None:
-        if force or time.monotonic() - self.last_heartbeat > HEARTBEAT_S:
-            self.last_heartbeat = time.monotonic()
-            self.store.put(commit.PROGRESS, commit.to_json(self.progress.snapshot()))
-
     def _check_that_all_is_here(self) -> None:
         """What workers say they committed must be in the store that this process sees."""
         if self.grid is None or self.progress.parts_done < self.progress.parts:
@@ -369,6 +365,6 @@ class Driver:
             bytes=progress.bytes,
             warnings=self.prepared.warnings,
         )
-        self._heartbeat(force=True)
+        self.heartbeat.close(progress.snapshot())
         self.store.put(f"{commit.RUNS}/{progress.run_id}.json", json.dumps(summary.to_dict(), indent=1).encode())
         return summary

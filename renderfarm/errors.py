@@ -9,6 +9,7 @@
     │   └── Filtered        the model's own safety checker refused the image
     ├── RenderFailed        torch or diffusers failed on this sample in a way that nobody foresaw
     ├── Transient           may succeed later (store busy, network): retried with backoff, charged to no row
+    │   └── Expired         the store's credentials are too old: waits for new ones
     ├── WorkerLost          the worker died or hangs: its lease goes to another one
     ├── AlreadyExists       a key that was to be created is there; read it back and adopt it
     ├── Interrupted         somebody wants the run to end now; run it again to continue (exit code 75)
@@ -73,6 +74,10 @@ class RenderFailed(RenderfarmError):
 
 class Transient(RenderfarmError):
     """May succeed when tried again."""
+
+
+class Expired(Transient):
+    """The credentials have expired; somebody or something renews them."""
 
 
 class WorkerLost(RenderfarmError):

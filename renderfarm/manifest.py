@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,6 +24,7 @@ from renderfarm.arguments import ARGUMENTS, IMAGE, PRESETS, accepts
 from renderfarm.config import ManifestSpec, expand_env
 from renderfarm.errors import Fatal, InvalidJob, Transient
 from renderfarm.schema import output_name
+from renderfarm.storage import find_files, open_file
 
 ROW = "row"
 EXTRA = "input:"
@@ -285,25 +286,20 @@ def _find_files(spec: ManifestSpec) -> list[str]:
     for given in spec.path if isinstance(spec.path, list) else [spec.path]:
         path = expand_env(given)
         try:
-            fs, inner = fsspec.core.url_to_fs(path)
-            if fs.isdir(inner):
-                inside = [name for name in fs.find(inner) if name.endswith(".parquet")]
-                matches = [name for name in inside if not any(step[0] in "._" for step in name.removeprefix(inner).strip("/").split("/"))]
-                if not matches:
-                    raise InvalidJob(f"manifest {path}: the folder holds no .parquet file; give the folder that does")
-            elif fs.exists(inner):  # before the glob: a file's own name may hold `[`
-                matches = [inner]
-            elif any(sign in inner for sign in "*?["):
-                matches = fs.glob(inner)
-                if not matches:
-                    raise InvalidJob(f"manifest {path}: no file matches; patterns are relative to the job file")
-            else:
-                raise InvalidJob(f"manifest {path}: no such file; paths are relative to the job file")
-        except OSError as error:
-            raise InvalidJob(f"manifest {path}: cannot be read: {error.strerror or error}") from None
-        except (ImportError, ValueError) as error:  # fsspec: a store whose package is missing, a scheme that it does not know
-            raise InvalidJob(f"manifest {path}: cannot be read: {error}; stores are extras, such as renderfarm[s3]") from None
-        found += sorted(fs.unstrip_protocol(name) if "://" in path else name for name in matches)
+            matches, is_folder = find_files(path)
+        except Transient as error:
+            raise type(error)(f"manifest {path}: {error}") from error
+        except Fatal as error:
+            raise InvalidJob(f"manifest {path}: {error}") from error
+        if is_folder:
+            matches = [name for name in matches if name.endswith(".parquet")]
+            if not matches:
+                raise InvalidJob(f"manifest {path}: the folder holds no .parquet file; give the folder that does")
+        elif not matches and any(sign in path for sign in "*?["):
+            raise InvalidJob(f"manifest {path}: no file matches; patterns are relative to the job file")
+        elif not matches:
+            raise InvalidJob(f"manifest {path}: no such file; paths are relative to the job file")
+        found += matches
     if twice := [name for name, count in Counter(found).items() if count > 1]:
         raise InvalidJob(f"manifest: {twice[0]} is named twice, so its rows would be rendered twice; name it once")
     return found
@@ -311,10 +307,10 @@ def _find_files(spec: ManifestSpec) -> list[str]:
 
 def _open_parquet(path: str) -> pq.ParquetFile:
     try:
-        file = fsspec.open(path, "rb").open()
+        file = open_file(path)
         # streaming settings: a row group of millions of rows must not be buffered whole
         parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
-    except FileNotFoundError:
+    except KeyError:
         raise InvalidJob(f"manifest {path}: the file is gone") from None
     except (pa.ArrowException, ValueError) as error:
         raise InvalidJob(f"manifest {path}: not a readable Parquet file ({_one_line(error)}); write it again") from None
@@ -331,10 +327,10 @@ def _open_parquet(path: str) -> pq.ParquetFile:
 
 
 def _describe(path: str, parquet: pq.ParquetFile) -> ManifestFile:
-    fs, inner = fsspec.core.url_to_fs(path)
-    size = int(fs.size(inner))
-    tail = fs.cat_file(inner, start=size - 8, end=size)
-    footer = fs.cat_file(inner, start=size - 8 - int.from_bytes(tail[:4], "little"), end=size)
+    with open_file(path) as file:
+        size = file.seek(-8, os.SEEK_END) + 8
+        file.seek(-8 - int.from_bytes(file.read(4), "little"), os.SEEK_END)
+        footer = file.read()
     return ManifestFile(path, size, parquet.metadata.num_rows, hashlib.sha256(footer).hexdigest())
 
 

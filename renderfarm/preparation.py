@@ -169,7 +169,7 @@ def prepare(job: Job) -> Prepared:
             f"change nothing; leave it out (those that do: {', '.join(DISPATCHED)})"
         )
     # expanded once and here: a worker's environment and folder may be others
-    store = open_store(expand_env(job.output.path))
+    store = open_store(expand_env(job.output.path), single_writer=job.output.single_writer)
     job = job.model_copy(update={"output": job.output.model_copy(update={"path": store.url}), "after": steps})
     if model.images:
         job = job.model_copy(update={"inputs": job.inputs.model_copy(update={"folder": _inputs_folder(job, manifest)})})

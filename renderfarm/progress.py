@@ -43,6 +43,8 @@ class Progress:
     first_ready: float | None = None
     rate_before: float = 0.0
     """Images per second of the run before: what a run that has nothing to do leaves for `plan`."""
+    trouble: str | None = None
+    """What keeps the output from being written, for as long as it does."""
     counters: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def add_committed(self, receipt: PartReceipt) -> None:
@@ -117,6 +119,7 @@ class Progress:
             "images_per_second": round(self.images_per_second or self.rate_before, 3),
             "eta_seconds": self.eta_seconds and round(self.eta_seconds, 1),
             "useful_slots": self.useful_slots and round(self.useful_slots, 4),
+            "trouble": self.trouble,
             "lost_workers": self.lost_workers,
             "workers": {name: vars(worker) for name, worker in self.workers.items()},
             "started": round(self.started, 3),

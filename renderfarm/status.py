@@ -38,5 +38,6 @@ def read_status(out: str) -> dict[str, Any]:
         "seconds left": progress.get("eta_seconds") if running else None,
         "workers ready": sum(worker["state"] == "ready" for worker in progress.get("workers", {}).values()) if running else 0,
         "workers left out": dict(Counter(w["reason"] for w in progress.get("workers", {}).values() if w.get("reason"))),
+        "waiting for": progress.get("trouble") if running else None,
         "last sign of life (s ago)": round(age) if progress else None,
     }

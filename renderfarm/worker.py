@@ -67,7 +67,8 @@ class Worker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         self.spec, self.job = spec, spec.job
-        self.store, self.layout = open_store(self.job.output.path), LAYOUTS[self.job.output.layout]
+        self.store = open_store(self.job.output.path, single_writer=self.job.output.single_writer)
+        self.layout = LAYOUTS[self.job.output.layout]
         self.started = time.monotonic()
         self.chain = Chain(self.job.after)
         self.slots = SlotLoop(self._load, self.job.render.on_truncation, self.chain.in_render_thread)

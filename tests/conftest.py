@@ -6,16 +6,20 @@ import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+
+if TYPE_CHECKING:
+    from servers import FaultProxy
 
 # how long an example takes says something of the machine, and machines are shared
 hypothesis.settings.register_profile("renderfarm", deadline=None)
@@ -96,6 +100,60 @@ def model(tiny_model: Callable[[str], Path]) -> Iterator[Callable[..., Any]]:
     yield lambda name, dtype="float32": made.setdefault((name, dtype), Model(name, tiny_model(name), dtype))
     for one in made.values():
         one.close()
+
+
+@pytest.fixture(scope="session")
+def _moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    from servers import moto
+
+    with moto(tmp_path_factory.mktemp("moto")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture(scope="session")
+def _azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    from servers import azurite, azurite_missing
+
+    if reason := azurite_missing():
+        pytest.skip(reason)
+    with azurite(tmp_path_factory.mktemp("azurite")) as connection:
+        yield connection
+
+
+@pytest.fixture
+def s3(_moto: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a new bucket; the environment leads every client to it."""
+    import boto3
+
+    for name, value in {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "DEFAULT_REGION": "us-east-1", "ENDPOINT_URL": _moto}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    for name in ("CONFIG_FILE", "SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(f"AWS_{name}", os.devnull)
+    bucket = f"b{uuid.uuid4().hex[:12]}"
+    boto3.client("s3").create_bucket(Bucket=bucket)
+    return f"s3://{bucket}"
+
+
+@pytest.fixture
+def azure(_azurite: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a new container; the environment leads every client to it."""
+    from azure.storage.blob import ContainerClient
+
+    container = f"c{uuid.uuid4().hex[:12]}"
+    with ContainerClient.from_connection_string(_azurite, container) as client:
+        client.create_container()
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", _azurite)
+    return f"az://{container}"
+
+
+@pytest.fixture
+def faults(s3: str, _moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """Between the clients and the server of `s3`."""
+    from servers import FaultProxy
+
+    with FaultProxy(_moto) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        yield proxy
 
 
 @pytest.fixture

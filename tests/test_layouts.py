@@ -97,11 +97,16 @@ def expected(write: Write, tmp_path: Path) -> dict[tuple[int, int], dict[str, An
     return rows_of(str(tmp_path / "expected"))
 
 
-@pytest.mark.parametrize("kind", ["local", "memory"])
+@pytest.mark.parametrize("kind", ["local", "memory", "s3"])
 def test_a_job_gives_the_same_rows_and_pixels_in_every_layout_and_store(
-    kind: str, layout: str, expected: dict[tuple[int, int], dict[str, Any]], write: Write, tmp_path: Path
+    kind: str,
+    layout: str,
+    expected: dict[tuple[int, int], dict[str, Any]],
+    write: Write,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
-    url = str(tmp_path / layout) if kind == "local" else f"memory://{uuid.uuid4().hex}"
+    url = {"local": str(tmp_path / layout), "memory": f"memory://{uuid.uuid4().hex}"}.get(kind) or f"{request.getfixturevalue('s3')}/out"
     summary = renderfarm.run(write(layout, url), engine="inline")
     assert (summary.images, summary.errors, summary.state) == (7, 4, "PARTIAL")
     assert rows_of(url) == expected

@@ -118,9 +118,9 @@ def test_sigterm_to_the_whole_group_finishes_the_parts_in_flight_and_exits_75(
     engine: str, write_manifest: Write, write_job: Write, tmp_path: Path
 ) -> None:
     manifest = write_manifest({"prompt": [f"row {k}" for k in range(90)]})
-    # three parts in flight take 15 s; a raylet that gets the signal, too, ends after 10
+    # three parts in flight take 6 s; a raylet that gets the signal, too, ends after 10
     job = write_job(manifest, workers={"max": 1, "batch_size": 3}, render={"num_inference_steps": 20})
-    process = start(job, "--engine", engine, "--json", RENDERFARM_FAKE_STEP_S="0.25")
+    process = start(job, "--engine", engine, "--json", RENDERFARM_FAKE_STEP_S="0.1")
     wait_for_parts(tmp_path / "out", 1, process)
     os.killpg(process.pid, signal.SIGTERM)
     text = process.communicate(timeout=60)[0].decode()

@@ -15,8 +15,10 @@ from renderfarm.errors import AlreadyExists, Fatal, InvalidJob
 from renderfarm.storage import TEMPORARY, LocalStore, MemoryStore, Store, open_store, probe
 
 
-@pytest.fixture(params=["local", "memory"])
+@pytest.fixture(params=["local", "memory", "s3", "azure"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param in ("s3", "azure"):
+        return open_store(f"{request.getfixturevalue(request.param)}/some/out")
     return open_store(f"memory://{uuid.uuid4().hex}" if request.param == "memory" else str(tmp_path / "out"))
 
 
@@ -155,9 +157,9 @@ def test_opening_creates_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/out", "gs://bucket/out", "https://host/out", "ftp://host/x"])
-def test_a_store_that_is_not_supported_is_refused_by_name(url: str) -> None:
-    with pytest.raises(InvalidJob, match=rf"output {url}: .* not supported yet; write to a local path"):
+@pytest.mark.parametrize("url", ["https://host/out", "ftp://host/x", "hf://datasets/org/name"])
+def test_a_store_that_cannot_be_written_is_refused_by_name(url: str) -> None:
+    with pytest.raises(InvalidJob, match=rf"{url}: .* cannot be written; give a folder, or s3://"):
         open_store(url)
 
 

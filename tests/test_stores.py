@@ -6,6 +6,7 @@ import functools
 import hashlib
 import http.server
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -110,7 +111,7 @@ def test_a_download_that_breaks_leaves_nothing_that_looks_whole(url: str, monkey
 
     with monkeypatch.context() as patched:
         patched.setattr(MemoryFileSystem, "get_file", broken)
-        with pytest.raises(Transient, match=r"model memory://bucket/model: cannot be fetched: .*\.safetensors ended after 1,000 of"):
+        with pytest.raises(Transient, match=r"cannot fetch model memory://bucket/model: .*\.safetensors ended after 1,000 of"):
             find_model(ModelSpec(id=url), weights=True)
     assert not [*tmp_path.glob(f"cache/**/{UNET}*"), *tmp_path.glob("cache/**/*.part")]
     folder = find_model(ModelSpec(id=url), weights=True)
@@ -122,7 +123,7 @@ def test_a_download_that_breaks_leaves_nothing_that_looks_whole(url: str, monkey
     [
         ("memory://bucket/nothing", r"there is nothing at memory://bucket/nothing; correct the URL|does not exist, or not any more"),
         ("nosuch://bucket/model", r"model nosuch://bucket/model: Protocol not known: nosuch"),
-        ("s3://bucket/model", r"s3:// needs another package: pip install 'renderfarm\[s3\]'"),
+        ("gs://bucket/model", r"model gs://bucket/model: gs:// needs another package: pip install 'renderfarm\[gcs\]'"),
         ("https://host/model?token=secret", r"^model https://host/model: a store's URL has no query"),
         ("https://me:secret@host/model", "the URL in model.id holds credentials"),
     ],
@@ -130,8 +131,8 @@ def test_a_download_that_breaks_leaves_nothing_that_looks_whole(url: str, monkey
 def test_a_url_that_cannot_be_a_model_is_refused(
     model: str, message: str, write_manifest: Write, write_job: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if model.startswith("s3"):
-        monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    if model.startswith("gs"):
+        monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(InvalidJob, match=message):
         renderfarm.run(load_job(write_job(write_manifest(), model=model)), engine="inline")
 
@@ -170,7 +171,7 @@ def test_a_model_from_a_web_server_is_rendered_without_it_where_its_hash_is_know
     end()
     again = load_job(path, out=str(tmp_path / "again"))
     assert renderfarm.run(again, engine="inline").images == 1
-    with pytest.raises(Fatal, match=r"model http://127\.0\.0\.1:\d+: cannot be fetched: .*; run again to go on"):
+    with pytest.raises(Fatal, match=r"cannot fetch model http://127\.0\.0\.1:\d+: .*; run again to go on"):
         renderfarm.run(load_job(path, ["model.sha256=null"], out=str(tmp_path / "third")), engine="inline")
 
 

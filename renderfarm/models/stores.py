@@ -19,10 +19,10 @@ from typing import Any
 from renderfarm.errors import Fatal, InvalidJob, RenderfarmError, Transient
 from renderfarm.models.files import Place
 from renderfarm.models.fingerprint import cache_folder
+from renderfarm.storage.clients import make_client, translated
 
 FETCHED_AT_A_TIME = 8
 CHECKSUMS = ("ETag", "etag", "md5Hash", "crc32c", "content_md5", "LastModified", "last_modified", "updated", "mtime", "created")
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 
 Listing = dict[str, list[Any]]  # size and checksums of each file, by its name
 
@@ -33,13 +33,16 @@ def in_store(url: str, what: str, *, offline: bool) -> Place:
         raise InvalidJob(
             f"{re.split('[?#]', what)[0]}: a store's URL has no query; leave it out, and use the environment's own credentials"
         )
-    files = _file_system(url, what)
+    try:
+        files = make_client(url)
+    except InvalidJob as error:
+        raise InvalidJob(f"{what}: {error}") from error
     note = cache_folder("stores") / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}.json"
     try:
         listing = _listed(*files)
     except Exception as error:  # each store's package has errors of its own
         if not offline or not note.is_file():
-            raise _translated(error, what) from error
+            raise _meant(error, what) from error
         listing = json.loads(note.read_text())
     else:
         if not listing:
@@ -57,21 +60,6 @@ def in_store(url: str, what: str, *, offline: bool) -> Place:
         return folder
 
     return Place(list(listing), get)
-
-
-def _file_system(url: str, what: str) -> tuple[Any, str]:
-    """fsspec's, and the path in it."""
-    import fsspec
-
-    scheme = url.partition("://")[0]
-    try:
-        found: tuple[Any, str] = fsspec.core.url_to_fs(url, use_listings_cache=False)
-        return found
-    except ImportError as error:
-        advice = f"pip install 'renderfarm[{EXTRAS[scheme]}]'" if scheme in EXTRAS else str(error)
-        raise InvalidJob(f"{what}: {scheme}:// needs another package: {advice}") from error
-    except ValueError as error:
-        raise InvalidJob(f"{what}: {error}") from error
 
 
 def _listed(system: Any, root: str) -> Listing:
@@ -107,16 +95,14 @@ def _fetch(missing: list[str], listing: Listing, folder: Path, system: Any, root
         with FileLock(f"{folder}.lock"), ThreadPoolExecutor(FETCHED_AT_A_TIME, thread_name_prefix="fetch") as pool:
             list(pool.map(fetch, missing))
     except Exception as error:  # as above
-        raise _translated(error, what) from error
+        raise _meant(error, what) from error
 
 
-def _translated(error: Exception, what: str) -> RenderfarmError:
-    if isinstance(error, FileNotFoundError):
+def _meant(error: Exception, what: str) -> RenderfarmError:
+    meant = translated(error, f"fetch {what}")
+    if isinstance(meant, KeyError):
         return InvalidJob(f"{what}: does not exist, or not any more: {error}")
-    if isinstance(error, PermissionError):
-        return Fatal(f"{what}: may not be read with the credentials of this node: {error}")
-    lines = str(error).strip().splitlines()
-    return Transient(f"{what}: cannot be fetched: {lines[0] if lines else type(error).__name__}; run again to go on")
+    return Transient(f"{meant}; run again to go on") if type(meant) is Transient else meant
 
 
 def _write(path: Path, data: bytes, what: str) -> None:

@@ -31,6 +31,7 @@ def one_line(progress: Progress) -> str:
         f"{progress.state.lower()}: part {progress.parts_done} of {progress.parts or '?'}, {progress.images} images, "
         f"{progress.errors} errors, {progress.images_per_second:.1f} images/s, {duration(progress.eta_seconds)} left, "
         f"{sum(w.state == 'ready' for w in progress.workers.values())} workers"
+        + (f"; waiting: {progress.trouble}" if progress.trouble else "")
     )
 
 

@@ -51,6 +51,12 @@ class Store(Protocol):
     def stored(self, prefix: str) -> Iterator[Stored]:
         """The same with sizes and dates, in any order."""
 
+    def unfinished(self) -> Iterator[Stored]:
+        """Writes that were begun and are no key: of writers that died, or that are at it. `key` says so much as `discard` needs."""
+
+    def discard(self, unfinished: Stored) -> None:
+        """Remove what is stored of one; its writer, if it lives, fails."""
+
 
 def checked(key: str, url: str) -> str:
     """Raises Fatal for a key that leads elsewhere, as one that somebody wrote into a table may."""

@@ -73,6 +73,12 @@ class LocalStore:
                 about = self._path(key).stat()
                 yield Stored(key, about.st_size, about.st_mtime)
 
+    def unfinished(self) -> Iterator[Stored]:
+        return self.stored(TEMPORARY)
+
+    def discard(self, unfinished: Stored) -> None:
+        self.delete(unfinished.key)
+
     def _path(self, key: str) -> Path:
         return self.root / checked(key, self.url)
 

@@ -58,3 +58,9 @@ class MemoryStore:
         with _LOCK:
             found = [(key, *value) for key, value in _KEYS.items() if key.startswith(start)]
         return (Stored(key.removeprefix(f"{self.url}/"), len(data), modified) for key, data, modified in found)
+
+    def unfinished(self) -> Iterator[Stored]:
+        return iter(())
+
+    def discard(self, unfinished: Stored) -> None:
+        raise AssertionError("a put in memory has no middle")

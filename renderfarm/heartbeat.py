@@ -1,0 +1,49 @@
+"""progress.json, put beside the driver's loop: a store that is away must not keep the loop from its workers."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from renderfarm import commit
+from renderfarm.errors import Transient
+from renderfarm.storage import open_store
+
+EVERY_S = 5.0
+LAST_S = 10.0
+
+
+class Heartbeat:
+    """Says every EVERY_S how far a run is. Each time is tried once: the next one says more than a repetition."""
+
+    def __init__(self, url: str) -> None:
+        self.store = open_store(url, patience_s=0)
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="heartbeat")
+        self.last, self.put = 0.0, Future[None]()
+        self.put.set_result(None)
+
+    def is_due(self) -> bool:
+        return self.put.done() and time.monotonic() >= self.last + EVERY_S
+
+    def beat(self, snapshot: dict[str, Any]) -> str | None:
+        """Why the store could not be written the last time, if it could not. Raises what no time will mend."""
+        trouble = self._trouble()
+        self.last = time.monotonic()
+        self.put = self.thread.submit(self.store.put, commit.PROGRESS, commit.to_json(snapshot))
+        return trouble
+
+    def close(self, snapshot: dict[str, Any]) -> None:
+        """The last one, whatever came before. A store that is away now neither undoes a run nor keeps it from ending."""
+        last = self.thread.submit(self.store.put, commit.PROGRESS, commit.to_json(snapshot))
+        self.thread.shutdown(wait=False)
+        with contextlib.suppress(Transient, TimeoutError):
+            last.result(LAST_S)
+
+    def _trouble(self) -> str | None:
+        try:
+            self.put.result()
+        except Transient as error:
+            return str(error)
+        return None
