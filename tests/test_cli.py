@@ -203,7 +203,7 @@ def test_bad_input_gets_one_message_that_says_what_to_do(write_manifest: Write, 
     assert "full commit" in refused("run", job, "--set", "model=org/name")
     assert "not a model in diffusers' format" in refused("run", job, "--set", f"model={tmp_path}")
     assert "choose a folder that you may write" in refused("run", job, "--engine", "inline", "--out", manifest / "below")
-    assert "not supported yet" in refused("run", job, "--out", "s3://bucket/x")
+    assert "ftp:// cannot be written; give a folder, or s3://" in refused("run", job, "--out", "ftp://host/x")
     assert "not an output of renderfarm" in refused("status", tmp_path)
 
 
@@ -241,7 +241,7 @@ def test_a_file_that_is_named_twice_an_empty_out_and_an_open_range_are_refused(w
     assert "is named twice" in refused("plan", job, "--set", f"manifest.path=[{manifest}, '{manifest.parent}/*.parquet']")
     assert "--out is empty" in refused("run", job, "--out", "")
     assert "'5-' is not a range" in refused("plan", job, "--set", 'manifest.where={row: "5-"}')
-    assert "S3:// is not supported yet" in refused("run", job, "--out", "S3://bucket/x")
+    assert "S3:// cannot be written; give a folder, or s3://" in refused("run", job, "--out", "S3://bucket/x")
 
 
 def test_plan_refuses_other_settings_than_the_output_was_begun_with(write_manifest: Write, write_job: Write) -> None:

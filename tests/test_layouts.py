@@ -10,9 +10,11 @@ import hashlib
 import io
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 import threading
@@ -95,11 +97,16 @@ def expected(write: Write, tmp_path: Path) -> dict[tuple[int, int], dict[str, An
     return rows_of(str(tmp_path / "expected"))
 
 
-@pytest.mark.parametrize("kind", ["local", "memory"])
+@pytest.mark.parametrize("kind", ["local", "memory", "s3"])
 def test_a_job_gives_the_same_rows_and_pixels_in_every_layout_and_store(
-    kind: str, layout: str, expected: dict[tuple[int, int], dict[str, Any]], write: Write, tmp_path: Path
+    kind: str,
+    layout: str,
+    expected: dict[tuple[int, int], dict[str, Any]],
+    write: Write,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
-    url = str(tmp_path / layout) if kind == "local" else f"memory://{uuid.uuid4().hex}"
+    url = {"local": str(tmp_path / layout), "memory": f"memory://{uuid.uuid4().hex}"}.get(kind) or f"{request.getfixturevalue('s3')}/out"
     summary = renderfarm.run(write(layout, url), engine="inline")
     assert (summary.images, summary.errors, summary.state) == (7, 4, "PARTIAL")
     assert rows_of(url) == expected
@@ -236,6 +243,38 @@ def test_a_disk_without_room_for_a_parts_pictures_stops_the_job_with_what_to_do(
             renderfarm.run(write(layout), engine="inline")
     assert set(renderfarm.open(tmp_path / layout).committed()) <= {1}, "which has no pictures"
     assert renderfarm.run(write(layout), engine="inline").images == 7
+
+
+FULL = """
+import os, resource, signal, sys
+from test_commit import errors, images
+from renderfarm import commit
+from renderfarm.errors import Fatal
+from renderfarm.layouts import LAYOUTS
+from renderfarm.records import Part
+from renderfarm.storage import open_store
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+store, layout, part = open_store("memory://full"), LAYOUTS[sys.argv[1]], Part(0, 0, 4)
+for limit in (5_000, 25_000, 42_000, 1_000_000):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        with layout.writer(store, part) as writer:
+            for k in range(4):
+                writer.add(f"{k}.png", os.urandom(10_000))
+            print(commit.publish(store, layout, part, writer, images(*range(4), size=10_000), errors()).images)
+    except Fatal as error:
+        print("File too large" in str(error) and "TMPDIR" in str(error), store.list(""))
+"""
+
+
+@PACKED
+def test_wherever_the_disk_becomes_full_nothing_is_stored(layout: str, tmp_path: Path) -> None:
+    """While pictures wait, when they are read again, when the commit object is made: a file may not grow beyond a limit."""
+    command = [sys.executable, "-c", FULL, layout]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["True []"] * 3 + ["4"], done.stderr
 
 
 class FullDisk(io.BytesIO):

@@ -244,7 +244,8 @@ class Spool:
 
     def close(self) -> None:
         with self._lock:
-            self._file.close()
+            with contextlib.suppress(OSError):  # of what a full disk did not take: nobody wants it any more
+                self._file.close()
             if self._object is not None:
                 self._object.close()
 
