@@ -88,12 +88,15 @@ class Output:
         return sum(receipt.images for receipt in commit.committed_parts(self.store).values())
 
     def spread(self, limit: int) -> list[StoredSample]:
-        """About `limit` samples spread over the output, from at most `limit` parts."""
-        parts = self._with_images()
+        """About `limit` samples spread over the output, from at most `limit` parts of those that the index lists."""
+        parts = [receipt.part for receipt in commit.committed_parts(self.store).values() if receipt.images]
         parts = parts[:: -(-len(parts) // limit)] if parts else []
         chosen: list[StoredSample] = []
         for index, part in enumerate(parts):
-            key, committed = commit.read_part(self.store, self.layout, part)
+            try:
+                key, committed = commit.read_part(self.store, self.layout, Part(part, 0, 0))
+            except KeyError:  # lost since; `verify` says so
+                continue
             images, take = committed.images, (limit - len(chosen)) // (len(parts) - index)
             for k in range(min(take, len(images))):
                 row = k * len(images) // min(take, len(images))

@@ -1,0 +1,96 @@
+"""How long `status` and `run` take on an output of many committed parts, on local disk.
+
+    python benchmarks/many_parts.py [--parts 100000] [--folder FOLDER]
+
+The output is made by the package's own commit, one row a part, from one rendered part's table; only fsync is left out,
+which would be most of the time. Then the commands are run as a user does, in processes of their own. The yardstick beside
+them: `os.walk` over the same folder of index entries, in a bare interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+import renderfarm
+from renderfarm import commit
+from renderfarm.driver import Driver
+from renderfarm.jobfile import load_job
+from renderfarm.layouts import LAYOUTS
+from renderfarm.preparation import prepare
+from renderfarm.storage import open_store
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", type=int, default=100_000)
+    parser.add_argument("--missing", type=int, default=10, help="parts that the resumed run still has to render")
+    parser.add_argument("--folder", type=Path, default=None, help="where to work; a temporary folder otherwise")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+        folder = Path(name)
+        job = write_job(folder, given.parts)
+        began = time.perf_counter()
+        make_output(job, given.parts - given.missing)
+        print(f"made {given.parts - given.missing:,} committed parts in {time.perf_counter() - began:.0f} s")
+        walk = f"import os; print(sum(len(names) for _, _, names in os.walk({str(folder / 'out' / commit.PARTS)!r})))"
+        for title, command in (
+            ("os.walk over the index", [sys.executable, "-c", walk]),
+            ("renderfarm --version", [sys.executable, "-m", "renderfarm", "--version"]),
+            ("renderfarm status", [sys.executable, "-m", "renderfarm", "status", str(folder / "out"), "--json"]),
+            (f"renderfarm run, {given.missing} parts to do", [sys.executable, "-m", "renderfarm", "run", str(job), "--engine", "inline"]),
+            ("renderfarm run, nothing to do", [sys.executable, "-m", "renderfarm", "run", str(job), "--engine", "inline"]),
+        ):
+            began = time.perf_counter()
+            done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - the commands above
+            print(f"{title}: {time.perf_counter() - began:.1f} s; {done.stdout.strip().splitlines()[0][:90]}")
+
+
+def write_job(folder: Path, rows: int) -> Path:
+    pq.write_table(pa.table({"prompt": [f"a red circle {k}" for k in range(rows)]}), folder / "prompts.parquet")
+    job = {
+        "version": 1,
+        "name": "many",
+        "manifest": str(folder / "prompts.parquet"),
+        "model": "builtin:fake",
+        "workers": {"batch_size": 1},
+        "output": {"path": str(folder / "out"), "part_rows": 1},
+    }
+    (folder / "job.yaml").write_text(yaml.safe_dump(job))
+    return folder / "job.yaml"
+
+
+def make_output(job: Path, parts: int) -> None:
+    """Render the first part, and commit its table under every other part's name."""
+    first = load_job(job, ['manifest.where={row: "0"}'], out=str(job.parent / "first"))
+    renderfarm.run(first, engine="inline")
+    prepared = prepare(load_job(job))
+    Driver(prepared, threading.Event(), lambda progress: None).begin()
+    grid = prepared.grid()
+    assert grid is not None
+    source, store, layout = open_store(str(job.parent / "first")), prepared.store, LAYOUTS["files"]
+    store.put(commit.PROFILE, source.read(commit.PROFILE))
+    _, committed = commit.read_part(source, layout, grid.part(0))
+    table, no_errors = committed.images, committed.errors
+    durable, os.fsync = os.fsync, lambda file: None
+    try:
+        for index in range(parts):
+            part = grid.part(index)
+            with layout.writer(store, part) as writer:
+                commit.publish(store, layout, part, writer, table.set_column(0, table.schema.field(0), pa.array([index])), no_errors)
+    finally:
+        os.fsync = durable
+
+
+if __name__ == "__main__":
+    main()
