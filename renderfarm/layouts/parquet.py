@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import itertools
 import json
 import threading
@@ -58,7 +59,7 @@ class _Writer:
         table = images.set_column(index, images.schema.field(index), pa.nulls(len(images), pa.string()))
         schema = pa.schema([pa.field(IMAGE, TYPE), *table.schema], HUGGING_FACE | (footer(errors) or {}))
         plain = table.column_names  # a dictionary or statistics of pictures would be a copy of them
-        options = {"compression": "zstd", "use_dictionary": plain, "write_statistics": plain}
+        options = {"compression": _codecs(schema), "use_dictionary": plain, "write_statistics": plain}
         path = self._spool.commit_object(".parquet")
         with local_disk(), pq.ParquetWriter(path, schema, **options) as file:
             for start, stop in _groups([self._spool.size(name) for name in names]):
@@ -67,6 +68,15 @@ class _Writer:
                 columns = [pictures, *table.slice(start, stop - start).combine_chunks().columns]
                 file.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=stop - start)
         return path
+
+
+def _codecs(schema: pa.Schema) -> dict[str, str]:
+    """By leaf column. Pictures are compressed already: zstd would take a tenth of a PNG's own time, for nothing."""
+    empty = io.BytesIO()
+    pq.write_metadata(schema, empty)
+    leaves = pq.ParquetFile(empty).schema
+    paths = (leaves.column(index).path for index in range(len(leaves)))
+    return {path: "none" if path == f"{IMAGE}.bytes" else "zstd" for path in paths}
 
 
 def _groups(sizes: list[int]) -> Iterator[tuple[int, int]]:

@@ -85,6 +85,7 @@ class _Writer:
         metadata = (footer(errors) or {}) | {PLACES_KEY: json.dumps(places, separators=(",", ":")).encode()}
         path = self._spool.commit_object(".tar")
         with local_disk(), tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+            tar.copybufsize = 1 << 20  # type: ignore[attr-defined]  # else pieces of 16 kB
             _append(tar, f"__{self._part.name}__", parquet_bytes(images.replace_schema_metadata(metadata)))
             for name, record in rows:
                 _append(tar, name, self._spool.read(name))

@@ -2,7 +2,8 @@
 
     put            replaces or creates; readers see the old or the new bytes, never a mix
     put_if_absent  creates; raises AlreadyExists, and then the stored bytes are unchanged. Of many concurrent calls
-                   for one key exactly one returns.
+                   for one key exactly one returns. Then it, and all that was put through this object before, outlives
+                   the machine's end.
     read, open     all bytes; a file that seeks. Both raise KeyError where there is none
     delete         no key with that name is left; one that is not there is no error
     exists, list   see every key whose put has returned

@@ -6,8 +6,9 @@ import contextlib
 import errno
 import os
 import shutil
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,17 +27,22 @@ class LocalStore:
     def __init__(self, root: str) -> None:
         self.root = Path(root)
         self.url = str(self.root)
+        self._lock = threading.Lock()
+        self._unsynced: set[Path] = set()  # folders with names that a power failure may still take away
 
     def put(self, key: str, data: bytes | Path) -> None:
         with self._written(key, data) as temporary:
             os.replace(temporary, self._path(key))
 
     def put_if_absent(self, key: str, data: bytes | Path) -> None:
+        """What this store put before is as durable as the new key once this returns: a part's images need no folder's fsync each."""
         with self._written(key, data) as temporary:
+            self._sync_folders()
             try:
                 os.link(temporary, self._path(key))
             except FileExistsError:
                 raise AlreadyExists(f"{key} exists in {self.url}") from None
+            self._sync_folders({self._path(key).parent})
 
     def read(self, key: str) -> bytes:
         with _translated(f"read {key} in {self.url}"):
@@ -85,28 +91,32 @@ class LocalStore:
 
     @contextlib.contextmanager
     def _written(self, key: str, data: bytes | Path) -> Iterator[Path]:
-        """A durable temporary file with these bytes; whatever name it gets is made durable after."""
+        """A temporary file with these bytes, which are on the disk; whatever name it gets is so after the next `_sync_folders`."""
         target, temporary = self._path(key), self.root / TEMPORARY / uuid.uuid4().hex
         with _translated(f"write to {self.url}" if key.startswith(TEMPORARY) else f"write {key} in {self.url}"):
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary.parent.mkdir(parents=True, exist_ok=True)
             try:
-                with open(temporary, "xb") as file:
-                    if isinstance(data, bytes):
-                        file.write(data)
-                    else:
-                        with data.open("rb") as source:
-                            shutil.copyfileobj(source, file, 1 << 20)
-                    file.flush()
+                if isinstance(data, bytes):
+                    temporary.write_bytes(data)
+                else:
+                    shutil.copyfile(data, temporary)  # within the kernel
+                with temporary.open("rb+") as file:
                     os.fsync(file.fileno())
                 yield temporary
-                folder = os.open(target.parent, os.O_RDONLY)
-                try:
-                    os.fsync(folder)
-                finally:
-                    os.close(folder)
+                with self._lock:
+                    self._unsynced |= {target.parent, target.parent.parent}
             finally:
                 temporary.unlink(missing_ok=True)
+
+    def _sync_folders(self, more: Iterable[Path] = ()) -> None:
+        with self._lock:
+            folders, self._unsynced = self._unsynced | set(more), set()
+        for folder in folders:
+            with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as stack:  # somebody removed it
+                opened = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, opened)
+                os.fsync(opened)
 
 
 @contextlib.contextmanager

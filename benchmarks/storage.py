@@ -1,0 +1,194 @@
+"""What a layout costs on its way to a store, beside a plain loop over fsspec that only puts.
+
+    python benchmarks/storage.py [--images 2000] [--rounds 4] [--stores local,s3] [--folder FOLDER]
+
+Both write the same number of bytes in objects of the same sizes: the layout through its writer and the package's own commit, from
+as many threads as a worker has; the loop by `pipe_file` of fsspec's client with the options that the package gives it, from as many.
+Images are 1024² PNGs, encoded before the clock starts. S3 is moto in a process of its own. Variants take turns, round by round, and
+what they wrote is removed in between. Local files are made durable (fsync) by the package; the column `loop+fsync` does that, too.
+
+A ratio of 1.00 is the loop's speed. CPU is of this process, by image.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from renderfarm import commit
+from renderfarm.encode import EncodedImage, encode
+from renderfarm.layouts import LAYOUTS
+from renderfarm.layouts.base import name_of
+from renderfarm.records import Part, SampleKey
+from renderfarm.schema import ERROR_COLUMNS, IMAGE_COLUMNS
+from renderfarm.storage import open_store
+from renderfarm.storage.clients import make_client
+from renderfarm.worker import ENCODERS, LEASES_IN_FLIGHT
+
+PART_IMAGES = 64
+DIFFERENT = 16  # pictures, over and over
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=2000, help="of each variant, over all rounds")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--stores", default="local,s3")
+    parser.add_argument("--folder", type=Path, default=None, help="where to work; a temporary folder otherwise")
+    given = parser.parse_args()
+    pictures = [picture(seed) for seed in range(DIFFERENT)]
+    size = sum(len(one.data) for one in pictures) / DIFFERENT
+    print(f"{given.images} images of {size / 1e6:.2f} MB, {given.rounds} rounds, parts of {PART_IMAGES}, {os.cpu_count()} cores\n")
+    print("store  layout       MB/s    loop  ratio   CPU ms/image  loop   loop+fsync MB/s  ratio")
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder, ThreadPoolExecutor(ENCODERS) as encoders:
+        for store in given.stores.split(","):
+            with s3_server(Path(folder)) if store == "s3" else contextlib.nullcontext(folder) as place:
+                for layout in LAYOUTS:
+                    show(store, layout, measure(place, layout, pictures, given.images // given.rounds, given.rounds, encoders))
+
+
+def measure(
+    place: str, layout: str, pictures: list[EncodedImage], images: int, rounds: int, encoders: ThreadPoolExecutor
+) -> dict[str, list[tuple[float, float]]]:
+    """(MB/s, CPU seconds an image) of each variant in each round."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    local = "://" not in place
+    for _ in range(rounds):
+        sizes: dict[str, int] = {}
+        for variant in ("ours", "loop", *(["loop+fsync"] if local else [])):
+            url = f"{place}/{variant}"
+            wall, cpu = time.perf_counter(), cpu_seconds()
+            if variant == "ours":
+                write(url, layout, pictures, images, encoders)
+            else:
+                plain(url, sizes, pictures, variant != "loop")
+            wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+            if variant == "ours":
+                sizes = {stored.key: stored.size for stored in open_store(url).stored("data")}
+            found.setdefault(variant, []).append((sum(sizes.values()) / 1e6 / wall, cpu / images))
+            remove(url)
+    return found
+
+
+def write(url: str, name: str, pictures: list[EncodedImage], images: int, encoders: ThreadPoolExecutor) -> None:
+    """As a worker does it: pictures from its encoder threads, a few parts in flight, one commit a part."""
+    store, layout = open_store(url), LAYOUTS[name]
+
+    def part(start: int) -> None:
+        part, rows = Part(start // PART_IMAGES, start, min(images, start + PART_IMAGES)), []
+        with layout.writer(store, part) as writer:
+            done = []
+            for row in range(part.start, part.stop):
+                image = pictures[row % len(pictures)]
+                rows.append(record(row, image, name_of(SampleKey(row, 0), image.pixel_sha256, "png")))
+                done.append(encoders.submit(writer.add, rows[-1]["file_name"], image.data))
+            for one in done:
+                one.result()
+            table = pa.Table.from_pylist(rows, schema=IMAGE_COLUMNS)
+            commit.publish(store, layout, part, writer, table, ERROR_COLUMNS.empty_table())
+
+    with ThreadPoolExecutor(LEASES_IN_FLIGHT) as leases:
+        list(leases.map(part, range(0, images, PART_IMAGES)))
+
+
+def plain(url: str, sizes: dict[str, int], pictures: list[EncodedImage], sync: bool) -> None:
+    """Objects of those sizes, put one by one."""
+    client, root = make_client(url)
+    bytes_ = b"".join(one.data for one in pictures) * (1 + max(sizes.values()) // sum(len(one.data) for one in pictures))
+
+    def put(key: str) -> None:
+        path = f"{root}/{key}"
+        if "://" not in url:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        client.pipe_file(path, bytes_[: sizes[key]])
+        if sync:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+    small = max(sizes.values()) < 10e6
+    with ThreadPoolExecutor(ENCODERS if small else LEASES_IN_FLIGHT) as pool:
+        list(pool.map(put, sizes))
+
+
+def show(store: str, layout: str, found: dict[str, list[tuple[float, float]]]) -> None:
+    def middle(variant: str, what: int) -> float:
+        return statistics.median(one[what] for one in found[variant])
+
+    def ratio(variant: str) -> float:
+        return statistics.median(a[0] / b[0] for a, b in zip(found["ours"], found[variant], strict=True))
+
+    line = f"{store:6} {layout:10} {middle('ours', 0):6.0f}  {middle('loop', 0):6.0f}   {ratio('loop'):.2f}"
+    line += f"   {1e3 * middle('ours', 1):12.1f}  {1e3 * middle('loop', 1):4.1f}"
+    print(line + (f"   {middle('loop+fsync', 0):15.0f}   {ratio('loop+fsync'):.2f}" if "loop+fsync" in found else ""), flush=True)
+
+
+def picture(seed: int) -> EncodedImage:
+    """A smooth picture with some grain: about as large as a photograph's PNG."""
+    noise = np.random.default_rng(seed)
+    smooth = Image.fromarray(noise.integers(0, 256, (16, 16, 3), np.uint8), "RGB").resize((1024, 1024), Image.Resampling.BICUBIC)
+    pixels = np.clip(np.asarray(smooth, np.int16) + noise.integers(-6, 7, (1024, 1024, 3)), 0, 255).astype(np.uint8)
+    return encode(pixels)
+
+
+def record(row: int, image: EncodedImage, name: str) -> dict[str, object]:
+    values: dict[str, object] = {
+        field.name: {"int64": row, "int32": 1, "double": 5.0, "bool": False}.get(str(field.type), "a red circle on a white background")
+        for field in IMAGE_COLUMNS
+    }
+    hashes = {"file_sha256": image.file_sha256, "pixel_sha256": image.pixel_sha256}
+    return values | hashes | {"row": row, "image_index": 0, "file_name": name, "format": "png", "bytes": len(image.data)}
+
+
+def remove(url: str) -> None:
+    if "://" in url:
+        client, root = make_client(url)
+        client.rm(root, recursive=True)
+    else:
+        shutil.rmtree(url)
+
+
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+@contextlib.contextmanager
+def s3_server(folder: Path) -> Iterator[str]:
+    """moto on a port of its own, and a bucket in it."""
+    import boto3
+
+    port = 5600 + os.getpid() % 1000
+    os.environ |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{port}"
+    with (folder / "moto.log").open("wb") as log:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        process = subprocess.Popen(command, stdout=log, stderr=log)  # noqa: S603 - this interpreter
+        try:
+            for _ in range(100):
+                with contextlib.suppress(Exception):  # not up yet
+                    boto3.client("s3").create_bucket(Bucket="benchmark")
+                    break
+                time.sleep(0.2)
+            yield "s3://benchmark"
+        finally:
+            process.terminate()
+            process.wait()
+
+
+if __name__ == "__main__":
+    main()
