@@ -246,7 +246,7 @@ def test_the_figures_are_those_of_the_tables(layout: str, write_manifest: Write,
     page, rows = card(out), [record for _, record in renderfarm.open(out)]
     size = sum(row["bytes"] for row in rows)
     for line in (
-        f"| bytes | {size:,} in the images' files |",
+        f"| size of the image files | {size:,} bytes |",
         "| errors | InvalidInput: 2 |",
         "| samplers | euler: 6 |",
         "| steps | 2: 4, 3: 1, 4: 1 |",

@@ -48,7 +48,8 @@ committed and complete in itself. When this card was written:{% endif %} {{ imag
 {% if weighted %}| prompts | with weights, as users of A1111 write them: `(word:1.3)` |
 {% endif %}
 {% if figures %}
-| bytes | {{ figures.bytes|count }} in the images' files |
+{% if images %}| size of the image files | {{ figures.bytes|count }} bytes |
+{% endif %}
 {% if figures.error_classes %}| errors | {{ figures.error_classes|kinds }} |
 {% endif %}
 {% for name, counts in figures.kinds.items() %}| {{ name }}{{ part_of }} | {{ counts|kinds }} |
@@ -96,7 +97,8 @@ Check every file, and render some images again, bit for bit:
 renderfarm verify {{ out|shell }}
 ```
 
-The tables are a manifest again: with the same model, the same pixels come out; with another one, the same prompts and settings do.
+The tables are a manifest again: they hold each image's prompt, seed and settings. A job that is otherwise the same renders the same
+pixels from them; one with another model, its own pictures of the same prompts.
 
 ```yaml
 manifest:
