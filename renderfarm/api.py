@@ -17,6 +17,7 @@ from renderfarm.reading import Output
 from renderfarm.report.card import write_card
 from renderfarm.report.contact_sheet import KEY as SHEET
 from renderfarm.report.contact_sheet import write_contact_sheet
+from renderfarm.report.figures import figures
 from renderfarm.worker import WorkerSpec
 
 EngineName = Literal["ray", "inline"]
@@ -70,7 +71,7 @@ def _engine_maker(prepared: Prepared, engine: EngineName, address: str | None) -
 
 
 def _write_card(prepared: Prepared) -> None:
-    committed, grid = prepared.committed(), prepared.grid()
+    committed, grid, output = prepared.committed(), prepared.grid(), prepared.job.output
     write_card(
         prepared.store,
         prepared.frozen(),
@@ -82,4 +83,6 @@ def _write_card(prepared: Prepared) -> None:
         sheet=SHEET if prepared.store.exists(SHEET) else None,
         columns=prepared.columns(),
         warnings=prepared.model.warnings,
+        card=output.card,
+        figures=figures(prepared.store, output.layout, committed),
     )

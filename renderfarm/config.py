@@ -499,6 +499,38 @@ class C2pa(Strict):
         return value
 
 
+Line = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$")]
+"""Text in one line."""
+
+
+class Card(Strict):
+    """What `README.md` says of the dataset, to people and to the Hub's search, beside the figures. May change from run to run."""
+
+    pretty_name: Line | None = None
+    """Its title. None: the job's name."""
+    description: Annotated[str, Field(min_length=1, max_length=20_000, pattern=r"^[^\x00-\x08\x0b-\x1f\x7f]*$")] | None = None
+    """Plain text, shown as it is written; an empty line begins a paragraph."""
+    license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]{0,99}$")] | None = None
+    """Of the dataset, by the Hub's name: `cc-by-4.0`, `apache-2.0`, `openrail++`, or `other`, which needs the next two."""
+    license_name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.+-]{0,99}$")] | None = None
+    """For license other: `my-license-1.0`."""
+    license_link: Annotated[str, Field(pattern=r"^(https?://[^\s\x00-\x1f]+|LICENSE(\.md|\.txt)?)$", max_length=2000)] | None = None
+    """For license other: a URL, or `LICENSE`, a file that you put beside the card."""
+    language: tuple[Annotated[str, Field(pattern=r"^[a-z]{2,3}(-[A-Za-z0-9]{2,8})*$")], ...] = ()
+    """Of the prompts, as ISO 639 has it: `[en, de]`. In YAML write Norwegian as `"no"`."""
+    tags: tuple[Line, ...] = ()
+    """`[logos, texture]`, beside `renderfarm` and `synthetic`."""
+
+    @model_validator(mode="after")
+    def _another_license_is_named(self) -> Card:
+        named = [name for name in ("license_name", "license_link") if getattr(self, name)]
+        if self.license == "other" and len(named) < 2:
+            raise ValueError("card.license: other says nothing by itself; give license_name and license_link, too")
+        if self.license != "other" and named:
+            raise ValueError(f"card.{named[0]}: the Hub takes it with license other only; leave it out, or give license: other")
+        return self
+
+
 class Output(Strict):
     path: Annotated[str, Field(min_length=1)]
     """Folder or URL of the dataset; relative to the job file. `{{ ds }}` becomes the logical date."""
@@ -521,6 +553,9 @@ class Output(Strict):
     would overwrite each other's parts, and nobody would notice."""
     keep_originals: bool = False
     """Keep each picture as it was before the steps of `after`, too: a PNG in `originals/`, which the table names."""
+
+    card: Card = Card()
+    """What the dataset card says beside the figures: `{license: cc-by-4.0, language: [en], description: Drawn shapes.}`."""
 
     @model_validator(mode="after")
     def _format_takes_it(self) -> Output:
@@ -594,6 +629,8 @@ class Job(Strict):
         ]
         if (c2pa := self.output.c2pa) is not None:
             found += [("output.c2pa.certificate", c2pa.certificate), ("output.c2pa.private_key", c2pa.private_key)]
+        if link := self.output.card.license_link:
+            found.append(("output.card.license_link", link))
         return [*found, *([("inputs.folder", self.inputs.folder)] if self.inputs.folder else [])]
 
 

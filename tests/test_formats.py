@@ -249,7 +249,7 @@ def test_every_layout_holds_every_format_and_says_where_load_dataset_finds_no_pi
     assert warned == (not pictures_by_load_dataset(out, FORMATS[format_].extension, tmp_path))
 
 
-@pytest.mark.parametrize("format_", ["jpeg", "webp", "avif"])
+@pytest.mark.parametrize("format_", ["jpeg", "webp", "avif", "jxl"])
 def test_the_cards_line_for_webdataset_gives_pictures(format_: str, write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
     renderfarm.run(write_job(write_manifest(), output={"format": format_, "layout": "webdataset"}), engine="inline")
     card = (tmp_path / "out/README.md").read_text()

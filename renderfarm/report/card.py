@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import json
+import re
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,29 +12,33 @@ import pyarrow as pa
 import yaml
 from jinja2 import Environment
 
+from renderfarm.config import Card
 from renderfarm.encode import FORMATS
-from renderfarm.layouts import LAYOUTS, webdataset
+from renderfarm.layouts import webdataset
+from renderfarm.report import readers
+from renderfarm.report.figures import KINDS_SHOWN, Figures
 from renderfarm.storage import Store
 
 KEY = "README.md"
+DATA_FILES = {"files": "data/**", "parquet": "data/*.parquet", "webdataset": "data/*.tar"}
 _TEMPLATE = """\
 ---
-pretty_name: {{ name|tojson }}
-task_categories: [text-to-image]
-tags: [renderfarm, synthetic]
-configs:
-- config_name: default
-  data_files:
-  - {split: train, path: "{{ data_files }}"}
-{{ features }}---
-# {{ name }}
+{{ metadata }}---
+# {{ title|text }}
 
+{% for paragraph in description %}
+{{ paragraph|text }}
+
+{% endfor %}
 Images rendered by renderfarm from a table of prompts. {% if finished %}Finished:{% else %}Not finished; what is here is
-committed and complete in itself. When this card was written:{% endif %} {{ images }} images, {{ errors }} errors, {{ rows }} manifest rows.
+committed and complete in itself. When this card was written:{% endif %} {{ images|count }} images, {{ errors|count }} errors, \
+{{ rows|count }} manifest rows.
 
 | | |
 |---|---|
-| model | `{{ model }}`{% if revision %} at `{{ revision }}`{% endif %} |
+| model | {{ model|text }}{% if revision %} at {{ revision|text }}{% endif %} |
+{% if adapters %}| adapters | {{ adapters|join(", ")|text }} |
+{% endif %}
 | layout, format | {{ layout }}, {{ format }} |
 | job seed | {{ seed }} |
 {% if after %}| done to each picture | {{ after }}; `width`, `height`: as it was rendered; `file_width`, `file_height`: as it is here |
@@ -42,11 +47,25 @@ committed and complete in itself. When this card was written:{% endif %} {{ imag
 {% endif %}
 {% if weighted %}| prompts | with weights, as users of A1111 write them: `(word:1.3)` |
 {% endif %}
-{% for warning in warnings %}| warning | {{ warning }} |
+{% if figures %}
+{% if images %}| size of the image files | {{ figures.bytes|count }} bytes |
+{% endif %}
+{% if figures.error_classes %}| errors | {{ figures.error_classes|kinds }} |
+{% endif %}
+{% for name, counts in figures.kinds.items() %}| {{ name }}{{ part_of }} | {{ counts|kinds }} |
+{% endfor %}
+{% if figures.truncated %}| prompts of which the model saw a part{{ part_of }} | {{ figures.truncated|count }}: `prompt_cut_off` |
+{% endif %}
+{% if figures.profile %}| render profile | `{{ figures.profile.sha256 }}`\
+{% if figures.profiles > 1 %}, and {{ figures.profiles - 1 }} more{% endif %} |
+| rendered with | {{ machine|text }} |
+{% endif %}
+{% endif %}
+{% for warning in warnings %}| warning | {{ warning|text }} |
 {% endfor %}
 {% if sheet %}
 
-![contact sheet]({{ sheet }})
+![Contact sheet: some of the images, each with its prompt]({{ sheet }})
 {% endif %}
 
 ## Open it
@@ -62,58 +81,30 @@ Each picture lies in a tar, with its row as JSON beside it: there dates are text
 `metadata/` have the same rows with their own types; `file_name` is the picture's name in that tar of `data/` which is named as
 the table is, and `table_file` below names the table.
 {% endif %}
+{{ readers }}
+## What it holds
 
-```python
-from datasets import load_dataset
-
-dataset = load_dataset({{ out|py }}, split="train")  # columns: {{ seen }}
-```
-{% if layout == "webdataset" %}
-
-```python
-import glob
-import webdataset
-
-shards = sorted(glob.glob({{ (escaped ~ "/data/*.tar")|py }}))
-dataset = webdataset.WebDataset(shards, shardshuffle=False).decode({{ decoder }}).to_tuple({{ extension|py }}, "json")
-```
+- `pixel_sha256`: the SHA-256 of the image's raw RGB bytes (row-major, H×W×3, uint8) before it was encoded; \
+{% if lossless %}its file decodes to them.{% else %}{{ format }} keeps less of them.{% endif %} `file_sha256`: that of the file.
+- `errors/`: the rows that could not be rendered, each with its `error_class` and `error_message`. `_renderfarm/` is renderfarm's own.
+{% if says %}
+- Each file says of itself: {{ says|join("; ") }}.
 {% endif %}
 
-```python
-{% if layout == "parquet" %}
-import pandas
+Check every file, and render some images again, bit for bit:
 
-table = pandas.read_parquet({{ (out ~ "/data")|py }})
-{% else %}
-import glob
-import pandas
-
-tables = sorted(glob.glob({{ tables|py }}))
-table = pandas.concat([pandas.read_parquet(path).assign(table_file=path) for path in tables], ignore_index=True)
-{% endif %}
+```sh
+renderfarm verify {{ out|shell }}
 ```
 
-```python
-import polars
+The tables are a manifest again: they hold each image's prompt, seed and settings. A job that is otherwise the same renders the same
+pixels from them; one with another model, its own pictures of the same prompts.
 
-table = polars.scan_parquet({{ tables|py }}{{ "" if layout == "parquet" else ', include_file_paths="table_file"' }}).collect()
+```yaml
+manifest:
+  path: {{ tables|py }}
+  columns: renderfarm
 ```
-
-```python
-import duckdb
-
-table = duckdb.sql({{ query|py }})
-```
-
-```python
-import renderfarm
-
-for picture, row in renderfarm.open({{ out|py }}):
-    print(picture.size, row["prompt"])
-```
-
-`pixel_sha256` is the SHA-256 of the image's raw RGB bytes (row-major, H×W×3, uint8); `file_sha256` that of the file.
-Rows that could not be rendered are in `errors/`, each with its reason. `_renderfarm/` is renderfarm's own.
 """
 
 
@@ -129,46 +120,108 @@ def write_card(
     sheet: str | None,
     columns: pa.Schema,
     warnings: Sequence[str] = (),
+    card: Card | None = None,
+    figures: Figures | None = None,
 ) -> None:
-    """Write or refresh the card. `frozen` is job.json's value, `columns` those of the image table."""
-    # Markdown, not HTML: every value is checked by the job's schema, a number, or JSON-quoted
+    """Write or refresh the card. `frozen` is job.json's value, `columns` those of the image table, `card` what the job says."""
+    card = card or Card()
+    # Markdown, not HTML: every value is a number, one of ours, or quoted by a filter
     environment = Environment(autoescape=False, trim_blocks=True, keep_trailing_newline=True)  # noqa: S701
-    environment.filters["py"] = lambda text: json.dumps(text, ensure_ascii=False)
-    layout, format_ = frozen["output"]["layout"], frozen["output"]["format"]
-    tables = f"{glob.escape(store.url)}/{LAYOUTS[layout].TABLES}"
-    extension = FORMATS[format_].extension
-    features = webdataset.features(columns, extension) if layout == "webdataset" else None
+    environment.filters |= {
+        "py": lambda text: json.dumps(text, ensure_ascii=False),
+        "shell": shlex.quote,
+        "text": _text,
+        "count": lambda number: f"{number:,}",
+        "kinds": _kinds,
+    }
+    output = frozen["output"]
+    layout, format_ = output["layout"], output["format"]
+    counted = figures.counted if figures else images
     text = environment.from_string(_TEMPLATE).render(
-        name=name,
-        rows=f"{rows:,}",
-        images=f"{images:,}",
-        errors=f"{errors:,}",
+        metadata=yaml.safe_dump(_metadata(frozen, card, name, images, columns), sort_keys=False, allow_unicode=True, width=1 << 30),
+        title=card.pretty_name or name,
+        description=re.split(r"\n\s*\n", card.description.strip()) if card.description else (),
+        rows=rows,
+        images=images,
+        errors=errors,
         finished=finished,
         model=frozen["model"]["id"],
         revision=frozen["model"]["revision"],
+        adapters=sorted(frozen["model"]["adapters"]),
         layout=layout,
         format=format_,
-        extension=extension,
-        # of itself it knows no AVIF, which Pillow opens
-        decoder='webdataset.imagehandler("pil", ["avif"])' if extension == "avif" else '"pil"',
-        seen=f"{extension}, json" if layout == "webdataset" else "image, prompt, seed, …",
-        data_files={"files": "data/**", "parquet": "data/*.parquet", "webdataset": "data/*.tar"}[layout],
-        features=yaml.safe_dump({"dataset_info": {"features": features}}, sort_keys=False, allow_unicode=True) if features else "",
+        lossless=output["encoding"]["lossless"],
         seed=frozen["seed"],
         weighted=frozen["render"].get("prompt_weighting") is not None,
         out=store.url,
-        escaped=glob.escape(store.url),
-        tables=tables,
-        query=_query(tables, named=layout != "parquet"),
+        tables=readers.tables(store.url, layout),
+        readers=readers.lines(store.url, name, layout, format_),
         sheet=sheet,
         after=", ".join(next(iter(step)) for step in frozen["after"] or ()),
-        originals=frozen["output"]["keep_originals"],
+        originals=output["keep_originals"],
+        says=_says(output),
+        figures=figures,
+        part_of="" if counted == images else f" (of {counted:,} images)",
+        machine=_machine(figures.profile) if figures and figures.profile else "",
         warnings=warnings,
     )
     store.put(KEY, text.encode())
 
 
-def _query(tables: str, *, named: bool) -> str:
-    """`named`: each row says which file it is from."""
-    quoted, option = tables.replace("'", "''"), ", filename = 'table_file'" if named else ""
-    return f"select * from read_parquet('{quoted}'{option})"  # noqa: S608 - text for people, never run here
+# ------------------------------------------------------------------------------------------------ what it says
+
+
+def _metadata(frozen: dict[str, Any], card: Card, name: str, images: int, columns: pa.Schema) -> dict[str, Any]:
+    """The YAML that the Hub and `datasets` read. https://github.com/huggingface/hub-docs/blob/main/datasetcard.md"""
+    layout, format_ = frozen["output"]["layout"], frozen["output"]["format"]
+    given = card.model_dump(include={"license", "license_name", "license_link", "language"}, mode="json")
+    found: dict[str, Any] = {"pretty_name": card.pretty_name or name}
+    found |= {key: value for key, value in given.items() if value}
+    found["task_categories"] = ["text-to-image" if frozen["task"].endswith("text-to-image") else "image-to-image"]
+    found["size_categories"] = [_size(images)]
+    found["tags"] = list(dict.fromkeys(["renderfarm", "synthetic", *card.tags]))
+    found["configs"] = [{"config_name": "default", "data_files": [{"split": "train", "path": DATA_FILES[layout]}]}]
+    if layout == "webdataset":
+        found["dataset_info"] = {"features": webdataset.features(columns, FORMATS[format_].extension)}
+    return found
+
+
+def _size(images: int) -> str:
+    """The Hub's word for it."""
+    bounds = (("1K", 10**3), ("10K", 10**4), ("100K", 10**5), ("1M", 10**6), ("10M", 10**7), ("100M", 10**8), ("1B", 10**9))
+    below = "n<1K"
+    for (word, bound), (following, _) in zip(bounds, (*bounds[1:], ("10B", 0)), strict=True):
+        if images >= bound:
+            below = f"{word}<n<{following}"
+    return below
+
+
+def _says(output: dict[str, Any]) -> list[str]:
+    metadata = output["metadata"]
+    found = [
+        (metadata["provenance"], "that a model painted it (IPTC's digital source type, in XMP)"),
+        (metadata["parameters"], "A1111's `parameters`"),
+        (metadata["row"], "its row, as JSON"),
+        (output.get("signed"), "a C2PA signature (Content Credentials), another one each time"),
+    ]
+    without = [] if metadata["prompts"] else ["none of it the prompt"]
+    said = [text for on, text in found if on]
+    return said + without if said else []
+
+
+def _machine(profile: dict[str, Any]) -> str:
+    """`float32, 8 at once, cpu (x86_64 AuthenticAMD 26 2), torch 2.13.0, diffusers 0.42.1`."""
+    device = profile.get("device", "cpu") + (f" ({profile['device_model']})" if "device_model" in profile else "")
+    versions = [f"{name} {profile[name]}" for name in ("torch", "diffusers", "transformers", "cuda") if name in profile]
+    return ", ".join([profile.get("dtype", ""), f"{profile['batch_size']} at once", device, *versions]).lstrip(", ")
+
+
+def _kinds(counts: dict[str, int]) -> str:
+    shown = [f"{_text(kind)}: {count:,}" for kind, count in list(counts.items())[:KINDS_SHOWN]]
+    return ", ".join([*shown, f"{len(counts) - KINDS_SHOWN:,} more kinds"] if len(counts) > KINDS_SHOWN else shown)
+
+
+def _text(text: str) -> str:
+    """As Markdown that shows the text itself, in one paragraph or cell of a table."""
+    line = re.sub(r"([\\`*_{}\[\]<>#|~&$!])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"^(\d*)([-+=.)])", r"\1\\\2", line)  # a list, a rule, an underlined heading
