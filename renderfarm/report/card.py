@@ -28,7 +28,8 @@ configs:
 {{ features }}---
 # {{ name }}
 
-Images rendered by renderfarm from a table of prompts. {% if finished %}Finished:{% else %}Not finished; what is here is
+Images rendered by renderfarm from a table of prompts. {% if exported %}Exported from an output
+that was {{ "" if finished else "not " }}finished:{% elif finished %}Finished:{% else %}Not finished; what is here is
 committed and complete in itself. When this card was written:{% endif %} {{ images }} images, {{ errors }} errors, {{ rows }} manifest rows.
 
 | | |
@@ -38,7 +39,7 @@ committed and complete in itself. When this card was written:{% endif %} {{ imag
 | job seed | {{ seed }} |
 {% if after %}| done to each picture | {{ after }}; `width`, `height`: as it was rendered; `file_width`, `file_height`: as it is here |
 {% endif %}
-{% if originals %}| originals | the pictures before that: `originals/`, named by `original_file` |
+{% if originals and not exported %}| originals | the pictures before that: `originals/`, named by `original_file` |
 {% endif %}
 {% if weighted %}| prompts | with weights, as users of A1111 write them: `(word:1.3)` |
 {% endif %}
@@ -66,7 +67,7 @@ the table is, and `table_file` below names the table.
 ```python
 from datasets import load_dataset
 
-dataset = load_dataset({{ out|py }}, split="train")  # columns: {{ seen }}
+dataset = load_dataset({{ dataset|py }}, split="train")  # columns: {{ seen }}
 ```
 {% if layout == "webdataset" %}
 
@@ -105,6 +106,7 @@ import duckdb
 table = duckdb.sql({{ query|py }})
 ```
 
+{% if not exported %}
 ```python
 import renderfarm
 
@@ -112,8 +114,15 @@ for picture, row in renderfarm.open({{ out|py }}):
     print(picture.size, row["prompt"])
 ```
 
+{% endif %}
 `pixel_sha256` is the SHA-256 of the image's raw RGB bytes (row-major, H×W×3, uint8); `file_sha256` that of the file.
+{% if exported %}
+Rows that could not be rendered are not in here.{% if originals %} `original_file` names a picture of the output that this was exported
+from.{% endif %}
+
+{% else %}
 Rows that could not be rendered are in `errors/`, each with its reason. `_renderfarm/` is renderfarm's own.
+{% endif %}
 """
 
 
@@ -129,13 +138,16 @@ def write_card(
     sheet: str | None,
     columns: pa.Schema,
     warnings: Sequence[str] = (),
+    exported: str | None = None,
 ) -> None:
-    """Write or refresh the card. `frozen` is job.json's value, `columns` those of the image table."""
+    """Write or refresh the card. `frozen` is job.json's value, `columns` those of the image table. `exported`: where readers find
+    what the store holds, if that is an export, whose layout `frozen` says: its own place, or hf://datasets/org/name."""
     # Markdown, not HTML: every value is checked by the job's schema, a number, or JSON-quoted
     environment = Environment(autoescape=False, trim_blocks=True, keep_trailing_newline=True)  # noqa: S701
     environment.filters["py"] = lambda text: json.dumps(text, ensure_ascii=False)
     layout, format_ = frozen["output"]["layout"], frozen["output"]["format"]
-    tables = f"{glob.escape(store.url)}/{LAYOUTS[layout].TABLES}"
+    out = exported or store.url
+    tables = f"{glob.escape(out)}/{LAYOUTS[layout].TABLES}"
     extension = FORMATS[format_].extension
     features = webdataset.features(columns, extension) if layout == "webdataset" else None
     text = environment.from_string(_TEMPLATE).render(
@@ -156,8 +168,10 @@ def write_card(
         features=yaml.safe_dump({"dataset_info": {"features": features}}, sort_keys=False, allow_unicode=True) if features else "",
         seed=frozen["seed"],
         weighted=frozen["render"].get("prompt_weighting") is not None,
-        out=store.url,
-        escaped=glob.escape(store.url),
+        exported=exported is not None,
+        out=out,
+        dataset=out.removeprefix("hf://datasets/"),
+        escaped=glob.escape(out),
         tables=tables,
         query=_query(tables, named=layout != "parquet"),
         sheet=sheet,
