@@ -193,14 +193,16 @@ def _claim(store: Store, plan: dict[str, Any], *, restart: bool) -> None:
     """Make the place this export's, or find that it is. Raises InvalidJob where it is something else's."""
     if store.exists(commit.JOB):
         raise InvalidJob(f"{store.url} is an output of `renderfarm run`; give another place")
-    if restart:
-        _clear(store)
     if not store.exists(PLAN) and (other := commit.not_ours(store)) is not None:
         raise InvalidJob(f"{store.url} is no export, and not empty (it holds {other}); give another place")
     try:
         store.put_if_absent(PLAN, commit.to_json(plan))
         return
     except AlreadyExists:
+        if restart:
+            _clear(store)
+            store.put(PLAN, commit.to_json(plan))  # last, so that one who stops in between can do it again
+            return
         there = commit.read_json(store, PLAN)
     reasons = [f"  {line}" for line in commit.differences(there.get("options"), plan["options"])]
     if there.get("job_sha256") != plan["job_sha256"]:
@@ -218,13 +220,11 @@ def _claim(store: Store, plan: dict[str, Any], *, restart: bool) -> None:
 
 
 def _clear(store: Store) -> None:
-    """Remove an export, its plan last, so that one who stops in between can do it again."""
-    if store.exists(PLAN):
-        store.put(CARD, UNFINISHED)
-        for key in (key for folder in ("data", "metadata") for key in store.list(folder)):
-            if _OURS.fullmatch(key):
-                store.delete(key)
-        for key in (EXPORTED_SHEET, CARD, PLAN):
+    """Remove an export's files."""
+    store.put(CARD, UNFINISHED)
+    store.delete(EXPORTED_SHEET)
+    for key in (key for folder in ("data", "metadata") for key in store.list(folder)):
+        if _OURS.fullmatch(key):
             store.delete(key)
 
 
@@ -305,6 +305,8 @@ class _Writer:
             data = self.pictures.read(key, name, place)
         except KeyError:
             raise Fatal(f"{where}: the picture is missing; {what_to_do}") from None
+        except Fatal as error:
+            raise Fatal(f"{where}: {error}") from None
         if hashlib.sha256(data).hexdigest() != sha256:
             raise Fatal(f"{where}: its bytes are not those that were written (SHA-256 differs); {what_to_do}")
         return data
