@@ -6,7 +6,9 @@ import base64
 import json
 import os
 import re
+import shlex
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from test_export import rows
 import renderfarm
 
 Write = Callable[..., Path]
-NAME = "org/name"
+NAME, TOKEN = "org/name", "hf_test"
 
 
 @dataclass
@@ -41,6 +43,8 @@ class Writable:
         if path == "/api/repos/create":
             self.created.append(json.loads(body))
             return {"url": f"{self.url}/datasets/{NAME}"}
+        if path == "/api/validate-yaml":
+            return {"errors": [], "warnings": []}
         if path.startswith(f"/api/datasets/{NAME}/preupload/"):
             return {"files": [{"path": one["path"], "uploadMode": "regular", "shouldIgnore": False} for one in json.loads(body)["files"]]}
         if path.startswith(f"/api/datasets/{NAME}/commit/"):
@@ -50,7 +54,7 @@ class Writable:
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
                 elif line["key"] == "deletedFile":
                     del self.files[line["value"]["path"]]
-            return {"commitUrl": f"{self.url}/x", "commitOid": "0" * 40, "success": True}
+            return {"commitUrl": f"{self.url}/datasets/{NAME}/commit/{'0' * 40}", "commitOid": "0" * 40, "success": True}
         if path.startswith(f"/api/datasets/{NAME}/tree/"):
             return [{"type": "file", "path": path, "size": len(data), "oid": "0" * 40} for path, data in self.files.items()]
         if path.startswith(f"/api/datasets/{NAME}"):
@@ -103,7 +107,7 @@ def out(write_manifest: Write, write_job: Write, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def environment(hub: Writable, token: str = "hf_test", offline: str = "0") -> dict[str, str]:
+def environment(hub: Writable, token: str = TOKEN, offline: str = "0") -> dict[str, str]:
     return {"HF_ENDPOINT": hub.url, "HF_TOKEN": token, "HF_HUB_OFFLINE": offline, "HF_HUB_DISABLE_XET": "1"}
 
 
@@ -145,7 +149,7 @@ def test_a_repository_holds_the_export_and_nothing_else(out: Path, tmp_path: Pat
 def test_a_public_one_is_made_only_when_asked(out: Path, tmp_path: Path) -> None:
     with serving() as hub:
         assert cli(*to_hub(out, tmp_path / "staging", "--public", "--json"), **environment(hub)).returncode == 0
-    assert [one.get("private", False) for one in hub.created] == [False]
+    assert [one.get("visibility") for one in hub.created] == ["public"]
 
 
 @pytest.mark.parametrize(
@@ -181,10 +185,9 @@ def test_the_command_by_hand_does_the_same(out: Path, tmp_path: Path) -> None:
         command = re.search(r"^  (hf upload .*)$", ended.stderr, re.MULTILINE)
         assert command is not None, ended.stderr
         hub.files["data/train-00000-of-00009.parquet"] = b"of an export before"
-        path = f"{Path(os.sys.executable).parent}:{os.environ['PATH']}"  # type: ignore[attr-defined]
-        done = subprocess.run(
-            command[1], shell=True, capture_output=True, text=True, env={**os.environ, **environment(hub), "PATH": path}, check=False
-        )  # fmt: skip
+        program = Path(sys.executable).parent / "hf"
+        words = shlex.split(command[1])[1:]
+        done = subprocess.run([program, *words], capture_output=True, text=True, env={**os.environ, **environment(hub)}, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         assert hub.files == staged(staging)
 
