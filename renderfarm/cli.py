@@ -13,7 +13,7 @@ import threading
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 from rich.console import Console
@@ -375,6 +375,108 @@ def _inspect_file(file: Path, as_json: bool, *, alone: bool) -> None:
     _print_pairs({name: value for name, value in shown.items() if value is not None})
     if not any(found[name] for name in SAYS):
         out_console.print("says nothing of itself: it has no row, no parameters, no mark of a model's picture and no signature")
+
+
+class ToChoice(StrEnum):
+    parquet = "parquet"
+    webdataset = "webdataset"
+    files = "files"
+    hub = "hub"
+
+
+@app.command()
+def export(
+    out: Annotated[str, typer.Argument(help="The output folder, finished or not.", show_default=False)],
+    dest: Annotated[str, typer.Argument(help="A new folder or store URL; with --to hub, org/name.", show_default=False)],
+    to: Annotated[ToChoice, typer.Option("--to", help="hub: parquet, uploaded to the Hugging Face hub.")] = ToChoice.parquet,
+    max_file_size: Annotated[str | None, typer.Option(help="About so large: 500MB, 2GB. [default: 1GB]", show_default=False)] = None,
+    shuffle: Annotated[int | None, typer.Option(metavar="SEED", help="In an order that this number decides.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Remove another export at DEST, and begin anew.")] = False,
+    staging: Annotated[
+        Path | None, typer.Option(help="--to hub: where files wait for their upload. [default: ./hub/org--name]", show_default=False)
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="--to hub: a new repository is one that everybody reads.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an output once more as few large files, each picture checked against its hash. Run it again and it continues."""
+    from dataclasses import asdict
+
+    from renderfarm.config import check_credentials, expand_env
+    from renderfarm.export import Format, Options
+    from renderfarm.export import export as export_output
+    from renderfarm.hub import check_repository, export_to_hub
+    from renderfarm.report.live import Line
+
+    if to is ToChoice.files and max_file_size is not None:
+        raise InvalidJob("--max-file-size: with --to files each picture is a file of its own; leave it out")
+    if to is not ToChoice.hub and (staging is not None or public):
+        raise InvalidJob("--staging and --public are for --to hub; leave them out")
+    size = _bytes(max_file_size or "1GB")
+    options = Options("parquet" if to is ToChoice.hub else cast(Format, to.value), size, shuffle)
+    with Line(console, quiet=as_json) as line:
+        if to is ToChoice.hub:
+            check_repository(dest, options.max_file_size)
+            folder = staging or Path("hub") / dest.replace("/", "--")
+            found = export_to_hub(out, dest, folder, options, public=public, restart=restart, say=line)
+        else:
+            check_credentials("DEST", dest)
+            found = export_output(out, expand_env(dest), options, restart=restart, say=line)
+    if as_json:
+        _print_json(asdict(found))
+        return
+    what = "folders" if to is ToChoice.files else "files"
+    made = f"{found.images:,} images in {found.files:,} {what}, {found.new_files:,} of them new"
+    out_console.print(f"{made}: {_shown(found.dest)}", markup=False)
+    if found.errors_left_out:
+        out_console.print(f"{found.errors_left_out:,} error rows are not in it")
+    out_console.print("the lines that open it are in its README.md")
+
+
+def _bytes(text: str) -> int:
+    """1GB, 500 MB, 2.5GiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)(i?)B", text.strip().replace("K", "k"))
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " kMGT".index(match[2] or " ")) if match else 0
+    if size < 1:
+        raise InvalidJob(f"--max-file-size {text!r}: give a number with its unit, for example 500MB or 2GB")
+    return size
+
+
+@app.command()
+def gc(
+    out: Annotated[str, typer.Argument(help="The output folder.", show_default=False)],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    older_than: Annotated[str, typer.Option(help="Leave what is younger alone: 12h, 1d.")] = "1d",
+    as_json: AsJson = False,
+) -> None:
+    """Remove what no table names: images of attempts that died or lost, unfinished writes."""
+    from dataclasses import asdict
+
+    from renderfarm.garbage import collect
+    from renderfarm.report.live import Line
+
+    with Line(console, quiet=as_json) as line:
+        found = collect(out, _seconds(older_than), dry_run=dry_run, say=line)
+    if as_json:
+        _print_json({"out": out, **asdict(found)})
+        return
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    for column in ("would be removed" if dry_run else "removed", "files", "bytes"):
+        table.add_column(column)
+    for kind, count in found.removed.items():
+        table.add_row(kind, f"{count.files:,}", f"{count.bytes:,}")
+    out_console.print(table)
+    if found.left_to_runs:
+        out_console.print(f"a run is going on: {found.left_to_runs:,} files of parts that are not committed yet are left to it")
+    for note in found.notes:
+        out_console.print(note, markup=False)
+
+
+def _seconds(text: str) -> float:
+    """30s, 15m, 12h, 1d."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
+    if match is None:
+        raise InvalidJob(f"--older-than {text!r}: give a number with its unit, for example 12h or 1d")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
 @app.command()

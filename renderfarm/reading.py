@@ -18,9 +18,12 @@ from renderfarm.errors import Fatal, InvalidJob
 from renderfarm.layouts import LAYOUTS
 from renderfarm.layouts.base import Committed, damage_named, errors_key, part_of, read_errors, read_table, table_bytes
 from renderfarm.plan import Grid
-from renderfarm.records import Part
+from renderfarm.records import Part, PartReceipt
 from renderfarm.schema import ERROR_COLUMNS, IMAGE_COLUMNS
 from renderfarm.storage import Store, open_store
+
+Entries = dict[int, tuple[str, PartReceipt]]
+"""`commit.index_entries`."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,27 @@ class Output:
             records = committed.images.to_pylist()
             samples = [self._stored(key, committed, place, record) for place, record in enumerate(records)]
             return StoredPart(samples, committed.errors.to_pylist(), key, committed)
+
+    def as_committed(self, index: int, entries: Entries) -> tuple[str, Committed] | None:
+        """A part's commit object, by its key, held against the index of parts; None where the part was never committed.
+
+        `entries`: of an index that was read before, so that whatever it names is there. Raises Fatal for a table that is damaged,
+        another one than was committed, or gone.
+        """
+        entry, receipt = entries.get(index, ("", None))
+        try:
+            key, committed = commit.read_part(self.store, self.layout, Part(index, 0, 0))
+            if receipt is None:
+                return key, committed
+            if commit.is_as_committed(self.store, entry, committed.sha256):
+                return key, committed
+        except KeyError:
+            if receipt is None:
+                return None
+            raise Fatal(f"part {index}: was committed, and its table or index entry is missing; restore it from a copy") from None
+        except Fatal as error:
+            raise Fatal(f"part {index}: {error}") from None
+        raise Fatal(f"part {index}: its table is not the one that was committed (SHA-256 differs); restore it from a copy")
 
     def errors_of(self, index: int) -> list[dict[str, Any]]:
         """What the error view has for a part; its table's footer says the same, or the view is damaged."""

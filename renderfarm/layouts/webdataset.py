@@ -81,7 +81,7 @@ class _Writer:
         places, end = [], 0
         for name, record in rows:
             places.append((end + tarfile.BLOCKSIZE, size := self._spool.size(name)))
-            end += _member_size(size) + _member_size(len(record))
+            end += member_size(size) + member_size(len(record))
         metadata = (footer(errors) or {}) | {PLACES_KEY: json.dumps(places, separators=(",", ":")).encode()}
         path = self._spool.commit_object(".tar")
         with local_disk(), tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
@@ -99,7 +99,7 @@ def _append(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def _member_size(size: int) -> int:
+def member_size(size: int) -> int:
     return tarfile.BLOCKSIZE * (1 + math.ceil(size / tarfile.BLOCKSIZE))
 
 
@@ -134,7 +134,7 @@ def _table(file: BinaryIO) -> tuple[bytes, int]:
     data = file.read(member.size)
     if len(data) != member.size:
         raise ValueError("the tar ends within its table")
-    return data, _member_size(member.size)
+    return data, member_size(member.size)
 
 
 class _Pictures:

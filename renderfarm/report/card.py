@@ -30,7 +30,8 @@ _TEMPLATE = """\
 {{ paragraph|text }}
 
 {% endfor %}
-Images rendered by renderfarm from a table of prompts. {% if finished %}Finished:{% else %}Not finished; what is here is
+Images rendered by renderfarm from a table of prompts. {% if exported %}Exported from an output that was \
+{{ "" if finished else "not " }}finished:{% elif finished %}Finished:{% else %}Not finished; what is here is
 committed and complete in itself. When this card was written:{% endif %} {{ images|count }} images, {{ errors|count }} errors, \
 {{ rows|count }} manifest rows.
 
@@ -86,17 +87,25 @@ the table is, and `table_file` below names the table.
 
 - `pixel_sha256`: the SHA-256 of the image's raw RGB bytes (row-major, H×W×3, uint8) before it was encoded; \
 {% if lossless %}its file decodes to them.{% else %}{{ format }} keeps less of them.{% endif %} `file_sha256`: that of the file.
+{% if exported %}
+- Rows that could not be rendered are not in here.{% if originals %} `original_file` names a picture of the output that this was exported \
+from.{% endif %}
+
+{% else %}
 - `errors/`: the rows that could not be rendered, each with its `error_class` and `error_message`. `_renderfarm/` is renderfarm's own.
+{% endif %}
 {% if says %}
 - Each file says of itself: {{ says|join("; ") }}.
 {% endif %}
 
+{% if not exported %}
 Check every file, and render some images again, bit for bit:
 
 ```sh
 renderfarm verify {{ out|shell }}
 ```
 
+{% endif %}
 The tables are a manifest again: they hold each image's prompt, seed and settings. A job that is otherwise the same renders the same
 pixels from them; one with another model, its own pictures of the same prompts.
 
@@ -122,8 +131,11 @@ def write_card(
     warnings: Sequence[str] = (),
     card: Card | None = None,
     figures: Figures | None = None,
+    exported: str | None = None,
 ) -> None:
-    """Write or refresh the card. `frozen` is job.json's value, `columns` those of the image table, `card` what the job says."""
+    """Write or refresh the card. `frozen` is job.json's value, `columns` those of the image table, `card` what the job says. `exported`:
+    where readers find what the store holds, if that is an export, whose layout `frozen` says: its own place, or
+    hf://datasets/org/name."""
     card = card or Card()
     # Markdown, not HTML: every value is a number, one of ours, or quoted by a filter
     environment = Environment(autoescape=False, trim_blocks=True, keep_trailing_newline=True)  # noqa: S701
@@ -135,7 +147,7 @@ def write_card(
         "kinds": _kinds,
     }
     output = frozen["output"]
-    layout, format_ = output["layout"], output["format"]
+    layout, format_, out = output["layout"], output["format"], exported or store.url
     counted = figures.counted if figures else images
     text = environment.from_string(_TEMPLATE).render(
         metadata=yaml.safe_dump(_metadata(frozen, card, name, images, columns), sort_keys=False, allow_unicode=True, width=1 << 30),
@@ -153,9 +165,10 @@ def write_card(
         lossless=output["encoding"]["lossless"],
         seed=frozen["seed"],
         weighted=frozen["render"].get("prompt_weighting") is not None,
-        out=store.url,
-        tables=readers.tables(store.url, layout),
-        readers=readers.lines(store.url, name, layout, format_),
+        exported=exported is not None,
+        out=out,
+        tables=readers.tables(out, layout),
+        readers=readers.lines(out, name, layout, format_, ours=exported is None),
         sheet=sheet,
         after=", ".join(next(iter(step)) for step in frozen["after"] or ()),
         originals=output["keep_originals"],

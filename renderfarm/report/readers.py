@@ -18,14 +18,15 @@ from renderfarm.preparation import UNKNOWN_TO_DATASETS
 
 _DATASETS = """\
 {% if unknown %}
-`datasets` opens no {{ format }} in this layout, so `load_dataset` would give no pictures; `renderfarm.open`, below, does.
+`datasets` opens no {{ format }} in this layout, so `load_dataset` would give no pictures\
+{{ "; `renderfarm.open`, below, does." if ours else "." }}
 {% elif memory %}
-{% elif not cloud %}
+{% elif hub or not cloud %}
 
 ```python
 from datasets import load_dataset
 
-dataset = load_dataset({{ out|py }}, split="train")  # columns: {{ seen }}
+dataset = load_dataset({{ (hub or out)|py }}, split="train")  # columns: {{ seen }}
 ```
 {% elif layout == "parquet" %}
 
@@ -157,8 +158,8 @@ for picture, row in renderfarm.open({{ out|py }}):
 """
 
 
-def lines(out: str, name: str, layout: str, format_: str) -> str:
-    """Markdown. `out`: the output's folder or URL, `name`: of a copy of it."""
+def lines(out: str, name: str, layout: str, format_: str, *, ours: bool) -> str:
+    """Markdown. `out`: the output's folder or URL, `name`: of a copy of it. `ours`: it is an output, and no export of one."""
     escaped, extension = glob.escape(out), FORMATS[format_].extension
     memory = out.startswith("memory://")
     cloud = "://" in out and not memory
@@ -172,6 +173,8 @@ def lines(out: str, name: str, layout: str, format_: str) -> str:
         "format": format_,
         "extension": extension,
         "memory": memory,
+        "hub": out.removeprefix("hf://datasets/") if out.startswith("hf://") else None,
+        "ours": ours,
         "cloud": cloud,
         "unknown": format_ in UNKNOWN_TO_DATASETS[layout],
         "seen": f"{extension}, json" if layout == "webdataset" else "image, prompt, seed, …",
@@ -180,7 +183,7 @@ def lines(out: str, name: str, layout: str, format_: str) -> str:
     # Markdown, not HTML: each value is one of ours, or JSON-quoted
     environment = Environment(autoescape=False, trim_blocks=True, keep_trailing_newline=True)  # noqa: S701
     environment.filters["py"] = lambda text: json.dumps(text, ensure_ascii=False)
-    return "".join(environment.from_string(text).render(values) for text in (_DATASETS, _WEBDATASET, _TABLES, _OURS))
+    return "".join(environment.from_string(text).render(values) for text in (_DATASETS, _WEBDATASET, _TABLES, *([_OURS] if ours else [])))
 
 
 def tables(out: str, layout: str) -> str:
