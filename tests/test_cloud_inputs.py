@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +17,8 @@ import pytest
 from aiohttp import web
 from PIL import Image
 from servers import FaultProxy, s3_error
+from test_adapters import make_adapter
+from upscalers import RRDBNet, random_network, save
 
 import renderfarm
 from renderfarm import inputs
@@ -201,3 +204,37 @@ def test_folders_that_cannot_be_meant_are_refused(folder: str, message: str, wri
     (tmp_path / "m.parquet").write_bytes(table(prompt=["a"], image=["a.png"]))
     with pytest.raises(InvalidJob, match=re.escape(message)):
         prepare(load_job(write(str(tmp_path / "m.parquet"), inputs={"folder": folder})))
+
+
+# ---------------------------------------------------------------------------------------------- files that the job names
+
+
+def test_adapters_and_networks_from_a_store_give_the_pixels_of_local_ones(
+    bucket: str, tiny_model: Callable[[str], Path], write_manifest, write_job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    one = make_adapter(diffusers.StableDiffusionPipeline, tiny_model("sd"), tmp_path / "one.safetensors", seed=0)
+    for path in (one, save(random_network(RRDBNet), tmp_path / "up.safetensors")):
+        open_store(bucket).put(f"weights/{path.name}", path)
+
+    def pixels(name: str, folder: str) -> list[str]:
+        job = write_job(
+            write_manifest({"prompt": ["a", "b"], "adapters": [None, "one:0.5"]}),
+            f"{name}.yaml",
+            model={"id": str(tiny_model("sd")), "adapters": {"one": f"{folder}/one.safetensors"}},
+            render={"num_inference_steps": 2, "height": 32, "width": 32},
+            workers={"batch_size": 2, "dtype": "float32"},
+            after=[{"upscale": {"weights": f"{folder}/up.safetensors"}}],
+            output={"path": str(tmp_path / name)},
+        )
+        summary = renderfarm.run(job, engine="inline")
+        assert verify(summary.out, Choice(sample=1), str(tiny_model("sd"))).ok
+        return [record["pixel_sha256"] for _, record in renderfarm.open(summary.out)]
+
+    there, here = pixels("there", f"{bucket}/weights"), pixels("here", str(tmp_path))
+    assert there == here
+    assert len(set(there)) == 2
+    assert len(list((tmp_path / "cache/renderfarm/adapters").glob("*.safetensors"))) == 1
+    open_store(bucket).delete("weights/one.safetensors")
+    with pytest.raises(InvalidJob, match=r"model\.adapters\.one: .*one.safetensors cannot be read: No such file"):
+        pixels("there", f"{bucket}/weights")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -12,15 +13,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
 import renderfarm
 from renderfarm import commit
+from renderfarm.cli import app
 from renderfarm.driver import RunSummary
 from renderfarm.errors import InvalidJob, Transient
 from renderfarm.layouts import LAYOUTS
 from renderfarm.reading import Output
 from renderfarm.repair import DAMAGED, repair
-from renderfarm.storage import LocalStore
+from renderfarm.storage import LocalStore, open_store
 from renderfarm.verification import Choice, verify
 
 FILES_ONLY = Choice(sample=0)
@@ -398,3 +401,49 @@ def test_a_store_that_is_away_is_no_damage(folder: Path, out: Path, monkeypatch:
     with pytest.raises(Transient, match="the disk is away; what cannot be read now cannot be repaired: run again later"):
         run(folder, repair=True)
     assert sorted(path for path in out.rglob("*") if path.is_file()) == before
+
+
+# ------------------------------------------------------------------------------------------------- stores, command line
+
+
+@pytest.mark.parametrize("kind", ["s3", "azure"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_output_in_a_store_is_mended_there(kind: str, layout: str, write_manifest, write_job, request: pytest.FixtureRequest) -> None:
+    out = f"{request.getfixturevalue(kind)}/out"
+    job = write_job(write_manifest(PROMPTS), output={"path": out, "layout": layout})
+    renderfarm.run(job, engine="inline")
+    store = open_store(out)
+
+    def there() -> dict[str, bytes]:
+        return {key: store.read(key) for key in store.list("") if not key.startswith(VOLATILE)}
+
+    before = there()
+    sample = next(renderfarm.open(out).samples())
+    key = sample.key if layout == "files" else Output(out).part(0).key
+    store.put(key, (damaged := before[key][:-200]))
+    store.delete(Output(out).part(2).key)
+    store.delete("errors/part-00000000.parquet")
+    summary = renderfarm.run(job, engine="inline", repair=True)
+    assert [repaired.part for repaired in summary.repaired] == ["part-00000000", "part-00000002"]
+    assert there() == before
+    assert store.read(f"{summary.repaired[0].kept}/{key}") == damaged
+    assert verify(out, Choice(all=True)).ok
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_command_says_what_it_mended(as_json: bool, folder: Path, out: Path) -> None:
+    image_truncated(out)
+    entry(out, 1).write_bytes(b"")
+    command = ["run", str(folder / "job.yaml"), "--engine", "inline", "--repair"]
+    said = CliRunner().invoke(app, [*command, *(["--json"] if as_json else [])], catch_exceptions=False)
+    assert said.exit_code == 0
+    if as_json:
+        first, second = json.loads(said.stdout.splitlines()[-1])["repaired"]
+        assert (first["part"], second["part"], second["kept"]) == ("part-00000000", "part-00000001", None)
+        assert first["kept"].startswith(f"{DAMAGED}/")
+        assert min(len(first["problems"]), len(second["problems"])) > 0
+    else:
+        assert re.search(rf"repaired part-00000000: set aside in {DAMAGED}/\S+ and to be rendered again: ", said.stdout)
+        assert "repaired part-00000001: views and index entry rebuilt: part 1: " in said.stdout
+    again = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert "nothing to repair: each committed part is what it was" in again.stdout

@@ -31,7 +31,7 @@ def load_model(info: ModelInfo, workers: Workers) -> SlotModel:
         beside = {name: getattr(info.source, name) for name in info.companions}
         found = {name: str(find_beside(given, f"model.{name}", weights=True)) for name, given in beside.items()}
         info = replace(info, folder=str(find_model(info.source, weights=True)), companions=found)
-        info = replace(info, adapters={name: _local(name, path, info.adapter_sha256[name]) for name, path in info.adapters.items()})
+        info = replace(info, adapters={name: _local(info, name, path) for name, path in info.adapters.items()})
         _check_files(info)
         _check_adapters(info)
         for name, folder in found.items():
@@ -57,11 +57,12 @@ def _check_files(info: ModelInfo) -> None:
     _check(f"model {info.id}", folder, weight_hashes(folder, info.variant, safety_checker=info.safety_checker), "model.sha256", info.sha256)
 
 
-def _local(name: str, path: str, sha256: str) -> str:
+def _local(info: ModelInfo, name: str, path: str) -> str:
     """An adapter's file on this node; of a store's, once per node in the cache."""
     if not is_url(path):
         return path
-    field, file = f"model.adapters.{name}", cache_folder("adapters") / f"{sha256}.safetensors"
+    field, sha256 = f"model.adapters.{name}", info.adapter_sha256[name]
+    file = cache_folder("adapters") / f"{sha256}.safetensors"
     if not file.is_file():
         data = read_weights(field, path)
         check_sha256(field, path, data, sha256)
