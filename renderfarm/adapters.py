@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 from collections.abc import Collection, Mapping
 
 from renderfarm.config import Adapter, expand_env
 from renderfarm.errors import InvalidInput, InvalidJob
+from renderfarm.storage import open_file
 
 OFF = "none"
 MAX_WEIGHT = 10.0
@@ -59,15 +61,21 @@ def read_weights(field: str, given: str) -> bytes:
 
 
 def read_file(field: str, given: str, ending: str, advice: str) -> bytes:
-    """The bytes of a file that the job names. Raises InvalidJob where it has another ending, with advice, or cannot be read."""
+    """The bytes of a file that the job names, by path or a store's URL. Raises InvalidJob where it has another ending, with advice, or
+    cannot be read, and what a store raises."""
     path = expand_env(given)
     if not path.endswith(ending):
         raise InvalidJob(f"{field}: {path} is no {ending} file; {advice}")
     try:
-        with open(path, "rb") as file:
-            return file.read()
+        with open_file(path) as file:
+            size = file.seek(0, io.SEEK_END)
+            file.seek(0)
+            return file.read(size)  # a size, since a store gives the rest of a file in small pieces
+    except KeyError:
+        reason = "No such file or directory"
     except OSError as error:
-        raise InvalidJob(f"{field}: {path} cannot be read: {error.strerror}; paths start at the job file") from None
+        reason = error.strerror or str(error)
+    raise InvalidJob(f"{field}: {path} cannot be read: {reason}; paths start at the job file") from None
 
 
 def check_sha256(field: str, path: str, data: bytes, wanted: str | None) -> None:

@@ -31,17 +31,19 @@ def run(
     observe: Observer = lambda progress: None,
     stop: threading.Event | None = None,
     stop_now: threading.Event | None = None,
+    repair: bool = False,
 ) -> RunSummary:
     """Render what the job's output does not hold yet; run it again and it continues.
 
     `engine="inline"` renders in this process with one worker; `address` joins a Ray cluster instead of starting one.
-    Setting `stop` ends the run after the leases in flight, `stop_now` at once with Interrupted. Raises InvalidJob or
+    Setting `stop` ends the run after the leases in flight, `stop_now` at once with Interrupted. `repair` checks every
+    committed part first: what can be rebuilt is, what is damaged is set aside and rendered again. Raises InvalidJob or
     Fatal; a bad row raises nothing.
     """
     prepared = prepare(job if isinstance(job, Job) else load_job(job))
     if engine == "ray" and prepared.store.url.startswith("memory://"):
         raise InvalidJob("memory:// is this process's memory, which Ray's workers do not share; use --engine inline or a folder")
-    driver = Driver(prepared, stop or threading.Event(), observe, stop_now=stop_now)
+    driver = Driver(prepared, stop or threading.Event(), observe, stop_now=stop_now, repair=repair)
     driver.begin()
     _write_card(prepared)  # at the start, so that an interrupted output opens, too
     try:

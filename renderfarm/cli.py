@@ -71,6 +71,9 @@ def run(
     engine: Annotated[EngineChoice, typer.Option(help="inline: one worker in this process.")] = EngineChoice.ray,
     address: Annotated[str | None, typer.Option(help="A Ray cluster to join (auto, or ray://…); else a private local Ray.")] = None,
     logical_date: LogicalDate = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="First check every committed part; rebuild its views, or set it aside and render it again.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Render what the output does not hold yet. Run it again and it continues."""
@@ -81,10 +84,14 @@ def run(
     loaded = load_job(job, sets, out, logical_date)
     stop, stop_now = _stop_on_signals()
     with Watcher(console, quiet=as_json) as watcher:
-        summary = run_job(loaded, engine=engine.value, address=address, observe=watcher, stop=stop, stop_now=stop_now)
+        summary = run_job(loaded, engine=engine.value, address=address, observe=watcher, stop=stop, stop_now=stop_now, repair=repair)
     if as_json:
         _print_json(summary.to_dict())
     else:
+        for repaired in summary.repaired:
+            out_console.print(f"repaired {repaired}", markup=False)
+        if repair and not summary.repaired:
+            out_console.print("nothing to repair: each committed part is what it was")
         _print_summary(summary.to_dict())
         if summary.state != "INTERRUPTED":
             changes = [
@@ -293,8 +300,8 @@ def _print_verification(found: dict[str, Any]) -> None:
         if found["problem_count"] > len(found["problems"]):
             out_console.print("  …")
         out_console.print(
-            "restore what is damaged from a copy; or remove that part's commit (data/part-N/metadata.parquet, data/part-N.parquet or "
-            "data/part-N.tar) and its entry in _renderfarm/parts/, and `renderfarm run` renders the part again"
+            "restore what is damaged from a copy; or `renderfarm run JOB --repair` rebuilds what can be, sets damaged parts aside, and "
+            "renders them again"
         )
     for note in found["notes"]:
         out_console.print(note, markup=False)

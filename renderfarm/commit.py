@@ -7,6 +7,7 @@
     _renderfarm/parts/…        one key a part, its counts in its name, so that one listing tells what is done, and in it the
                                SHA-256 of the commit object (see layouts); derived: a missing entry costs one request, never an image
     _renderfarm/inputs/…       files that rows and job gave (images, LoRA adapters, networks), by their SHA-256
+    _renderfarm/damaged/…      what `run --repair` set aside, by run, under the keys that it had (see repair)
     data/…, errors/…           the commit objects (see layouts)
     originals/…                pictures before the job's `after`, if they are kept; like images, only those count that a table names
 
@@ -21,7 +22,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -307,18 +308,26 @@ def _finish(store: Store, layout: Layout, part: Part, committed: Committed, *, a
     images, errors = committed.images, committed.errors
     if len(images):
         _mend_views(store, layout, part, images, errors)
-    classes = {str(item["values"]): int(item["counts"]) for item in pc.value_counts(errors.column("error_class")).to_pylist()}
-    receipt = PartReceipt(
+    receipt = _receipt(part, committed, adopted=adopted)
+    store.put(entry_key(part, committed), to_json({"error_classes": receipt.error_classes, "commit_sha256": committed.sha256}))
+    return receipt
+
+
+def _receipt(part: Part, committed: Committed, *, adopted: bool) -> PartReceipt:
+    images, errors = committed.images, committed.errors
+    return PartReceipt(
         part=part.index,
         images=len(images),
         errors=len(errors),
         bytes=pc.sum(images.column("bytes")).as_py() or 0 if len(images) else 0,
         adopted=adopted,
-        error_classes=classes,
+        error_classes={str(item["values"]): int(item["counts"]) for item in pc.value_counts(errors.column("error_class")).to_pylist()},
     )
-    entry = f"{PARTS}/{part.name}.i{receipt.images}.e{receipt.errors}.b{receipt.bytes}.json"
-    store.put(entry, to_json({"error_classes": classes, "commit_sha256": committed.sha256}))
-    return receipt
+
+
+def entry_key(part: Part, committed: Committed) -> str:
+    receipt = _receipt(part, committed, adopted=True)
+    return f"{PARTS}/{part.name}.i{receipt.images}.e{receipt.errors}.b{receipt.bytes}.json"
 
 
 def _mend_views(store: Store, layout: Layout, part: Part, images: pa.Table, errors: pa.Table) -> None:
@@ -340,14 +349,27 @@ def committed_parts(store: Store) -> dict[int, PartReceipt]:
 
 
 def index_entries(store: Store) -> dict[int, tuple[str, PartReceipt]]:
-    """The index entry of each part. Of two, the one with images counts: the other is of a worker that lost to it."""
-    found: dict[int, tuple[str, PartReceipt]] = {}
+    """The index entry of each part."""
+    return {part: entry_that_counts(keys) for part, keys in entries_by_part(store).items()}
+
+
+def entries_by_part(store: Store) -> dict[int, list[str]]:
+    found: dict[int, list[str]] = {}
     for key in store.list(PARTS):
         if match := _ENTRY.search(key):
-            part, images, errors, size = (int(text) for text in match.groups())
-            if images or part not in found:
-                found[part] = key, PartReceipt(part, images, errors, size, adopted=True)
+            found.setdefault(int(match[1]), []).append(key)
     return found
+
+
+def entry_that_counts(keys: Iterable[str]) -> tuple[str, PartReceipt]:
+    """Of several entries of one part the one with images: the other is of a worker that lost to it."""
+    found = []
+    for key in keys:
+        match = _ENTRY.search(key)
+        assert match is not None
+        part, images, errors, size = (int(text) for text in match.groups())
+        found.append((key, PartReceipt(part, images, errors, size, adopted=True)))
+    return next((pair for pair in reversed(found) if pair[1].images), found[0])
 
 
 def is_as_committed(store: Store, entry: str, committed_sha256: str) -> bool:
@@ -355,7 +377,15 @@ def is_as_committed(store: Store, entry: str, committed_sha256: str) -> bool:
 
     Only a stored entry can tell: a part without one is found and entered again as it is.
     """
-    return bool(read_json(store, entry).get("commit_sha256") == committed_sha256)
+    said = _read_entry(store, entry).get("commit_sha256")
+    if not isinstance(said, str) or not re.fullmatch("[0-9a-f]{64}", said):
+        raise _damaged_entry(store, entry, "no commit_sha256")
+    return said == committed_sha256
+
+
+def counts_errors(store: Store, entry: str, committed: Committed) -> bool:
+    """Whether an entry says of what classes a part's errors are. Raises as `is_as_committed` does."""
+    return bool(_read_entry(store, entry).get("error_classes") == _receipt(Part(0, 0, 0), committed, adopted=True).error_classes)
 
 
 def error_classes(store: Store) -> dict[str, int]:
@@ -363,6 +393,24 @@ def error_classes(store: Store) -> dict[str, int]:
     counts: dict[str, int] = {}
     for key, receipt in index_entries(store).values():
         if receipt.errors:
-            for name, count in read_json(store, key)["error_classes"].items():
+            try:
+                classes = {str(name): int(count) for name, count in _read_entry(store, key)["error_classes"].items()}
+            except (KeyError, AttributeError, TypeError, ValueError):
+                raise _damaged_entry(store, key, "no error_classes") from None
+            for name, count in classes.items():
                 counts[name] = counts.get(name, 0) + count
     return counts
+
+
+def _read_entry(store: Store, key: str) -> dict[str, Any]:
+    try:
+        value: Any = json.loads(store.read(key))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise _damaged_entry(store, key, "not JSON")
+    return value
+
+
+def _damaged_entry(store: Store, key: str, reason: str) -> Fatal:
+    return Fatal(f"{store.url}/{key} is damaged ({reason}); `renderfarm run JOB --repair` writes it again from what it names")

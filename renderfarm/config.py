@@ -107,7 +107,7 @@ class Upscaler(Checkpoint):
 
 class Adapter(Strict):
     weights: Annotated[str, Field(min_length=1)]
-    """A `.safetensors` file, relative to the job file."""
+    """A `.safetensors` file, relative to the job file, or in a store by its URL."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     """Of that file: another one stops the job before it renders."""
 
@@ -292,9 +292,10 @@ class Inputs(Strict):
     """The images that rows give: `image`, `mask_image`, `control_image`."""
 
     folder: str | None = None
-    """Where relative paths start; no path may lead out of it. Default: the manifest's folder."""
+    """Where relative paths start: a folder, or a store's URL; no path may lead out of it. Default: the manifest's folder."""
     urls: tuple[str, ...] = ()
-    """Beginnings of http(s) URLs that rows may name, e.g. `https://images.example.org/set1/`. None: no URL is fetched."""
+    """Beginnings of URLs that rows may name, e.g. `https://images.example.org/set1/` or `s3://bucket/set1/`. None: no URL is
+    fetched."""
     private_addresses: bool = False
     """Whether such a URL may lead into a private network, or to this machine."""
     resize: Literal["crop", "stretch"] | None = None
@@ -302,14 +303,14 @@ class Inputs(Strict):
     max_mebibytes: Annotated[float, Field(gt=0, le=1024)] = 64
     """The largest file."""
     timeout_s: Annotated[float, Field(gt=0, le=600)] = 30
-    """For one URL, from beginning to end."""
+    """For one URL of the web, from beginning to end; a store is waited for as an output's is."""
 
     @field_validator("urls")
     @classmethod
     def _beginnings(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         for url in urls:
-            if not re.match(r"https?://[^/@?#]+/", url):
-                raise ValueError(f"{url}: write it as https://HOST/ or https://HOST/FOLDER/, without a password")
+            if not re.match(r"(https?|s3a?|gs|gcs|az|abfss?)://[^/@?#]+/", url):
+                raise ValueError(f"{url}: write it as https://HOST/, https://HOST/FOLDER/ or s3://BUCKET/FOLDER/, without a password")
         return urls
 
 

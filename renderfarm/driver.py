@@ -39,6 +39,7 @@ from renderfarm.plan import Grid, choose_part_rows, leases
 from renderfarm.preparation import Prepared
 from renderfarm.progress import Progress, WorkerProgress
 from renderfarm.records import Lease, WorkerReady
+from renderfarm.repair import Repaired, refuse_if_alive, repair
 from renderfarm.storage import probe
 from renderfarm.worker import LEASES_IN_FLIGHT, leases_held
 
@@ -73,6 +74,8 @@ class RunSummary:
     bytes: int
     warnings: tuple[str, ...] = ()
     """What a user of the dataset should know of the model's rendering."""
+    repaired: tuple[Repaired, ...] = ()
+    """With `--repair`: the parts that were not as they had been committed."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -88,7 +91,10 @@ class Driver:
         observe: Observer,
         grace_s: float = 30.0,
         stop_now: threading.Event | None = None,
+        repair: bool = False,
     ) -> None:
+        """`repair`: check what is committed and mend it first."""
+        self.repair, self.repaired = repair, list[Repaired]()
         self.stop_now = stop_now or threading.Event()
         self.prepared, self.job, self.store = prepared, prepared.job, prepared.store
         self.stop, self.observe, self.grace_s = stop, observe, grace_s
@@ -115,6 +121,8 @@ class Driver:
             raise InvalidJob(
                 f"{self.store.url} is no output of renderfarm, and not empty (it holds {theirs}); give an empty folder, or a new one"
             )
+        if self.repair:
+            refuse_if_alive(self.store)
         if not self.job.output.single_writer:
             probe(self.store)
         commit.freeze_job(self.store, self.prepared.frozen())
@@ -125,6 +133,8 @@ class Driver:
     def run(self, make_engine: Callable[[], Engine]) -> RunSummary:
         """Render what is not done. Starts no worker when all is."""
         if (grid := self.prepared.grid()) is not None:
+            if self.repair:
+                self._repair()
             self._use(grid)
         if self.grid is None or self.progress.parts_done < self.progress.parts:
             engine = make_engine()
@@ -137,6 +147,28 @@ class Driver:
             finally:
                 engine.shutdown()
         return self._finish()
+
+    def _repair(self) -> None:
+        """Others see that somebody is at it, and do not begin the same."""
+        self.progress.state = "REPAIRING"
+
+        def each(number: int, of: int, repaired: Repaired | None) -> None:
+            self.repaired += [repaired] if repaired else []
+            self.progress.parts_done, self.progress.parts = number, of
+            self.observe(self.progress)
+            if self.heartbeat.is_due():
+                self.heartbeat.beat(self.progress.snapshot())
+            if self.stop.is_set():
+                raise Interrupted("stopped while parts were being checked; run the same command again to continue")
+
+        self.heartbeat.beat(self.progress.snapshot())
+        try:
+            repair(self.store, self.job.output.layout, self.progress.run_id, each)
+        except BaseException as error:
+            self.progress.state = "INTERRUPTED" if isinstance(error, Interrupted) else "FAILED"
+            self.heartbeat.close(self.progress.snapshot())
+            raise
+        self.progress.state, self.progress.parts_done = "STARTING", 0
 
     def _use(self, grid: Grid) -> None:
         """Take over what is committed of it."""
@@ -364,6 +396,7 @@ class Driver:
             useful_slots=progress.useful_slots,
             bytes=progress.bytes,
             warnings=self.prepared.warnings,
+            repaired=tuple(self.repaired),
         )
         self.heartbeat.close(progress.snapshot())
         self.store.put(f"{commit.RUNS}/{progress.run_id}.json", json.dumps(summary.to_dict(), indent=1).encode())

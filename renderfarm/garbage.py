@@ -23,11 +23,11 @@ from dataclasses import dataclass, field
 
 from renderfarm import commit
 from renderfarm.errors import Fatal
+from renderfarm.heartbeat import is_alive
 from renderfarm.layouts.base import Committed
 from renderfarm.reading import Entries, Output
 from renderfarm.reading import open as open_output
 from renderfarm.records import Part
-from renderfarm.status import STALE_S
 from renderfarm.storage import TEMPORARY, Stored
 
 KINDS = ("images", "originals", "unfinished", "announcements")
@@ -121,7 +121,7 @@ def _collect_unfinished(output: Output, before: float, found: Collected) -> None
 def _run_began(output: Output) -> float | None:
     """When the run that shows signs of life began; None where none does."""
     progress = commit.read_progress(output.store)
-    alive = progress.get("state") in ("STARTING", "RUNNING") and time.time() - progress.get("updated", 0) <= STALE_S
+    alive = is_alive(progress)
     return float(progress.get("started", 0)) if alive else None
 
 

@@ -13,6 +13,13 @@ from renderfarm.storage import open_store
 
 EVERY_S = 5.0
 LAST_S = 10.0
+STALE_S = 60.0  # twelve missed ones
+ALIVE = ("STARTING", "REPAIRING", "RUNNING")
+
+
+def is_alive(progress: dict[str, Any]) -> bool:
+    """Whether the run that wrote this is at work, as far as another machine can tell."""
+    return progress.get("state") in ALIVE and time.time() - progress.get("updated", 0) <= STALE_S
 
 
 class Heartbeat:

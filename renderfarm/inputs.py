@@ -1,13 +1,17 @@
 """The images that rows give: fetched, checked, decoded.
 
-A row's image is somebody's file, so nothing of it is trusted: paths stay inside one folder, URLs begin as the job says
-and lead to no private address (redirects included), bytes, pixels, seconds and formats are limited. Files are kept in
-the output once they turned out to be pictures that a row can use.
+A row's image is somebody's file, so nothing of it is trusted: paths stay inside one folder or one place in a store, URLs begin
+as the job says and those of the web lead to no private address (redirects included), bytes, pixels, seconds and formats are
+limited. Files are kept in the output once they turned out to be pictures that a row can use.
+
+What a store says: a key that is not there is the row's end; one that is away for longer than `storage` is patient ends the
+lease, which is tried again, and no row; a store that refuses us ends the job.
 """
 
 from __future__ import annotations
 
 import http.client
+import io
 import ipaddress
 import os
 import queue
@@ -20,6 +24,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
@@ -31,12 +36,13 @@ from renderfarm.models.catalog import ModelInfo
 from renderfarm.pictures import decode, shown, sized
 from renderfarm.records import IMAGE_ARGUMENTS, InputImage, Sample
 from renderfarm.samples import check_side
-from renderfarm.storage import Store
+from renderfarm.storage import Store, is_store, open_store
 
 FETCHED_AT_A_TIME = 8
 LOOKED_AT_AT_A_TIME = 4  # each may be as large as a picture can be
 REDIRECTS = 5
 ATTEMPTS, PAUSE_S = 3, 1.0
+LONGEST_KEY = 1000  # characters: S3 takes 1024 bytes
 MAX_DECODED_BYTES = 4 << 30  # of a part; a worker holds two or three
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # IPv4-compatible, IPv4-translated, a network's own NAT64, segment routing's, documentation's: no server of the web has one of
@@ -51,9 +57,9 @@ class Fetcher:
     """Samples' images, fetched side by side and checked; files are kept in the output."""
 
     def __init__(self, inputs: Inputs, model: ModelInfo, store: Store) -> None:
-        """`inputs.folder` is an absolute path; without one, rows that give paths are errors."""
+        """`inputs.folder` is an absolute path or a store's URL; without one, rows that give paths are errors."""
         self.inputs, self.model, self.store = inputs, model, store
-        self.folder = Path(inputs.folder).resolve() if inputs.folder is not None else None
+        self.folder = Path(inputs.folder).resolve() if inputs.folder is not None and not is_store(inputs.folder) else None
 
     def fetch(self, samples: Sequence[Sample]) -> list[Sample | RenderfarmError]:
         """Each sample with its images and its size, or why it cannot be rendered. Raises Fatal where they are too much at once."""
@@ -74,8 +80,8 @@ class Fetcher:
         return [_like(ready[_asked(sample)], sample) for sample in samples]
 
     def problems(self, samples: Sequence[Sample]) -> list[RenderfarmError | None]:
-        """What `fetch` would say of each sample, as far as it can be known here: a URL is judged, and what it leads to is not
-        asked for. Keeps no file and no picture."""
+        """What `fetch` would say of each sample, as far as it can be known here: a URL of the web is judged, and what it leads to
+        is not asked for. Keeps no file and no picture. Raises what a store that cannot be read raises."""
         given = {(name, image) for sample in samples for name in IMAGE_ARGUMENTS if (image := getattr(sample, name)) is not None}
         with ThreadPoolExecutor(LOOKED_AT_AT_A_TIME, thread_name_prefix="look") as pool:
             seen = dict(zip(given, pool.map(lambda one: self._try_size(*one), given), strict=True))
@@ -83,10 +89,12 @@ class Fetcher:
 
     def _try_size(self, name: str, image: InputImage) -> Seen:
         try:
-            if image.data is None and is_url(str(image.source)):
+            if image.data is None and is_url(str(image.source)) and not is_store(str(image.source)):
                 _check_url(name, str(image.source), self.inputs)
                 return None
             return decode(_or_raise(name, self._try_bytes(image)), name).size
+        except (Transient, Fatal):
+            raise
         except RenderfarmError as error:
             return error
 
@@ -114,6 +122,8 @@ class Fetcher:
             except InvalidInput as error:
                 return error
             except Transient as error:
+                if image.source is None or not is_url(image.source) or is_store(image.source):
+                    raise  # a store's, which was waited for
                 last = error
                 if attempt + 1 < ATTEMPTS:
                     time.sleep(PAUSE_S * 2**attempt)
@@ -155,8 +165,14 @@ class Fetcher:
         return replace(sample, width=wanted[0], height=wanted[1])
 
     def _read(self, source: str) -> bytes:
+        if is_store(source):
+            _allowed(source, self.inputs)
+            key = source.split("/", 3)[3]
+            return self._read_stored(source.removesuffix(f"/{key}"), key, source)
         if is_url(source):
             return _download(source, self.inputs, self._too_large(source))
+        if self.inputs.folder is not None and is_store(self.inputs.folder):
+            return self._read_stored(self.inputs.folder, source, f"{self.inputs.folder}/{source}")
         if self.folder is None:
             raise InvalidInput(f"{source!r} is a path, and the manifest's files lie in no one folder here; give inputs.folder")
         limit = int(self.inputs.max_mebibytes * 2**20) + 1
@@ -174,6 +190,25 @@ class Fetcher:
             raise InvalidInput(f"{source!r} does not exist; paths start at {self.folder.name}/ (inputs.folder)") from None
         except (OSError, ValueError) as error:
             raise InvalidInput(f"{source!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+    def _read_stored(self, place: str, key: str, whole: str) -> bytes:
+        """`whole`: the URL that both make."""
+        if any(step in ("", ".", "..") for step in key.split("/")) or re.search(r"[\x00-\x1f\x7f\\]", key) or len(whole) > LONGEST_KEY:
+            raise InvalidInput(f"{key!r} is no name of a picture in {place}; paths start there, and may not lead out of it")
+        try:
+            with _folder(place).open(key) as file:
+                if (size := file.seek(0, io.SEEK_END)) > self.inputs.max_mebibytes * 2**20:
+                    raise InvalidInput(self._too_large(whole))
+                file.seek(0)
+                return file.read(size)
+        except KeyError:
+            raise InvalidInput(f"{shown(whole)} does not exist; correct the path, or inputs.folder") from None
+
+
+@lru_cache(maxsize=32)
+def _folder(url: str) -> Store:
+    """One client for all parts and rows."""
+    return open_store(url)
 
 
 def _or_raise(name: str, fetched: InputImage | RenderfarmError) -> InputImage:
@@ -282,6 +317,8 @@ def _allowed(url: str, inputs: Inputs) -> SplitResult:
         path = plainer
     steps = re.split(r"[/\\]", path.partition("?")[0].partition("#")[0])
     climbs = any(step in (".", "..") for step in steps) or "\\" in path
+    if is_store(url) and (parts.query or parts.fragment or url.endswith(("?", "#"))):
+        raise InvalidInput(f"{shown(url)}: a store's URL has no query; leave it out")
     if climbs or parts.username or parts.password or not any(url.startswith(beginning) for beginning in inputs.urls):
         raise InvalidInput(f"{shown(url)} is not a URL that the job allows; add its beginning to inputs.urls")
     return parts

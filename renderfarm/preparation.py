@@ -22,7 +22,7 @@ from renderfarm.records import PartReceipt
 from renderfarm.samplers import find_sampler
 from renderfarm.samples import Usual, check_side, given_names, instead, usual
 from renderfarm.schema import image_columns, output_name
-from renderfarm.storage import Store, open_store
+from renderfarm.storage import Store, is_store, open_store
 
 USUAL_ROWS = 32
 # datasets 5.2: in folders it goes by the names of files; elsewhere, told by schema or card, by what Pillow opens
@@ -204,14 +204,21 @@ def _expanded(c2pa: C2pa | None) -> C2pa | None:
 
 
 def _inputs_folder(job: Job, manifest: Manifest) -> str | None:
-    """Where rows' paths start: as the job says, else the manifest's folder; None where there is no one such folder here."""
+    """Where rows' paths start: as the job says, else the manifest's folder; None where there is no one such folder or store."""
     given = job.inputs.folder or job.manifest.path
-    if isinstance(given, str) and os.path.isdir(folder := expand_env(given)):
+    folder = expand_env(given) if isinstance(given, str) else ""
+    if os.path.isdir(folder):
         return os.path.abspath(folder)
+    if job.inputs.folder and is_store(folder):
+        return open_store(folder).url
     if job.inputs.folder:
         raise InvalidJob(f"inputs.folder: {job.inputs.folder} is no folder here; give the one in which the rows' paths start")
+    if is_store(folder) and all(file.path.startswith(f"{folder.rstrip('/')}/") for file in manifest.files):
+        return open_store(folder).url
     first, *others = {os.path.dirname(file.path.removeprefix("file://")) for file in manifest.files}
-    return os.path.abspath(first) if not others and os.path.isdir(first) else None
+    if others:
+        return None
+    return open_store(first).url if is_store(first) else os.path.abspath(first) if os.path.isdir(first) else None
 
 
 def _check_enlarged(job: Job, model: ModelInfo, scale: int) -> None:

@@ -156,15 +156,21 @@ class Output:
         except KeyError:
             return []
 
-    def problems(self, index: int, stored: StoredPart) -> Iterator[str]:
+    def problems(self, stored: StoredPart) -> Iterator[str]:
         """What is wrong with a part that has images, its table and the pictures' bytes aside."""
         assert stored.committed is not None
-        images, errors = stored.committed.images, stored.committed.errors
         with self.store.open(stored.key) as file:
             yield from (f"{stored.key} {problem}" for problem in self.layout.problems(file, stored.committed))
-        for view, data in self.layout.views(self.grid.part(index), images, errors).items():
-            if not self._is(view, data):
-                yield f"{view} is not what {stored.key} says; take it from a copy"
+
+    def untrue_views(self, part: Part, stored: StoredPart) -> Iterator[str]:
+        """Views for readers that do not say what the part's commit object says; the error view aside."""
+        assert stored.committed is not None
+        for view, data in self.layout.views(part, stored.committed.images, stored.committed.errors).items():
+            if not stored.samples:
+                if self.store.exists(view):
+                    yield f"{view} is of images that {stored.key} does not have"
+            elif not self._is(view, data):
+                yield f"{view} is not what {stored.key} says"
 
     def _is(self, view: str, data: bytes) -> bool:
         """Whether a view holds that table; another version of Arrow may have written it in other bytes."""

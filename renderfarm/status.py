@@ -7,10 +7,9 @@ from collections import Counter
 from typing import Any
 
 from renderfarm import commit
+from renderfarm.heartbeat import ALIVE, is_alive
 from renderfarm.reading import Output
 from renderfarm.reading import open as open_output
-
-STALE_S = 60.0  # twelve missed heartbeats
 
 
 def read_status(out: str) -> dict[str, Any]:
@@ -19,10 +18,10 @@ def read_status(out: str) -> dict[str, Any]:
     committed = commit.committed_parts(output.store).values()
     progress = commit.read_progress(output.store)
     grid = commit.frozen_grid(output.store, output.job)
-    state, age = progress.get("state", "PLANNED"), time.time() - progress.get("updated", 0)
-    if state in ("STARTING", "RUNNING") and age > STALE_S:
+    running, age = is_alive(progress), time.time() - progress.get("updated", 0)
+    state = progress.get("state", "PLANNED")
+    if state in ALIVE and not running:
         state = "INTERRUPTED"
-    running = state in ("STARTING", "RUNNING")
     return {
         "out": output.store.url,
         "job": progress.get("job"),

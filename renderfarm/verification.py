@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from renderfarm import commit
+from renderfarm.checking import Checker, file_problem
 from renderfarm.config import Offload
-from renderfarm.encode import FORMATS, UNDECODABLE, Written, decode, encode, encoder_of, pixel_sha256, written
+from renderfarm.encode import UNDECODABLE, Written, encode, encoder_of, pixel_sha256, written
 from renderfarm.errors import Fatal, InvalidJob, RenderfarmError
-from renderfarm.layouts.base import name_of
-from renderfarm.manifest import ROW, parse_ranges
-from renderfarm.reading import Output, StoredPart, StoredSample
-from renderfarm.records import SampleKey
+from renderfarm.manifest import parse_ranges
+from renderfarm.reading import Output, StoredSample
 from renderfarm.rerender import Renderer
 from renderfarm.slots import Rendered
 
@@ -96,44 +92,35 @@ def verify(
     """
     output = Output(out)
     found = Verification(parts=output.grid.count)
-    how, chosen, named = written(output.job["output"]), _Chosen(choice), set[str]()
-    seen: dict[int, _Seen | None] = {}
+    chosen, named, without_entry = _Chosen(choice), set[str](), 0
     with ThreadPoolExecutor(READERS) as readers:
-        for index in output.committed():
-            found.parts_done += 1
-            say(f"files: part {found.parts_done:,} of {found.parts:,}, {found.images:,} images checked")
-            try:
-                part = output.part(index)
-            except Fatal as error:
-                seen[index] = None
-                found.add(f"part {index}: {error}")
-                continue
-            if part.committed is None:  # an error view whose commit object is gone
-                found.parts_done -= 1
-                continue
-            seen[index] = _Seen(len(part.samples), len(part.errors), part.committed.sha256)
-            _check_part(found, output, index, part)
-            named |= {sample.record["profile_sha256"] for sample in part.samples}
-            for problem in filter(None, readers.map(partial(_file_problem, how=how), part.samples)):
-                found.add(problem)
-            chosen.offer(part.samples)
-    _check_index(found, output, seen)
-    if not seen and found.ok:
+        checker = Checker(output, readers)
+        for index in checker.parts:
+            say(f"files: part {found.parts_done + 1:,} of {found.parts:,}, {found.images:,} images checked")
+            checked = checker.check(index)
+            for problem in checked.problems:
+                found.add(problem.text)
+            if checked.readable:
+                found.parts_done += 1
+                found.images += len(checked.stored.samples)
+                found.errors += len(checked.stored.errors)
+                named |= {sample.record["profile_sha256"] for sample in checked.stored.samples}
+                chosen.offer(checked.stored.samples)
+                without_entry += not checked.entries
+    if without_entry:
+        found.notes.append(
+            f"no index entry for {without_entry:,} of {found.parts_done:,} parts, so whether such a table was lost or changed since its "
+            "commit could not be seen; run the job again to write the entries"
+        )
+    if not found.parts_done and found.ok:
         raise InvalidJob(f"{out}: nothing was rendered yet; run its job first")
     profiles = _profiles(found, output, named) if named else {}
     if choice.rows is not None and not chosen.samples and found.ok:
         raise InvalidJob(f"rows {choice.rows}: no committed image; `renderfarm status {out}` shows what there is")
-    _render_again(found, chosen.samples, how, profiles, lambda profile: Renderer(output, profile, model, beside or {}, offload), say)
+    _render_again(
+        found, chosen.samples, checker.how, profiles, lambda profile: Renderer(output, profile, model, beside or {}, offload), say
+    )
     return found
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What verification keeps of a part whose commit object could be read."""
-
-    images: int
-    errors: int
-    sha256: str
 
 
 class _Chosen:
@@ -156,78 +143,6 @@ class _Chosen:
                     self.samples[place] = sample
 
 
-# ---------------------------------------------------------------------------------------------- files against tables
-
-
-def _check_part(found: Verification, output: Output, index: int, stored: StoredPart) -> None:
-    """Every row of the part ended, each sample exactly once, and the part's views say what its commit object says."""
-    samples, errors = stored.samples, stored.errors
-    found.images += len(samples)
-    found.errors += len(errors)
-    part = output.grid.part(index)
-    ended = Counter((record["row"], record["image_index"]) for record in (*(sample.record for sample in samples), *errors))
-    for (row, k), count in ended.items():
-        if count > 1:
-            found.add(f"{part.name}: row {row}, image {k} ended {count} times")
-    images: dict[int, set[int]] = {}
-    for row, k in ended:
-        images.setdefault(row, set()).add(k)
-    planned = set(range(part.start, part.stop))
-    for row in sorted(images.keys() - planned):
-        found.add(f"{part.name}: row {row} does not belong to it")
-    for row, there in sorted(images.items()):
-        for k in sorted(set(range(len(there))) - there):
-            found.add(f"{part.name}: row {row}, image {k} is missing")
-    for row in sorted(_expected(output, planned) - images.keys()):
-        found.add(f"{part.name}: row {row} is missing")
-    try:
-        if samples and errors != output.errors_of(index):
-            found.add(f"{part.name}: errors/{part.name}.parquet is not what the part's table says of its errors; take it from a copy")
-    except Fatal as error:
-        found.add(f"errors/{part.name}.parquet: {error}")
-    try:
-        for problem in output.problems(index, stored) if samples else ():
-            found.add(problem)
-    except (KeyError, RenderfarmError) as error:
-        found.add(f"{stored.key}: {error}")
-
-
-def _expected(output: Output, planned: set[int]) -> set[int]:
-    """Rows of a part that must be there; `where` over a manifest's columns cannot be judged without the manifest."""
-    where = output.job["manifest"]["where"]
-    if where is None:
-        return planned
-    if set(where) != {ROW}:
-        return set()
-    ranges = parse_ranges(str(where[ROW]))
-    return {row for row in planned if any(row in wanted for wanted in ranges)}
-
-
-def _check_index(found: Verification, output: Output, seen: dict[int, _Seen | None]) -> None:
-    """What the index of parts says was committed must be there, to the byte. A part without an entry is no problem but worth a
-    word: a worker may have died before it, and the next run that finds the part enters it."""
-    entries = commit.index_entries(output.store)
-    if without := len(seen.keys() - entries.keys()):
-        found.notes.append(
-            f"no index entry for {without:,} of {len(seen):,} parts, so whether such a table was lost or changed since its commit "
-            "could not be seen; run the job again to write the entries"
-        )
-    for index, (entry, receipt) in sorted(entries.items()):
-        if index not in seen:
-            found.add(f"part {index}: was committed, and its table is missing; restore it from a copy")
-        elif (part := seen[index]) is not None and (part.images, part.errors) != (receipt.images, receipt.errors):
-            found.add(
-                f"part {index}: was committed with {receipt.images} images and {receipt.errors} errors, "
-                f"and its table has {part.images} and {part.errors}; restore it from a copy"
-            )
-        elif part is not None:
-            try:
-                if not commit.is_as_committed(output.store, entry, part.sha256):
-                    found.add(f"part {index}: its table is not the one that was committed (SHA-256 differs); restore it from a copy")
-            except (KeyError, Fatal) as error:
-                found.add(f"part {index}: {error}")
-
-
 def _profiles(found: Verification, output: Output, named: set[str]) -> dict[str, dict[str, Any]]:
     """The profiles that rows name. What names another one is a problem, and is not rendered again: nothing says how."""
     try:
@@ -238,50 +153,6 @@ def _profiles(found: Verification, output: Output, named: set[str]) -> dict[str,
     for sha256 in sorted(named - known.keys()):
         found.add(f"rows name the render profile {sha256}, and no profile in the output has that hash; was it changed?")
     return known
-
-
-def _file_problem(sample: StoredSample, how: Written) -> str | None:
-    """What is wrong with a sample's files, or None."""
-    record = sample.record
-    if record["format"] != how.format:
-        return f"row {record['row']}, image {record['image_index']}: its format is {record['format']!r}, and the output's {how.format!r}"
-    name = name_of(SampleKey(record["row"], record["image_index"]), record[how.named_by], FORMATS[how.format].extension)
-    if sample.name != name:
-        return f"row {record['row']}, image {record['image_index']}: its file is named {sample.name!r}, and should be {name}"
-    size = (record.get("file_height") or record["height"], record.get("file_width") or record["width"])
-    problem = _damage(sample, sample.key, sample.data, size, record, lossless=how.lossless)
-    if problem is not None or record.get("original_file") is None:
-        return problem
-    said = {name: record[f"original_{name}"] for name in ("bytes", "file_sha256", "pixel_sha256")}
-    key = record["original_file"]
-    return _damage(sample, key, partial(sample.store.read, key), (record["height"], record["width"]), said, lossless=True)
-
-
-def _damage(
-    sample: StoredSample, key: str, read: Callable[[], bytes], size: tuple[int, int], said: dict[str, Any], *, lossless: bool
-) -> str | None:
-    """How the file under `key` is not the one of that height, width, and hashes. Of a lossy one, only rendering tells its pixels."""
-    name = f"row {sample.record['row']}, image {sample.record['image_index']} ({key})"
-    try:
-        data = read()
-    except KeyError:
-        return f"{name}: the file is missing"
-    except RenderfarmError as error:
-        return f"{name}: {error}"
-    if len(data) != said["bytes"]:
-        return f"{name}: has {len(data):,} bytes, the table says {said['bytes']}"
-    if hashlib.sha256(data).hexdigest() != said["file_sha256"]:
-        return f"{name}: its bytes are not those that were written (SHA-256 differs)"
-    try:
-        with decode(data) as image:
-            pixels = np.asarray(image)
-    except (RenderfarmError, *UNDECODABLE) as error:
-        return f"{name}: cannot be decoded: {error}"
-    if pixels.shape != (*size, 3):
-        return f"{name}: is {pixels.shape[1]}×{pixels.shape[0]}, the table says {size[1]}×{size[0]}"
-    if lossless and pixel_sha256(pixels) != said["pixel_sha256"]:
-        return f"{name}: its pixels are not those that were rendered (pixel SHA-256 differs)"
-    return None
 
 
 # ---------------------------------------------------------------------------------------------- render again
@@ -427,7 +298,7 @@ def render_to(
     except OSError as error:
         raise InvalidJob(f"{path}: cannot be written: {error.strerror}; give another file") from None
     again = compare(found.stored, rendered, how, exact=renderer.promises(found.record))
-    problem = _file_problem(found.stored, how)
+    problem = file_problem(found.stored, how)
     if problem is None:
         return again
-    return replace(again, result=f"{again.result}, but the stored file is not what its table says: {problem}", ok=False)
+    return replace(again, result=f"{again.result}, but the stored file is not what its table says: {problem.text}", ok=False)

@@ -199,7 +199,7 @@ def test_what_was_done_to_pictures_and_their_originals_stay_named(write: Callabl
     for row in rows(tmp_path / "dest"):
         assert (tmp_path / "out" / row["original_file"]).exists()
     card = (tmp_path / "dest/README.md").read_text()
-    assert "`original_file` names a picture of the output that this was exported\nfrom." in card
+    assert "`original_file` names a picture of the output that this was exported from." in card
     assert "renderfarm.open" not in card
 
 
@@ -218,7 +218,9 @@ def test_stores_give_and_take_exports(
         for url in (f"{bucket}/dest", str(tmp_path / "dest"))
     )
     assert found == expected
-    assert f'load_dataset("{bucket}/dest"' in open_store(f"{bucket}/dest").read("README.md").decode()
+    card = open_store(f"{bucket}/dest").read("README.md").decode()
+    assert f"{bucket}/dest/" in card
+    assert "renderfarm.open" not in card, "an export is no output"
     assert export(f"{bucket}/out", f"{bucket}/dest", Options(to, SMALL[to], 2)).new_files == 0
 
 

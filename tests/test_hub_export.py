@@ -142,8 +142,8 @@ def test_a_repository_holds_the_export_and_nothing_else(xet: str, out: Path, tmp
     assert {row["pixel_sha256"] for row in rows(staging)} == {row["pixel_sha256"] for row in image_rows(out)}
     card = hub.files["README.md"].decode()
     assert 'load_dataset("org/name", split="train")' in card
-    assert 'pandas.read_parquet("hf://datasets/org/name/data")' in card
-    assert 'polars.scan_parquet("hf://datasets/org/name/data/*.parquet")' in card
+    assert 'store, _ = fsspec.url_to_fs("hf://datasets/org/name")' in card
+    assert 'store.glob("hf://datasets/org/name/data/*.parquet")' in card
     assert "hf_test" not in str(staged(staging))
 
 

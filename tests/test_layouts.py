@@ -49,6 +49,7 @@ from renderfarm.verification import Choice, verify
 
 Write = Callable[..., Path]
 FILES_ONLY = Choice(sample=0)
+MENDED = "restore it from a copy, or `renderfarm run JOB --repair` mends it"
 PART = Part(7, 21, 24)
 PROMPTS = {"prompt": ["a", "b", "", "", "", "", "c", "d"], "num_images_per_prompt": [1, 3, 1, 1, 1, 1, 2, 1], "mood": [None] * 7 + ["x"]}
 
@@ -577,7 +578,7 @@ def test_a_part_that_is_gone_is_named_and_rendered_again_with_the_same_bytes(lay
     data = path.read_bytes()
     path.unlink()
     assert (out / "errors/part-00000000.parquet").exists()
-    assert verify(str(out), FILES_ONLY).problems == ["part 0: was committed, and its table is missing; restore it from a copy"]
+    assert verify(str(out), FILES_ONLY).problems == [f"part 0: was committed, and its table is missing; {MENDED}"]
     next(out.glob("_renderfarm/parts/part-00000000.*")).unlink()
     assert renderfarm.run(write(layout, str(out)), engine="inline").new_images == 4
     assert path.read_bytes() == data
@@ -597,7 +598,7 @@ def test_a_commit_object_made_anew_is_not_the_one_that_was_committed(layout: str
             writer.add(where[0], pictures.read(key, *where))
         store.put(key, writer.commit_object(table, committed.errors))
     problems = verify(str(out), FILES_ONLY).problems
-    assert "part 0: its table is not the one that was committed (SHA-256 differs); restore it from a copy" in problems
+    assert f"part 0: its table is not the one that was committed (SHA-256 differs); {MENDED}" in problems
 
 
 @PACKED
@@ -654,7 +655,7 @@ def test_a_view_that_is_gone_or_another_is_named_and_mended(layout: str, out: Pa
     shutil.copy(out / "metadata/part-00000002.parquet", view)
     for _ in range(2):
         assert verify(str(out), FILES_ONLY).problems == [
-            "metadata/part-00000000.parquet is not what data/part-00000000.tar says; take it from a copy"
+            "metadata/part-00000000.parquet is not what data/part-00000000.tar says; `renderfarm run JOB --repair` rebuilds it"
         ]
         view.unlink(missing_ok=True)
     next(out.glob("_renderfarm/parts/part-00000000.*")).unlink()

@@ -112,7 +112,7 @@ def test_validating_writes_nothing(write_manifest: Write, write_job: Write, tmp_
         ({"model": {"id": "org/name", "revision": "main"}}, "a hub model needs its full commit"),
         ({"model": "a b c"}, "model a b c: give builtin:shapes, a folder"),
         ({"output": {"path": "${RENDERFARM_UNSET}/out"}}, "uses ${RENDERFARM_UNSET}, but that environment variable is not set"),
-        ({"output": {"path": "s3://bucket/out"}}, "output s3://bucket/out: s3:// is not supported yet"),
+        ({"output": {"path": "ftp://host/out"}}, "ftp://host/out: ftp:// cannot be written"),
     ],
 )
 def test_what_is_wrong_with_the_whole_job_is_known_before_any_row_is_read(

@@ -24,6 +24,7 @@ from renderfarm.verification import Choice, _Chosen, inspect, render_to, verify
 
 Write = Callable[..., Path]
 FILES_ONLY = Choice(sample=0)
+MENDED = "restore it from a copy, or `renderfarm run JOB --repair` mends it"
 NEEDED = ("bytes", "seed", "row", "profile_sha256")
 
 
@@ -292,7 +293,7 @@ UNTRUE = {
 def test_a_cell_that_decides_no_pixel_is_known_by_the_hash_of_its_table(name: str, out: Path) -> None:
     rewritten(out, lambda record: {name: UNTRUE[name]})
     found = verify(str(out), Choice(rows="1"))
-    assert found.problems == ["part 0: its table is not the one that was committed (SHA-256 differs); restore it from a copy"]
+    assert found.problems == [f"part 0: its table is not the one that was committed (SHA-256 differs); {MENDED}"]
     without_index(out)
     assert verify(str(out), FILES_ONLY).ok, "a part without an entry is no problem by itself"
 

@@ -180,7 +180,9 @@ def damage_named() -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, ValueError, TypeError, AttributeError, OverflowError, LookupError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise Fatal(f"a committed table is damaged ({reason}); restore the output from a copy") from error
+        raise Fatal(
+            f"a committed table is damaged ({reason}); restore it from a copy, or `renderfarm run JOB --repair` mends it"
+        ) from error
 
 
 def _check_columns(table: pa.Table, wanted: Iterable[pa.Field]) -> None:

@@ -8,13 +8,15 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from renderfarm.config import Workers
+from renderfarm.adapters import check_sha256, read_weights
+from renderfarm.config import Workers, is_url
 from renderfarm.errors import Fatal
 from renderfarm.models.base import SlotModel
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.files import SAFETY
-from renderfarm.models.fingerprint import companion_hashes, damaged_blobs, file_sha256, model_sha256, weight_hashes
+from renderfarm.models.fingerprint import cache_folder, companion_hashes, damaged_blobs, file_sha256, model_sha256, weight_hashes
 from renderfarm.models.sources import find_beside, find_model
+from renderfarm.models.stores import publish
 
 
 def load_model(info: ModelInfo, workers: Workers) -> SlotModel:
@@ -29,6 +31,7 @@ def load_model(info: ModelInfo, workers: Workers) -> SlotModel:
         beside = {name: getattr(info.source, name) for name in info.companions}
         found = {name: str(find_beside(given, f"model.{name}", weights=True)) for name, given in beside.items()}
         info = replace(info, folder=str(find_model(info.source, weights=True)), companions=found)
+        info = replace(info, adapters={name: _local(info, name, path) for name, path in info.adapters.items()})
         _check_files(info)
         _check_adapters(info)
         for name, folder in found.items():
@@ -52,6 +55,19 @@ def prepare_libraries() -> None:
 def _check_files(info: ModelInfo) -> None:
     folder = Path(str(info.folder))
     _check(f"model {info.id}", folder, weight_hashes(folder, info.variant, safety_checker=info.safety_checker), "model.sha256", info.sha256)
+
+
+def _local(info: ModelInfo, name: str, path: str) -> str:
+    """An adapter's file on this node; of a store's, once per node in the cache."""
+    if not is_url(path):
+        return path
+    field, sha256 = f"model.adapters.{name}", info.adapter_sha256[name]
+    file = cache_folder("adapters") / f"{sha256}.safetensors"
+    if not file.is_file():
+        data = read_weights(field, path)
+        check_sha256(field, path, data, sha256)
+        publish(file, data, field)
+    return str(file)
 
 
 def _check_adapters(info: ModelInfo) -> None:

@@ -47,7 +47,7 @@ def in_store(url: str, what: str, *, offline: bool) -> Place:
     else:
         if not listing:
             raise InvalidJob(f"{what}: there is nothing at {url}; correct the URL")
-        _write(note, json.dumps(listing).encode(), what)
+        publish(note, json.dumps(listing).encode(), what)
     for name in listing:  # a store keeps them as they were written
         if any(step in ("", ".", "..") for step in name.split("/")):
             raise InvalidJob(f"{what}: the store has a file named {name!r}, which would lie elsewhere here; remove it")
@@ -105,7 +105,8 @@ def _meant(error: Exception, what: str) -> RenderfarmError:
     return Transient(f"{meant}; run again to go on") if type(meant) is Transient else meant
 
 
-def _write(path: Path, data: bytes, what: str) -> None:
+def publish(path: Path, data: bytes, what: str) -> None:
+    """A file of the cache: whole, or not there."""
     temporary = path.with_suffix(f".{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

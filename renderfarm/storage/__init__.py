@@ -24,6 +24,7 @@ __all__ = [
     "Store",
     "Stored",
     "find_files",
+    "is_store",
     "open_file",
     "open_store",
     "probe",
@@ -44,6 +45,11 @@ def open_store(url: str, *, single_writer: bool = False, patience_s: float = PAT
     if any(step in ("", ".", "..") for step in rest.rstrip("/").split("/")):
         raise InvalidJob(f"{url}: name a bucket and a folder in it, without `.`, `..` or empty names")
     return CloudStore(url, single_writer=single_writer, patience_s=patience_s)
+
+
+def is_store(url: str) -> bool:
+    """Whether it is a store's URL, and not a path or a URL of the web."""
+    return "://" in url and url.partition("://")[0] in EXTRAS
 
 
 def open_file(url: str) -> BinaryIO:
