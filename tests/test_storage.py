@@ -102,21 +102,23 @@ def test_two_outputs_do_not_see_each_others_keys(store: Store) -> None:
     assert other.list("a") == []
 
 
-def test_of_sixteen_racing_creates_exactly_one_wins_and_its_bytes_stay(store: Store) -> None:
-    with ThreadPoolExecutor(16) as pool:
-        for round_ in range(20):
-            key, start = f"race/{round_}", threading.Barrier(16)
+def test_of_thirty_two_racing_creates_exactly_one_wins_and_its_bytes_stay(store: Store) -> None:
+    """Ten times, on clients of their own where the store has some."""
+    stores = [open_store(store.url) for _ in range(8)]
+    with ThreadPoolExecutor(32) as pool:
+        for round_ in range(10):
+            key, start = f"race/{round_}", threading.Barrier(32)
 
             def create(writer: int, key: str = key, start: threading.Barrier = start) -> bytes | None:
                 data = f"{writer:02d}".encode() * 500
                 start.wait()
                 try:
-                    store.put_if_absent(key, data)
+                    stores[writer % 8].put_if_absent(key, data)
                 except AlreadyExists:
                     return None
                 return data
 
-            winners = [data for data in pool.map(create, range(16)) if data is not None]
+            winners = [data for data in pool.map(create, range(32)) if data is not None]
             assert len(winners) == 1
             assert store.read(key) == winners[0]
 
