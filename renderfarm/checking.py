@@ -158,7 +158,7 @@ def file_problem(sample: StoredSample, how: Written) -> Problem | None:
     if record["format"] != how.format:
         line = f"row {record['row']}, image {record['image_index']}: its format is {record['format']!r}, and the output's {how.format!r}"
         return Problem(line, "damage")
-    name = name_of(SampleKey(record["row"], record["image_index"]), record[how.named_by], FORMATS[how.format].extension)
+    name = name_of(SampleKey(record["row"], record["image_index"]), record["file_sha256"], FORMATS[how.format].extension)
     if sample.name != name:
         line = f"row {record['row']}, image {record['image_index']}: its file is named {sample.name!r}, and should be {name}"
         return Problem(line, "damage")

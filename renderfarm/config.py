@@ -481,6 +481,11 @@ class Metadata(Strict):
     """Whether any of these hold the prompts, which may be personal data. The tables hold them in any case."""
 
 
+def is_path(text: str) -> bool:
+    """Whether a text may be the path of a PEM file, and is not what such a file holds."""
+    return "-----" not in text and "\n" not in text and len(text) < 4096
+
+
 class C2pa(Strict):
     """Content Credentials: each file is signed when it is finished; originals are not. Needs renderfarm[c2pa]. Each signature is
     another one, so files of the same pixels differ."""
@@ -495,7 +500,7 @@ class C2pa(Strict):
     @field_validator("certificate", "private_key")
     @classmethod
     def _is_a_path(cls, value: str) -> str:
-        if "-----" in value or "\n" in value:
+        if not is_path(value):
             raise ValueError("give the path of a PEM file; a job file is no place for the key itself: it is copied and shown")
         return value
 

@@ -18,7 +18,7 @@ from PIL import Image, PngImagePlugin, features
 
 from renderfarm import jxl
 from renderfarm.config import Encoding
-from renderfarm.errors import Fatal
+from renderfarm.errors import Fatal, InvalidInput
 from renderfarm.marks import FORMATS as PILLOW_FORMATS
 from renderfarm.marks import Marks
 from renderfarm.signing import Sign
@@ -122,7 +122,11 @@ def encode(
     pixels: np.ndarray, format_: str = "png", encoding: Encoding | None = None, marks: Marks = PLAIN, sign: Sign | None = None
 ) -> EncodedImage:
     """`pixels`: H×W×3 uint8. `encoding`: settled settings; None: the format's defaults. `sign` has the last word about the bytes."""
-    data = FORMATS[format_].write(pixels, encoding or Encoding().settled(format_), marks)
+    try:
+        data = FORMATS[format_].write(pixels, encoding or Encoding().settled(format_), marks)
+    except (ValueError, OSError) as error:  # sides that a format does not know
+        height, width = pixels.shape[:2]
+        raise InvalidInput(f"{width}×{height} pixels cannot be written as {format_}: {error}; use another output.format") from error
     if sign is not None:
         data = sign(data, FORMATS[format_].mime, marks.source_type)
     return EncodedImage(data, hashlib.sha256(data).hexdigest(), pixel_sha256(pixels))
@@ -140,12 +144,6 @@ class Written:
     def lossless(self) -> bool:
         """Whether a file decodes to the pixels that went into it."""
         return bool(self.encoding.lossless)
-
-    @property
-    def named_by(self) -> str:
-        """The column whose first digits are in a file's name, so that no other attempt overwrites it with other bytes: equal pixels
-        have equal bytes, unless they are signed."""
-        return "file_sha256" if self.signed else "pixel_sha256"
 
     def seen(self, pixels: np.ndarray) -> np.ndarray:
         """What a reader of the file sees of these pixels."""

@@ -31,8 +31,9 @@ from renderfarm.reading import Entries, Output
 from renderfarm.reading import open as open_output
 from renderfarm.records import Part
 from renderfarm.report.card import KEY as CARD
-from renderfarm.report.card import write_card
+from renderfarm.report.card import given, write_card
 from renderfarm.report.contact_sheet import KEY as SHEET
+from renderfarm.report.figures import figures
 from renderfarm.schema import ERROR_COLUMNS
 from renderfarm.storage import Store, open_store
 
@@ -327,6 +328,7 @@ def _write_card(output: Output, store: Store, source: _Source, options: Options,
     if sheet:
         store.put(EXPORTED_SHEET, output.store.read(SHEET))
     grid = output.grid
+    card, warnings = given(output.store)
     write_card(
         store,
         output.job | {"output": output.job["output"] | {"layout": options.to}},
@@ -337,5 +339,8 @@ def _write_card(output: Output, store: Store, source: _Source, options: Options,
         finished=len(source.parts) == grid.count,
         sheet=EXPORTED_SHEET if sheet else None,
         columns=source.columns,
+        warnings=warnings,
+        card=card,
+        figures=figures(output.store, output.job["output"]["layout"], commit.committed_parts(output.store)),
         exported=read_as or store.url,
     )

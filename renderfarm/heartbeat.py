@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from renderfarm import commit
-from renderfarm.errors import Transient
+from renderfarm.errors import RenderfarmError, Transient
 from renderfarm.storage import open_store
 
 EVERY_S = 5.0
@@ -45,7 +45,7 @@ class Heartbeat:
         """The last one, whatever came before. A store that is away now neither undoes a run nor keeps it from ending."""
         last = self.thread.submit(self.store.put, commit.PROGRESS, commit.to_json(snapshot))
         self.thread.shutdown(wait=False)
-        with contextlib.suppress(Transient, TimeoutError):
+        with contextlib.suppress(RenderfarmError, TimeoutError):
             last.result(LAST_S)
 
     def _trouble(self) -> str | None:

@@ -125,7 +125,10 @@ def _fill_dates(data: dict[str, Any], logical_date: str | None, path: Path) -> d
             return {key: fill(inner) for key, inner in value.items()}
         return [fill(inner) for inner in value] if isinstance(value, list) else value
 
-    return {key: fill(value) if key in ("manifest", "output") else value for key, value in data.items()}
+    found = {key: fill(value) if key in ("manifest", "output") else value for key, value in data.items()}
+    if isinstance(given := data.get("output"), dict) and "card" in given:  # shown as it is written
+        found["output"]["card"] = given["card"]
+    return found
 
 
 def _explain(error: ValidationError, path: Path) -> str:

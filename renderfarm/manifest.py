@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -286,6 +287,8 @@ def _find_files(spec: ManifestSpec) -> list[str]:
     found: list[str] = []
     for given in spec.path if isinstance(spec.path, list) else [spec.path]:
         path = expand_env(given)
+        if re.match("https?://.*[?#]", path):  # not in stores, where `?` is a pattern
+            raise InvalidJob(f"manifest {re.split('[?#]', path)[0]}: leave the URL's query out; it would be written into the output")
         try:
             matches, is_folder = find_files(path)
         except Transient as error:
@@ -343,6 +346,8 @@ def _map_columns(spec: ManifestSpec, schema: pa.Schema, path: str, supported: fr
         if spec.columns not in PRESETS:
             raise InvalidJob(f"manifest.columns: no preset {spec.columns!r}; known: {', '.join(PRESETS)}")
         columns = {argument: name for argument, name in PRESETS[spec.columns].items() if name in names}
+        if spec.columns == OUR_OWN:  # our tables have a column for each that some model takes
+            columns = {argument: name for argument, name in columns.items() if argument in supported or ARGUMENTS[argument] == IMAGE}
     asked = spec.columns if isinstance(spec.columns, dict) else {}
     for argument, name in asked.items():
         if argument not in ARGUMENTS:

@@ -237,18 +237,26 @@ def _user_comment(exif: Image.Exif) -> str | None:
     if not isinstance(comment, bytes):
         return comment
     code, text = comment[:8], comment[8:]
-    return text.decode("utf_16_be" if code == b"UNICODE\x00" else "utf-8", errors="replace").strip("\x00") or None
+    if code != b"UNICODE\x00":
+        return text.decode("utf-8", errors="replace").strip("\x00") or None
+    # A1111 writes big-endian, others the file's own order; in the wrong one, plain letters become rare signs
+    readings = [text.decode(order, errors="replace").strip("\x00") for order in ("utf_16_be", "utf_16_le")]
+    return max(readings, key=lambda read: sum(sign < "\u0250" for sign in read)) or None
 
 
 def _from_xmp(packet: bytes | None) -> dict[str, str]:
     """Properties of a packet, whether they are written as elements or as attributes."""
     if not packet:
         return {}
-    from defusedxml import ElementTree
+    from defusedxml import DefusedXmlException, ElementTree
 
+    try:
+        elements = [*ElementTree.fromstring(packet.rstrip(b"\x00")).iter()]
+    except (ElementTree.ParseError, DefusedXmlException):  # somebody else's; what the file says otherwise can be read
+        return {}
     full = {name.replace("Iptc4xmpExt:", f"{{{_IPTC}}}").replace("renderfarm:", f"{{{_OURS}}}"): key for name, key in _READ.items()}
     found = dict[str, str]()
-    for element in ElementTree.fromstring(packet.rstrip(b"\x00")).iter():
+    for element in elements:
         said = {element.tag: element.get(f"{{{_RDF}}}resource") or element.text, **element.attrib}
         found |= {full[name]: text for name, text in said.items() if name in full and text}
     return found

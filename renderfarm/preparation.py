@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from renderfarm import after, commit, jxl, signing, weighting
 from renderfarm.adapters import parse, read_files, sha256, written
-from renderfarm.config import COMPANIONS, C2pa, Checkpoint, Job, check_credentials, expand_env, several_devices
+from renderfarm.config import COMPANIONS, C2pa, Checkpoint, Job, check_credentials, expand_env, is_path, several_devices
 from renderfarm.errors import InvalidInput, InvalidJob
 from renderfarm.manifest import Manifest, open_manifest
 from renderfarm.models.catalog import ModelInfo, describe, for_task, shown_name, with_weights
@@ -200,7 +200,14 @@ def _check_packages(job: Job) -> None:
 
 
 def _expanded(c2pa: C2pa | None) -> C2pa | None:
-    return c2pa and c2pa.model_copy(update={name: expand_env(getattr(c2pa, name)) for name in ("certificate", "private_key")})
+    """Raises InvalidJob where a variable holds the key itself: its place would be shown, and written into the output."""
+    if c2pa is None:
+        return None
+    places = {name: expand_env(getattr(c2pa, name)) for name in ("certificate", "private_key")}
+    for name, place in places.items():
+        if not is_path(place):
+            raise InvalidJob(f"output.c2pa.{name}: the environment variable holds no path; write it to a file and give the file's path")
+    return c2pa.model_copy(update=places)
 
 
 def _inputs_folder(job: Job, manifest: Manifest) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -113,11 +114,15 @@ ERROR_COLUMNS = pa.schema(
 ERRORS_KEY = b"renderfarm.errors"  # Parquet footer metadata of a commit object: its part's error rows, as JSON
 
 
+_TAKEN_FOR_PATHS = re.compile(r"(^|_)file_names?$")
+
+
 def output_name(column: str) -> str:
-    """The name under which a manifest's own column reaches the table."""
+    """The name under which a manifest's own column reaches the table. `datasets` takes each column whose name ends in `file_name` for
+    paths of pictures, and fails where they are none."""
     while column in OUR_COLUMNS:
         column = f"input_{column}"
-    return column
+    return f"{column}_" if _TAKEN_FOR_PATHS.search(column) else column
 
 
 def errors_to_json(table: pa.Table) -> bytes:

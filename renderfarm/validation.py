@@ -71,8 +71,8 @@ def _problems_of_images(fetcher: Fetcher, rows: Iterable[ExpandedRow]) -> dict[i
 
 
 def _count_duplicates(prepared: Prepared, found: Validation, ids: np.ndarray) -> None:
-    if "id" not in prepared.manifest.columns or len(ids) == 0:
-        return
+    if "id" not in prepared.manifest.columns or "seed" in prepared.manifest.columns or len(ids) == 0:
+        return  # rows with seeds may share an id: as many images of one prompt
     order = np.argsort(ids, kind="stable")
     again = order[1:][ids[order[1:]] == ids[order[:-1]]]
     found.duplicate_ids = len(again)

@@ -23,7 +23,7 @@ from renderfarm import commit
 from renderfarm.after import Chain
 from renderfarm.config import Job
 from renderfarm.encode import FORMATS, ORIGINALS, Written, encode, encoder_of, pixel_sha256
-from renderfarm.errors import RenderfarmError, WorkerCrashed
+from renderfarm.errors import InvalidInput, RenderfarmError, WorkerCrashed
 from renderfarm.inputs import Fetcher
 from renderfarm.layouts import LAYOUTS
 from renderfarm.layouts.base import PartWriter, name_of, original_key
@@ -205,7 +205,10 @@ class Worker:
                 except RenderfarmError as error:  # the sample's own end; a store's error, below, is the lease's
                     outcome.set_result(row_error(sample.key, sample.row_id, sample.prompt, error))
                     return
-                outcome.set_result(self._put_image(part, writer, sample, picture, rendered.result()))
+                try:
+                    outcome.set_result(self._put_image(part, writer, sample, picture, rendered.result()))
+                except InvalidInput as error:  # no file of this format holds it
+                    outcome.set_result(row_error(sample.key, sample.row_id, sample.prompt, error))
             except BaseException as error:  # must reach the lease: an unset future would wait for ever
                 outcome.set_exception(error)
 
@@ -217,7 +220,7 @@ class Worker:
         record = self._record(sample, picture, rendered)
         said = marks(record, self.job.output.metadata)
         image = encode(picture, self.written.format, self.written.encoding, said, self.sign)
-        name = name_of(sample.key, getattr(image, self.written.named_by), FORMATS[self.written.format].extension)
+        name = name_of(sample.key, image.file_sha256, FORMATS[self.written.format].extension)
         writer.add(name, image.data)
         columns = {"file_name": name, "bytes": len(image.data), "file_sha256": image.file_sha256}
         return record | columns | self._original(part, sample, rendered.original, said)
@@ -227,6 +230,8 @@ class Worker:
         return {
             **{f.name: getattr(sample, f.name) for f in dataclasses.fields(sample) if f.name not in ("key", *IMAGE_ARGUMENTS)},
             **_inputs(sample),
+            # a row that wants none of the job's says so, or its table would ask for them when it is a manifest
+            "adapters": sample.adapters or ("none" if self.job.render.adapters else None),
             "row": sample.key.row,
             "image_index": sample.key.image_index,
             "model": self.spec.model.name,
@@ -245,7 +250,7 @@ class Worker:
         if not self.job.output.keep_originals:
             return {"original_pixel_sha256": pixel_sha256(pixels)} if self.job.after else {}
         image = encode(pixels, ORIGINALS, marks=said.of_its_origin())
-        key = original_key(part, name_of(sample.key, image.pixel_sha256, FORMATS[ORIGINALS].extension))
+        key = original_key(part, name_of(sample.key, image.file_sha256, FORMATS[ORIGINALS].extension))
         self.store.put(key, image.data)
         columns = {"bytes": len(image.data), "file_sha256": image.file_sha256, "pixel_sha256": image.pixel_sha256}
         return {"original_file": key, **{f"original_{name}": value for name, value in columns.items()}}

@@ -26,7 +26,7 @@ def image_rows(out: Path) -> list[dict[str, Any]]:
     rows = []
     for row, name, data in _pictures(out):
         check_picture(data, (row.get("file_width", row["width"]), row.get("file_height", row["height"])), row)
-        assert name.startswith(f"{row['row']:010d}-{row['image_index']:04d}-{row['pixel_sha256'][:8]}.")
+        assert name.startswith(f"{row['row']:010d}-{row['image_index']:04d}-{row['file_sha256'][:8]}.")
         if "original_file" in row:
             said = {name: row[f"original_{name}"] for name in ("bytes", "file_sha256", "pixel_sha256")}
             check_picture((out / row["original_file"]).read_bytes(), (row["width"], row["height"]), said)

@@ -115,7 +115,7 @@ def test_every_row_is_there_and_opens_by_the_cards_lines(out: Path, to: Any, shu
         assert hashlib.sha256(picture).hexdigest() == row["file_sha256"]
         image = row.pop("image", None)
         name = image["path"] if image else row["file_name"]
-        assert re.fullmatch(rf"0*{row['row']}-0*{row['image_index']}-{row['pixel_sha256'][:8]}\.png", name)
+        assert re.fullmatch(rf"0*{row['row']}-0*{row['image_index']}-{row['file_sha256'][:8]}\.png", name)
         assert row | {"file_name": None} == told | {"file_name": None}
     assert expected == {}
     check(opened(dest, to, tmp_path), out)

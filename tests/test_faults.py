@@ -145,6 +145,35 @@ def test_a_server_that_does_not_answer_in_time_is_asked_again(s3: str, faults: F
     assert store.read("a/k") == b"1"
 
 
+def test_a_multipart_create_whose_last_reply_is_lost_is_there_once(store: CloudStore, faults: FaultProxy, tmp_path: Path) -> None:
+    """The client then tries to abort what is complete, and hears that there is no such upload."""
+    (tmp_path / "big").write_bytes(bytes(101 << 20))
+    lost = [True]
+
+    async def fault(request: web.Request, forward: Forward) -> web.Response:
+        reply = await forward()
+        ends = request.method == "POST" and "uploadId" in request.query
+        return lose_reply(request) if ends and lost and lost.pop() else reply
+
+    faults.fault = fault
+    with pytest.raises(AlreadyExists):
+        store.put_if_absent("a/big", tmp_path / "big")
+    assert lost == []
+    assert store.read_range("a/big", (101 << 20) - 1, 101 << 20) == b"\0"
+
+
+def test_a_folder_that_somebody_made_in_the_console_is_empty(s3: str) -> None:
+    import boto3
+
+    boto3.client("s3").put_object(Bucket=s3.removeprefix("s3://"), Key="out/")
+    boto3.client("s3").put_object(Bucket=s3.removeprefix("s3://"), Key="out/errors/")
+    store = open_store(f"{s3}/out")
+    assert store.names() == ["errors"]
+    assert store.list("") == []
+    boto3.client("s3").delete_object(Bucket=s3.removeprefix("s3://"), Key="out/errors/")
+    assert store.names() == []
+
+
 # ---------------------------------------------------------------------------------------------- credentials
 
 
@@ -172,15 +201,27 @@ def test_expired_credentials_are_waited_for_and_read_anew(
         return await forward()
 
     faults.fault = fault
+    hasty = open_store(f"{s3}/out", patience_s=0)
     with pytest.raises(Expired, match=r"the credentials have expired .*; renew them"):
-        open_store(f"{s3}/out", patience_s=0).read("a/k")
+        hasty.read("a/k")
     threading.Timer(1.0, write, ["SECONDKEY"]).start()
     assert store.exists("a/k")  # a HEAD, whose answers say no reason
     assert store.read("a/k") == b"1"
+    assert hasty.read("a/k") == b"1", "it makes a new client, too"
     said = [record.getMessage() for record in caplog.records if record.name == "renderfarm.storage.cloud"]
     assert len(said) == 1
     assert "expired" in said[0]
     assert "trying again for 3600 s" in said[0]
+
+
+def test_a_bucket_that_is_named_for_what_expires_is_denied_at_once(store: CloudStore, faults: FaultProxy) -> None:
+    text = "User: arn:aws:iam::1:user/me is not authorized on resource arn:aws:s3:::scratch-expires-30d"
+    faults.fault = times(10**6, lambda request: s3_error(403, "AccessDenied", text))
+    with pytest.raises(Fatal, match="refused with the credentials"):
+        store.put("a/k", b"1")
+    faults.fault = times(10**6, lambda request: s3_error(403, "AccessDenied", "Request has expired"))
+    with pytest.raises(Expired):
+        open_store(store.url, patience_s=0).put("a/k", b"1")
 
 
 def test_there_is_no_waiting_for_credentials_that_a_job_begins_without(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:

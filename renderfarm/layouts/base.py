@@ -96,10 +96,10 @@ def part_of(key: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def name_of(key: SampleKey, sha256: str, extension: str) -> str:
-    """Names come from the ordinal and the pixels, never from user ids; another attempt's pixels get another name. `sha256`: that of
-    `encode.Written.named_by`."""
-    return f"{key.row:010d}-{key.image_index:04d}-{sha256[:8]}.{extension}"
+def name_of(key: SampleKey, file_sha256: str, extension: str) -> str:
+    """Names come from the ordinal and the file's bytes, never from user ids: what another attempt writes overwrites nothing, even where the
+    same pixels became other bytes (another encoder's version, another profile's name in them, a signature)."""
+    return f"{key.row:010d}-{key.image_index:04d}-{file_sha256[:8]}.{extension}"
 
 
 def original_key(part: Part, file_name: str) -> str:

@@ -27,16 +27,23 @@ def commit_key(part: Part) -> str:
 
 @contextlib.contextmanager
 def writer(store: Store, part: Part) -> Iterator[_Writer]:
-    yield _Writer(store, f"data/{part.name}")
+    made = _Writer(store, f"data/{part.name}")
+    try:
+        yield made
+    finally:
+        made.over = True
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Writer:
     store: Store
     folder: str
+    over: bool = False
+    """The part has ended, or failed: what its threads still bring is for nobody, and a store that is away would hold them for hours."""
 
     def add(self, name: str, data: bytes) -> None:
-        self.store.put(f"{self.folder}/{name}", data)
+        if not self.over:
+            self.store.put(f"{self.folder}/{name}", data)
 
     def commit_object(self, images: pa.Table, errors: pa.Table) -> bytes:
         return table_bytes(images, errors)

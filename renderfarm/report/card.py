@@ -12,14 +12,18 @@ import pyarrow as pa
 import yaml
 from jinja2 import Environment
 
+from renderfarm.commit import read_json, to_json
 from renderfarm.config import Card
 from renderfarm.encode import FORMATS
+from renderfarm.errors import Fatal
 from renderfarm.layouts import webdataset
 from renderfarm.report import readers
 from renderfarm.report.figures import KINDS_SHOWN, Figures
 from renderfarm.storage import Store
 
 KEY = "README.md"
+GIVEN = "_renderfarm/card.json"
+"""What the job says of the dataset, and what its model warns of, for whoever writes another card of it."""
 DATA_FILES = {"files": "data/**", "parquet": "data/*.parquet", "webdataset": "data/*.tar"}
 _TEMPLATE = """\
 ---
@@ -106,6 +110,7 @@ renderfarm verify {{ out|shell }}
 ```
 
 {% endif %}
+{% if not (exported and images_given) %}
 The tables are a manifest again: they hold each image's prompt, seed and settings. A job that is otherwise the same renders the same
 pixels from them; one with another model, its own pictures of the same prompts.
 
@@ -113,7 +118,12 @@ pixels from them; one with another model, its own pictures of the same prompts.
 manifest:
   path: {{ tables|py }}
   columns: renderfarm
+{% if images_given %}
+inputs:
+  folder: {{ (out ~ "/_renderfarm/inputs")|py }}
+{% endif %}
 ```
+{% endif %}
 """
 
 
@@ -166,6 +176,7 @@ def write_card(
         seed=frozen["seed"],
         weighted=frozen["render"].get("prompt_weighting") is not None,
         exported=exported is not None,
+        images_given=not frozen["task"].endswith("text-to-image"),
         out=out,
         tables=readers.tables(out, layout),
         readers=readers.lines(out, name, layout, format_, ours=exported is None),
@@ -179,6 +190,17 @@ def write_card(
         warnings=warnings,
     )
     store.put(KEY, text.encode())
+    if exported is None:
+        store.put(GIVEN, to_json({"card": card.model_dump(mode="json"), "warnings": list(warnings)}))
+
+
+def given(store: Store) -> tuple[Card, tuple[str, ...]]:
+    """The card and the warnings of an output, by its last run."""
+    try:
+        said = read_json(store, GIVEN)
+        return Card.model_validate(said["card"]), tuple(map(str, said["warnings"]))
+    except (KeyError, ValueError, TypeError, Fatal):  # written before this was known, or damaged: a card is no reason to stop
+        return Card(), ()
 
 
 # ------------------------------------------------------------------------------------------------ what it says

@@ -30,11 +30,21 @@ _S3: dict[str, Any] = {
 _AZURE: dict[str, Any] = {"use_listings_cache": False, "connection_timeout": CONNECT_S, "read_timeout": ANSWER_S}
 _OPTIONS: dict[str, dict[str, Any]] = {"s3": _S3, "s3a": _S3, "az": _AZURE, "abfs": _AZURE, "abfss": _AZURE}
 
+
+def _google() -> dict[str, Any]:
+    """Without it, a request that is never answered is waited for without end."""
+    from aiohttp import ClientTimeout
+
+    return {"use_listings_cache": False, "requests_timeout": ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=ANSWER_S)}
+
+
 # What the stores call it: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html and
 # https://learn.microsoft.com/rest/api/storageservices/blob-service-error-codes
 _OLD_CREDENTIALS = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired", "InvalidAuthenticationInfo"}
 _OLD_CREDENTIALS |= {"RefreshError", "UnauthorizedSSOTokenError", "SSOTokenLoadError", "TokenRetrievalError", "CredentialRetrievalError"}
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthenticationFailed", "AuthorizationFailure", "403", "401"}
+# a shared access signature; no bucket's or role's name, which such texts hold, too
+_SIGNATURE_EXPIRED = re.compile(r"(token|request|signature|credentials?) (has |have |is )?expired|specified time frame", re.IGNORECASE)
 REFUSED = "refused with the credentials of this environment ({}); give rights to it, or other credentials"
 _MEANINGS: tuple[tuple[set[str], type[RenderfarmError], str], ...] = (
     (_OLD_CREDENTIALS, Expired, "the credentials have expired ({}); renew them"),
@@ -76,7 +86,8 @@ def make_client(url: str) -> tuple[Any, str]:
 
     scheme = url.partition("://")[0]
     try:
-        client, path = fsspec.core.url_to_fs(url, skip_instance_cache=True, **_OPTIONS.get(scheme, {}))
+        options = _google() if scheme in ("gs", "gcs") else _OPTIONS.get(scheme, {})
+        client, path = fsspec.core.url_to_fs(url, skip_instance_cache=True, **options)
     except ImportError as error:
         advice = f"pip install 'renderfarm[{EXTRAS[scheme]}]'" if scheme in EXTRAS else str(error)
         raise InvalidJob(f"{scheme}:// needs another package: {advice}") from error
@@ -97,8 +108,10 @@ def translated(error: Exception, doing: str) -> RenderfarmError | KeyError:
     if isinstance(error, RenderfarmError):
         return error
     words, said = set(_words(error)), _line(error)
-    if words & _DENIED and re.search("expire|time frame", str(error), re.IGNORECASE):  # a shared access signature
+    if words & _DENIED and _SIGNATURE_EXPIRED.search(str(error)):
         words |= _OLD_CREDENTIALS
+    if "NoSuchUpload" in words:  # aborted behind our back, or by the client itself after a lost reply: what is stored shows at the next try
+        return Transient(f"cannot {doing}: {said}")
     for names, kind, meaning in _MEANINGS:
         if words & names:
             return kind(f"cannot {doing}: {meaning.format(said)}")

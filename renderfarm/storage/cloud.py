@@ -98,7 +98,8 @@ class CloudStore:
     def names(self) -> list[str]:
         def ask(client: Any, path: str) -> list[str]:
             client.invalidate_cache()
-            return [name.rstrip("/").rpartition("/")[2] for name in client.ls(path, detail=False)]
+            found = (name.rstrip("/") for name in client.ls(path, detail=False))
+            return [name.rpartition("/")[2] for name in found if name != path]  # a folder's own marker, as S3's console makes it
 
         try:
             return sorted(self._do("list files", "", ask))
@@ -113,7 +114,9 @@ class CloudStore:
             client.invalidate_cache()
             root = self._root()
             found = client.find(path, detail=True).items()
-            return [(name.removeprefix(root).lstrip("/"), about) for name, about in found if name.startswith(f"{path}/")]
+            return [
+                (name.removeprefix(root).lstrip("/"), about) for name, about in found if name.startswith(f"{path}/") and name[-1] != "/"
+            ]
 
         try:
             found = self._do(f"list {prefix or 'files'}", prefix, ask)
@@ -147,10 +150,10 @@ class CloudStore:
 
         def ask(client: Any, path: str) -> None:
             bucket, _, name = path.partition("/")
-            client.call_s3("abort_multipart_upload", Bucket=bucket, Key=name, UploadId=upload)
+            with contextlib.suppress(FileNotFoundError):  # it ended meanwhile
+                client.call_s3("abort_multipart_upload", Bucket=bucket, Key=name, UploadId=upload)
 
-        with contextlib.suppress(KeyError):  # it ended meanwhile
-            self._do(f"discard an upload of {key}", key, ask)
+        self._do(f"discard an upload of {key}", key, ask)
 
     def _is_s3(self) -> bool:
         return self.url.partition("://")[0] in ("s3", "s3a")
@@ -169,10 +172,10 @@ class CloudStore:
             except Exception as error:  # each store's package has errors of its own
                 found = translated(error, f"{doing} in {self.url}")
                 self._answered |= isinstance(found, KeyError | AlreadyExists)
-                if not isinstance(found, Transient) or time.monotonic() - began + pause > self._patience(found):
-                    raise found from (None if isinstance(found, KeyError) else error)
                 if isinstance(found, Expired):
                     self._client = None  # the next one reads the credentials anew
+                if not isinstance(found, Transient) or time.monotonic() - began + pause > self._patience(found):
+                    raise found from (None if isinstance(found, KeyError) else error)
                 self._complain(found)
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(LONGEST_PAUSE_S, 2 * pause)

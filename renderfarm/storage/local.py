@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import shutil
 import threading
@@ -28,7 +29,9 @@ class LocalStore:
         self.root = Path(root)
         self.url = str(self.root)
         self._lock = threading.Lock()
-        self._unsynced: set[Path] = set()  # folders with names that a power failure may still take away
+        # folders with names that a power failure may still take away, and which change to each was the last
+        self._unsynced: dict[Path, int] = {}
+        self._changes = itertools.count()
 
     def put(self, key: str, data: bytes | Path) -> None:
         with self._written(key, data) as temporary:
@@ -105,18 +108,20 @@ class LocalStore:
                     os.fsync(file.fileno())
                 yield temporary
                 with self._lock:
-                    self._unsynced |= {target.parent, target.parent.parent}
+                    self._unsynced |= dict.fromkeys((target.parent, target.parent.parent), next(self._changes))
             finally:
                 temporary.unlink(missing_ok=True)
 
     def _sync_folders(self, more: Iterable[Path] = ()) -> None:
         with self._lock:
-            folders, self._unsynced = self._unsynced | set(more), set()
-        for folder in folders:
+            unsynced = dict(self._unsynced)
+        for folder in {*unsynced, *more}:
             with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as stack:  # somebody removed it
                 opened = os.open(folder, os.O_RDONLY)
                 stack.callback(os.close, opened)
                 os.fsync(opened)
+        with self._lock:  # only now: another thread's create must not take them for synced
+            self._unsynced = {folder: change for folder, change in self._unsynced.items() if unsynced.get(folder) != change}
 
 
 @contextlib.contextmanager
