@@ -124,7 +124,7 @@ def encode(
     """`pixels`: H×W×3 uint8. `encoding`: settled settings; None: the format's defaults. `sign` has the last word about the bytes."""
     try:
         data = FORMATS[format_].write(pixels, encoding or Encoding().settled(format_), marks)
-    except (ValueError, OSError) as error:  # sides that a format does not know
+    except (ValueError, OSError, RuntimeError) as error:  # sides that a format does not know
         height, width = pixels.shape[:2]
         raise InvalidInput(f"{width}×{height} pixels cannot be written as {format_}: {error}; use another output.format") from error
     if sign is not None:

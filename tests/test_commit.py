@@ -7,6 +7,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -410,5 +411,8 @@ def test_the_same_profile_gives_the_same_json_whatever_the_order_of_its_keys() -
 
 
 def test_an_own_column_with_one_of_our_names_gets_a_prefix_and_every_other_keeps_its_own() -> None:
-    assert [output_name(name) for name in IMAGE_COLUMNS.names] == [f"input_{name}" for name in IMAGE_COLUMNS.names]
+    ours = [name for name in IMAGE_COLUMNS.names if name != "file_name"]
+    assert [output_name(name) for name in ours] == [f"input_{name}" for name in ours]
+    for name in ("file_name", "source_file_name", "file_names"):  # each of which `datasets` would open
+        assert not re.search("file_names?$", output_name(name))
     assert [output_name(name) for name in ("mood", "id", "Prompt", "")] == ["mood", "id", "Prompt", ""]

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from renderfarm import jxl
 from renderfarm.config import ENCODINGS, Encoding, Metadata, Output
 from renderfarm.encode import FORMATS, UNDECODABLE, Written, decode, encode, encoder_of
-from renderfarm.errors import InvalidJob
+from renderfarm.errors import InvalidInput, InvalidJob
 from renderfarm.marks import marks
 
 RECORD = {
@@ -192,3 +192,9 @@ def test_boxes_of_a_cut_off_file_end_without_an_error() -> None:
     large = jxl.SIGNATURE + b"\x00\x00\x00\x01xml " + (20).to_bytes(8, "big") + b"<a/>" + b"\x00\x00\x00\x00jxlcrest"
     assert list(jxl.boxes(large))[1:] == [(b"xml ", b"<a/>"), (b"jxlc", b"rest")]
     assert list(jxl.boxes(jxl.SIGNATURE + b"\x00\x00\x00\x02xml "))[1:] == []
+
+
+@pytest.mark.parametrize("format_", ["webp", "avif", "jpeg"])
+def test_sides_that_a_format_does_not_know_are_the_rows_error(format_: str) -> None:
+    with pytest.raises(InvalidInput, match=rf"70000×1 pixels cannot be written as {format_}: .*; use another output.format"):
+        encode(np.zeros((1, 70_000, 3), np.uint8), format_)

@@ -193,6 +193,16 @@ def test_of_an_output_that_is_not_finished_what_is_committed_is_exported(out: Pa
     check(opened(tmp_path / "dest", to, tmp_path), out)
 
 
+def test_what_the_job_says_of_its_dataset_is_in_the_exports_card(write: Callable[..., Path], tmp_path: Path) -> None:
+    said = {"license": "cc-by-nc-4.0", "description": "Drawn circles.", "language": ["en"]}
+    renderfarm.run(write("parquet", output={"card": said}), engine="inline")
+    export(str(tmp_path / "out"), str(tmp_path / "dest"), Options("parquet", SMALL["parquet"]))
+    card = (tmp_path / "dest/README.md").read_text()
+    assert "license: cc-by-nc-4.0\nlanguage:\n- en\n" in card
+    assert "Drawn circles." in card
+    assert "| samplers |" in card
+
+
 def test_what_was_done_to_pictures_and_their_originals_stay_named(write: Callable[..., Path], to: Any, tmp_path: Path) -> None:
     renderfarm.run(write("parquet", after=[{"colour": {"saturation": 1.2}}], output={"keep_originals": True}), engine="inline")
     export(str(tmp_path / "out"), str(tmp_path / "dest"), Options(to, SMALL[to]))

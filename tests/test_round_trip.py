@@ -113,6 +113,14 @@ def test_a_picture_in_the_table_is_never_taken_for_one_to_begin_with(tmp_path: P
     assert manifest.extras.names == ["mine"]
 
 
+def test_a_column_that_this_model_does_not_take_is_left_alone(tmp_path: Path) -> None:
+    """Each of our tables has a guidance_scale, and some models take none."""
+    pq.write_table(pa.table({"prompt": ["a red circle"], "guidance_scale": [1.0], "seed": [7]}), tmp_path / "m.parquet")
+    manifest = open_manifest(ManifestSpec(path=str(tmp_path / "m.parquet"), columns="renderfarm"), frozenset({"prompt", "seed"}))
+    assert manifest.columns == {"prompt": "prompt", "seed": "seed"}
+    assert manifest.extras.names == []
+
+
 def test_the_preset_reads_every_argument_that_a_table_can_hold() -> None:
     preset, table = PRESETS["renderfarm"], {*IMAGE_COLUMNS.names, *ARGUMENT_COLUMNS.names}
     assert set(ARGUMENTS) - preset.keys() == {"num_images_per_prompt"}, "each row of the table is one image"

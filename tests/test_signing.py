@@ -123,6 +123,18 @@ def test_what_cannot_sign_stops_the_job_with_the_reason_and_without_the_key(
     assert not (tmp_path / "out/data").exists()
 
 
+def test_a_variable_that_holds_the_key_itself_is_refused_and_not_repeated(
+    given: C2pa, write_manifest: Write, write_job: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    secret = Path(given.private_key).read_text()
+    monkeypatch.setenv("SIGNING_KEY", secret)
+    job = write_job(write_manifest(), output={"c2pa": given.model_dump() | {"private_key": "${SIGNING_KEY}"}})
+    with pytest.raises(InvalidJob, match=r"output.c2pa.private_key: the environment variable holds no path") as error:
+        renderfarm.run(job, engine="inline")
+    assert not any(line in str(error.value) for line in secret.splitlines())
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_key_in_a_job_is_refused_and_not_repeated(write_manifest: Write, write_job: Write) -> None:
     key = "-----BEGIN PRIVATE KEY-----\nMIGHAgEA\n-----END PRIVATE KEY-----\n"
     with pytest.raises(ValidationError):
