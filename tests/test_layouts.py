@@ -156,7 +156,7 @@ def test_the_card_knows_a_tables_columns_before_there_is_a_table(write: Write, t
     renderfarm.run(job, engine="inline")
     table = commit.read_part(open_store(str(tmp_path / "parquet")), parquet, Part(0, 0, 1))[1].images
     assert [(field.name, field.type) for field in table.schema] == [(field.name, field.type) for field in expected]
-    assert {"seed_", "input_file_name", "original_file", "file_width"} <= set(expected.names)
+    assert {"seed_", "input_file_name_", "original_file", "file_width"} <= set(expected.names)
 
 
 def test_originals_stay_loose_files_in_every_layout(layout: str, write: Write, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def object_of(out: Path, index: int) -> Path:
 
 def picture(out: Path) -> Path | None:
     """The file of row 0's picture, where it has one of its own."""
-    return next(iter(out.glob("data/part-00000000/*.png")), None)
+    return next(iter(sorted(out.glob("data/part-00000000/*.png"))), None)
 
 
 def flip(path: Path, place: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import re
 import shutil
@@ -136,16 +137,22 @@ def rewritten(out: Path, change: Callable[[dict[str, object]], dict[str, object]
 
 def other_picture(out: Path) -> None:
     """A picture in another's place, with the table's size and file hash made to fit."""
-    path = some_png(out)
-    Image.new("RGB", (64, 64), "red").save(path)
-    data = path.read_bytes()
-    rewritten(out, lambda record: {"bytes": len(data), "file_sha256": hashlib.sha256(data).hexdigest()})
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(file, "PNG")
+    in_its_place(out, file.getvalue())
 
 
 def not_an_image(out: Path) -> None:
-    path = some_png(out)
-    path.write_bytes(b"text")
-    rewritten(out, lambda record: {"bytes": 4, "file_sha256": hashlib.sha256(b"text").hexdigest()})
+    in_its_place(out, b"text")
+
+
+def in_its_place(out: Path, data: bytes, row: int = 1, **said: object) -> None:
+    """Other bytes for a picture's file, under the name that they get, and a table that says so."""
+    old, digest = some_png(out, row), hashlib.sha256(data).hexdigest()
+    new = old.with_name(f"{row:010d}-0000-{digest[:8]}.png")
+    old.rename(new).write_bytes(data)
+    says = {"file_name": new.name, "bytes": len(data), "file_sha256": digest, **said}
+    rewritten(out, lambda record: says, row=row)
 
 
 def other_size(out: Path) -> None:
@@ -358,15 +365,10 @@ def test_the_job_file_decides_nothing_that_the_profile_holds(out: Path) -> None:
 
 def brighter(out: Path, row: int) -> None:
     """One picture by one level in each value, and a table that says so."""
-    old = some_png(out, row)
-    pixels = np.clip(np.asarray(Image.open(old)).astype(int) + 1, 0, 255).astype(np.uint8)
-    digest = hashlib.sha256(pixels.tobytes()).hexdigest()
-    new = old.with_name(f"{row:010d}-0000-{digest[:8]}.png")
-    Image.fromarray(pixels).save(new)
-    data = new.read_bytes()
-    said = {"file_name": new.name, "bytes": len(data), "file_sha256": hashlib.sha256(data).hexdigest(), "pixel_sha256": digest}
-    rewritten(out, lambda record: said, row=row)
-    old.unlink()
+    pixels = np.clip(np.asarray(Image.open(some_png(out, row))).astype(int) + 1, 0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    in_its_place(out, file.getvalue(), row, pixel_sha256=hashlib.sha256(pixels.tobytes()).hexdigest())
     without_index(out)
 
 
