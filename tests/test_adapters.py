@@ -112,7 +112,7 @@ def test_a_job_with_adapters_by_row_is_verified_from_the_output_alone(
     assert (summary.images, summary.errors) == (3, 2)
     check_complete(tmp_path / "out", {(number, 0) for number in range(5)})
     made = image_rows(tmp_path / "out")
-    assert [record["adapters"] for record in made] == ["one:1.0", "one:0.5,two:1.0", None]
+    assert [record["adapters"] for record in made] == ["one:1.0", "one:0.5,two:1.0", "none"]
     assert len({record["pixel_sha256"] for record in made}) == 3
     messages = [error["error_message"] for error in sorted(error_rows(tmp_path / "out"), key=lambda error: error["row"])]
     assert "'three' is not one of the job's model.adapters (one, two)" in messages[0]

@@ -171,7 +171,7 @@ def test_a_registered_extension_type_travels_as_what_it_stores(write_manifest: W
 
 def test_own_columns_that_would_get_one_name_in_the_output_are_refused(write_manifest: Write) -> None:
     path = write_manifest({"prompt": ["a"], "file_name": ["x"], "input_file_name": ["y"]})
-    assert refusal(path) == f"{path}: columns 'file_name' and 'input_file_name' would both be 'input_file_name' in the output; rename one"
+    assert refusal(path) == f"{path}: columns 'file_name' and 'input_file_name' would both be 'input_file_name_' in the output; rename one"
 
 
 # ----------------------------------------------------------------------------------------------------- columns map
