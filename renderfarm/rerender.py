@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from renderfarm import commit
+from renderfarm import adapters, commit
 from renderfarm.after import Chain, thawed
 from renderfarm.config import COMPANIONS, STAGES, ModelSpec, Offload, Workers, is_url
 from renderfarm.errors import Fatal, InvalidJob
@@ -79,7 +79,10 @@ def sample_of(record: dict[str, Any], store: Store | None = None) -> Sample:
         for name in IMAGE_ARGUMENTS
         if store is not None and record.get(f"init_{name}_sha256") is not None
     }
-    return Sample(key=SampleKey(record["row"], record["image_index"]), **{n: record[n] for n in names if n in record}, **images)
+    given = {name: record[name] for name in names if name in record}
+    if given.get("adapters") == adapters.OFF:
+        given["adapters"] = None
+    return Sample(key=SampleKey(record["row"], record["image_index"]), **given, **images)
 
 
 def _written(output: Output, adapters: Mapping[str, str], folder: Path) -> dict[str, str]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from renderfarm import commit
+from renderfarm import adapters, commit
 from renderfarm.after import Chain
 from renderfarm.config import Job
 from renderfarm.encode import FORMATS, ORIGINALS, Written, encode, encoder_of, pixel_sha256
@@ -231,7 +231,7 @@ class Worker:
             **{f.name: getattr(sample, f.name) for f in dataclasses.fields(sample) if f.name not in ("key", *IMAGE_ARGUMENTS)},
             **_inputs(sample),
             # a row that wants none of the job's says so, or its table would ask for them when it is a manifest
-            "adapters": sample.adapters or ("none" if self.job.render.adapters else None),
+            "adapters": sample.adapters or (adapters.OFF if self.job.render.adapters else None),
             "row": sample.key.row,
             "image_index": sample.key.image_index,
             "model": self.spec.model.name,
