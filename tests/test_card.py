@@ -17,7 +17,7 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard
 from markdown_it import MarkdownIt
 from PIL import Image
-from test_readers import LAYOUTS, code_of, pixels, run_code
+from test_readers import LAYOUTS, code_of, interrupt, pixels, run_code
 
 import renderfarm
 from renderfarm.api import _write_card
@@ -64,17 +64,8 @@ def stored(request: pytest.FixtureRequest, state: str, bucket: str, write_manife
     job = write_job(write_manifest(ROWS), output={"path": url, "layout": request.param})
     renderfarm.run(job, engine="inline")
     if state == "interrupted":
-        _interrupt(url)
-        _write_card(prepare(load_job(job)))  # as a run does at its start
+        interrupt(job)
     return url
-
-
-def _interrupt(url: str) -> None:
-    """What a SIGKILL before the second part's commit leaves; in layout `files`, images that no table names."""
-    store, gone = open_store(url), re.compile(r"part-00000001(\.|/metadata)")
-    for key in [key for top in ("data", "metadata", "errors", "_renderfarm/parts") for key in store.list(top)]:
-        if gone.search(key):
-            store.delete(key)
 
 
 def test_every_line_of_the_card_opens_an_output_in_a_store(

@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import cli, refused
 from test_garbage import contents, lost_commit
-from test_readers import check, picture_of, run_card
+from test_readers import TO_ROWS, check, picture_of, run_card
 
 import renderfarm
 from renderfarm import export as export_module
@@ -119,11 +119,7 @@ def test_every_row_is_there_and_opens_by_the_cards_lines(out: Path, to: Any, shu
         assert row | {"file_name": None} == told | {"file_name": None}
     assert expected == {}
     check(opened(dest, to, tmp_path), out)
-    for library, to_rows in {
-        "pandas": lambda table: table.astype(object).where(table.notna(), None).to_dict("records"),
-        "polars": lambda table: table.to_dicts(),
-        "duckdb": lambda table: table.to_arrow_table().to_pylist(),
-    }.items():
+    for library, to_rows in TO_ROWS.items():
         read = to_rows(run_card(dest, library, tmp_path)["table"])
         check(in_order({**row, "picture": picture_of(row)} for row in read), out)
     if to == "webdataset":

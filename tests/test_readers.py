@@ -52,18 +52,30 @@ def out(request: pytest.FixtureRequest, state: str, folder: str, write_manifest:
     job = write_job(write_manifest(columns), output={"path": str(out), "layout": request.param})
     renderfarm.run(job, engine="inline")
     if state == "interrupted":
-        interrupt(out)
-        _write_card(prepare(load_job(job)))  # as a run does at its start
+        leave_an_original(out)
+        interrupt(job)
     return out
 
 
-def interrupt(out: Path) -> None:
-    """What a SIGKILL before the second part's commit leaves; in layout `files`, images that no table names."""
+TO_ROWS: dict[str, Callable[[Any], list[dict[str, Any]]]] = {
+    "pandas": lambda table: table.astype(object).where(table.notna(), None).to_dict("records"),
+    "polars": lambda table: table.to_dicts(),
+    "duckdb": lambda table: table.to_arrow_table().to_pylist(),
+}
+
+
+def leave_an_original(out: Path) -> None:
     (out / "originals/part-00000001").mkdir(parents=True)
     shutil.copy(out / "_renderfarm/report/contact_sheet.png", out / "originals/part-00000001/0000000003-0000-00000000.png")
-    for pattern in ("data/part-00000001/metadata.parquet", "data/part-00000001.*", "*/part-00000001.parquet", "_renderfarm/parts/*01.*"):
-        for path in out.glob(pattern):
-            path.unlink()
+
+
+def interrupt(job: Path) -> None:
+    """Leave what a SIGKILL before the second part's commit does: the start's card, and in layout `files` images that no table names."""
+    prepared, gone = prepare(load_job(job)), re.compile(r"part-00000001(\.|/metadata)")
+    for key in [key for top in ("data", "metadata", "errors", "_renderfarm/parts") for key in prepared.store.list(top)]:
+        if gone.search(key):
+            prepared.store.delete(key)
+    _write_card(prepared)
 
 
 def card_code(out: Path, library: str) -> str:
@@ -129,11 +141,7 @@ def test_datasets_gives_every_committed_image_with_its_columns(out: Path, tmp_pa
 
 @pytest.mark.parametrize("folder", ["it's [here]"], indirect=True)
 def test_tables_give_the_same_rows_and_say_where_the_pictures_are(out: Path, tmp_path: Path) -> None:
-    for library, to_rows in {
-        "pandas": lambda table: table.astype(object).where(table.notna(), None).to_dict("records"),
-        "polars": lambda table: table.to_dicts(),
-        "duckdb": lambda table: table.to_arrow_table().to_pylist(),
-    }.items():
+    for library, to_rows in TO_ROWS.items():
         rows = to_rows(run_card(out, library, tmp_path)["table"])
         check([{**row, "picture": picture_of(row)} for row in rows], out)
 

@@ -7,15 +7,14 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from http.server import ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from checker import error_rows, image_rows
 from pictures_given import encoded, picture
+from servers import answering
 from test_tasks import Site
 
 ROOT = Path(__file__).parent.parent
@@ -79,13 +78,8 @@ def held(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def server() -> Iterator[str]:
-    found = ThreadingHTTPServer(("127.0.0.1", 0), Site)
-    thread = Thread(target=found.serve_forever)
-    thread.start()
-    yield f"127.0.0.1:{found.server_port}"
-    found.shutdown()
-    thread.join()
-    found.server_close()
+    with answering(Site) as url:
+        yield url.removeprefix("http://")
 
 
 @pytest.mark.slow

@@ -10,9 +10,9 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 from typing import Any
 
 import diffusers
@@ -25,6 +25,7 @@ from checker import check_complete, error_rows, image_rows
 from oracle import DTYPES, LEGAL, B, pixels, plain_pipeline, reference, row
 from pictures_given import encoded, mask, picture
 from PIL import Image
+from servers import answering
 
 import renderfarm
 from renderfarm.config import Inputs, Job, ManifestSpec, ModelSpec, Workers
@@ -367,13 +368,8 @@ class Site(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def site() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with answering(Site) as url:
+        yield url
 
 
 def fetch(tmp_path: Path, url: str, **inputs: Any) -> Any:
