@@ -71,14 +71,15 @@ class RayEngine:
                 ray.init(address=address, **common)
                 return
             self._folder = tempfile.mkdtemp(prefix="rf-")
-            ray.init(
-                address="local",
-                _temp_dir=self._folder,
-                include_dashboard=False,
-                num_cpus=max(os.cpu_count() or 1, self.job.workers.max * self.job.workers.threads),
-                object_store_memory=256 << 20,  # rows of leases only; no image enters it
-                **common,
-            )
+            with _stops_are_ours():
+                ray.init(
+                    address="local",
+                    _temp_dir=self._folder,
+                    include_dashboard=False,
+                    num_cpus=max(os.cpu_count() or 1, self.job.workers.max * self.job.workers.threads),
+                    object_store_memory=256 << 20,  # rows of leases only; no image enters it
+                    **common,
+                )
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise Fatal(f"cannot start or join Ray at {address or 'local'}: {error}; is the address right?") from error
 
@@ -155,6 +156,20 @@ def _signals_kept() -> Iterator[None]:
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _stops_are_ours() -> Iterator[None]:
+    """Processes that are started meanwhile, and theirs, never hear SIGTERM: they inherit this thread's mask.
+
+    Service managers and `timeout` signal a whole group. A raylet that hears it drains its node, and its workers with
+    what they are rendering are gone before the driver has let them finish. Ray itself ends with SIGKILL what does not listen.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _uses_gpu(job: Job) -> bool | None:
