@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from renderfarm.config import Job
-from renderfarm.driver import Driver, Observer, RunSummary
+from renderfarm.driver import GRACE_S, Driver, Observer, RunSummary
 from renderfarm.engines.base import Engine
 from renderfarm.errors import Interrupted, InvalidJob, RenderfarmError
 from renderfarm.jobfile import load_job
@@ -32,18 +32,19 @@ def run(
     stop: threading.Event | None = None,
     stop_now: threading.Event | None = None,
     repair: bool = False,
+    grace_s: float = GRACE_S,
 ) -> RunSummary:
     """Render what the job's output does not hold yet; run it again and it continues.
 
     `engine="inline"` renders in this process with one worker; `address` joins a Ray cluster instead of starting one.
-    Setting `stop` ends the run after the leases in flight, `stop_now` at once with Interrupted. `repair` checks every
-    committed part first: what can be rebuilt is, what is damaged is set aside and rendered again. Raises InvalidJob or
-    Fatal; a bad row raises nothing.
+    Setting `stop` ends the run after the leases in flight, or after `grace_s` seconds; `stop_now` at once with Interrupted.
+    `repair` checks every committed part first: what can be rebuilt is, what is damaged is set aside and rendered again. Raises
+    InvalidJob or Fatal; a bad row raises nothing.
     """
     prepared = prepare(job if isinstance(job, Job) else load_job(job))
     if engine == "ray" and prepared.store.url.startswith("memory://"):
         raise InvalidJob("memory:// is this process's memory, which Ray's workers do not share; use --engine inline or a folder")
-    driver = Driver(prepared, stop or threading.Event(), observe, stop_now=stop_now, repair=repair)
+    driver = Driver(prepared, stop or threading.Event(), observe, grace_s, stop_now, repair)
     driver.begin()
     _write_card(prepared)  # at the start, so that an interrupted output opens, too
     try:

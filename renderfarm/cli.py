@@ -74,6 +74,7 @@ def run(
     repair: Annotated[
         bool, typer.Option("--repair", help="First check every committed part; rebuild its views, or set it aside and render it again.")
     ] = False,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that parts in flight have to finish after Ctrl-C or SIGTERM.")] = 30.0,
     as_json: AsJson = False,
 ) -> None:
     """Render what the output does not hold yet. Run it again and it continues."""
@@ -84,7 +85,8 @@ def run(
     loaded = load_job(job, sets, out, logical_date)
     stop, stop_now = _stop_on_signals()
     with Watcher(console, quiet=as_json) as watcher:
-        summary = run_job(loaded, engine=engine.value, address=address, observe=watcher, stop=stop, stop_now=stop_now, repair=repair)
+        signals = {"stop": stop, "stop_now": stop_now}
+        summary = run_job(loaded, engine=engine.value, address=address, observe=watcher, repair=repair, grace_s=grace, **signals)
     if as_json:
         _print_json(summary.to_dict())
     else:

@@ -369,6 +369,9 @@ class Workers(Strict):
     of 1, 2 or a multiple of 4: with others the threads' shares end in mid-sample or in mid-vector, from 3 threads on they do
     with any. Then a sample's pixels would depend on its slot: use more workers instead."""
 
+    wait_s: Annotated[float, Field(gt=0)] = 3600
+    """Seconds that a run waits while no worker is ready (nodes that are to come or were taken away, a model that loads) before it ends
+    with exit code 75."""
     other_profiles: Literal["refuse", "record"] = "refuse"
     """A worker whose render profile is not the output's (another CPU, another version) would render other bits. refuse:
     it is benched. record: it renders, and its rows name its own profile; the same row on another worker may differ."""
@@ -569,11 +572,29 @@ class Output(Strict):
         return self
 
 
+def _percent(given: Any) -> Any:
+    if isinstance(given, str) and (match := re.fullmatch(PERCENT, given.strip())):
+        return float(match[1]) / 100
+    return given
+
+
+PERCENT = r"(\d+(?:\.\d+)?) ?%"
+Share = Annotated[
+    float, Field(ge=0, le=1), BeforeValidator(_percent, json_schema_input_type=float | Annotated[str, Field(pattern=f"^{PERCENT}$")])
+]
+
+
 class Failure(Strict):
-    tolerate: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of failed images with which `run` still exits 0."""
+    tolerate: Share = 0.0
+    """Share of failed images with which `run` still exits 0: 0.005 or 0.5%."""
+    stop_after: Annotated[int, Field(ge=1)] | None = None
+    """Stop the run (exit code 4) when so many of its images have failed. None: render the others, however many fail."""
     attempts: Annotated[int, Field(ge=1, le=20)] = 3
     """How many workers may be lost on one lease before the job stops."""
+    deadline_s: Annotated[float, Field(gt=0)] | None = None
+    """Seconds in which a worker that has leases must finish one; else it hangs, is killed and replaced. Row by row, where a row is
+    suspected of killing workers, it has batch_size times as long. None: twenty times the longest that any worker took so far, and at
+    least ten minutes; two hours until the first has finished one."""
 
 
 class Job(Strict):
@@ -595,6 +616,9 @@ class Job(Strict):
     workers: Workers = Workers()
     output: Output
     failure: Failure = Failure()
+    if_running: Literal["share", "exit"] = "share"
+    """What a run does when another one of the same output is at work. share: both render, from different ends; each part is committed
+    once. exit: it says who runs, and ends with exit code 75."""
 
     @field_validator("manifest", mode="before", json_schema_input_type=ManifestSpec | str | list[str])
     @classmethod

@@ -2,10 +2,15 @@
 
 a lease fails with     then
 WorkerLost             it goes to another worker, alone; after two losses row by row, announced, so that the next
-                       death names the row, which becomes an error
+                       death names the row, which becomes an error; a node that loses several workers gets no more
+NodeLost               it goes to another worker; no row is suspected of what takes a node away
+silence                a worker that finishes nothing for too long is killed, and lost as above
 Transient              again after a jittered pause, eight times
 ProfileMismatch        that worker is benched; the job stops if none is left
 Fatal, anything else   the job stops with the reason; what is committed stays, and `run` continues
+
+At the end a worker without work gets a copy of a slow one's lease. Workers come and go with their nodes; a run waits
+for the first, and for new ones when all are gone, as long as `workers.wait_s` says.
 """
 
 from __future__ import annotations
@@ -20,22 +25,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from renderfarm import commit
-from renderfarm.engines.base import Done, Engine, Failed, Ready
+from renderfarm import commit, control
+from renderfarm.engines.base import Done, Engine, Event, Failed, Leaving, Ready
 from renderfarm.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
     EXIT_ROWS_FAILED,
+    EXIT_STOPPED_BY_USER,
     Fatal,
     Interrupted,
     InvalidJob,
+    NodeLost,
     ProfileMismatch,
     RenderfarmError,
     Transient,
     WorkerLost,
 )
-from renderfarm.heartbeat import Heartbeat
+from renderfarm.heartbeat import STALE_S, Heartbeat, is_alive
 from renderfarm.plan import Grid, choose_part_rows, leases
+from renderfarm.pool import NODE_LOSSES, Pool
 from renderfarm.preparation import Prepared
 from renderfarm.progress import Progress, WorkerProgress
 from renderfarm.records import Lease, WorkerReady
@@ -43,9 +51,12 @@ from renderfarm.repair import Repaired, refuse_if_alive, repair
 from renderfarm.storage import probe
 from renderfarm.worker import LEASES_IN_FLIGHT, leases_held
 
+GRACE_S = 30.0
 TRANSIENT_ATTEMPTS = 8
 LOSSES_BEFORE_ANNOUNCING = 2
 START_ATTEMPTS = 3
+NODE_LOSSES_A_LEASE = 5  # nodes that go away under one lease before its rows may be to blame
+PAUSED_S = 0.5
 UNMEASURED_S = 1.0  # an image, where the first worker could not measure one
 
 Observer = Callable[[Progress], None]
@@ -72,6 +83,9 @@ class RunSummary:
     images_per_second: float
     useful_slots: float | None
     bytes: int
+    lost_workers: int
+    copies: int
+    """Leases that a second worker rendered, too, since the first was slow."""
     warnings: tuple[str, ...] = ()
     """What a user of the dataset should know of the model's rendering."""
     repaired: tuple[Repaired, ...] = ()
@@ -89,7 +103,7 @@ class Driver:
         prepared: Prepared,
         stop: threading.Event,
         observe: Observer,
-        grace_s: float = 30.0,
+        grace_s: float = GRACE_S,
         stop_now: threading.Event | None = None,
         repair: bool = False,
     ) -> None:
@@ -105,13 +119,15 @@ class Driver:
         )
         self.grid: Grid | None = None
         self.held = LEASES_IN_FLIGHT
+        self.stop_at: float | None = None
         self.is_done = bytearray()  # by part
-        self.free: dict[str, list[Lease]] = {}  # ready workers, and the leases each holds
-        self.starting: set[str] = set()
+        self.shares, self.begin_at = False, 0
+        """The part to begin with: another one than a run that is already at work began with."""
+        self.pool = Pool()
         self.again: deque[tuple[float, Lease]] = deque()  # (not before, lease)
         self.restarts: list[float] = []  # when to try again to start a worker
         self.start_failures = self.worker_number = 0
-        self.heartbeat = Heartbeat(self.store.url)
+        self.heartbeat = Heartbeat(self.store.url, self.progress.run_id)
 
     def begin(self) -> None:
         """Check that the output can be written and belongs to this job; the first time, freeze the job in it."""
@@ -123,6 +139,7 @@ class Driver:
             )
         if self.repair:
             refuse_if_alive(self.store)
+        self._meet_the_other_run()
         if not self.job.output.single_writer:
             probe(self.store)
         commit.freeze_job(self.store, self.prepared.frozen())
@@ -130,23 +147,51 @@ class Driver:
         for data in (*self.prepared.adapter_files.values(), *self.prepared.after_files.values()):
             commit.keep(self.store, data)
 
+    def _meet_the_other_run(self) -> None:
+        """Two runs of one output are harmless: what both render, the first commits. They share the work, or this one leaves."""
+        other = commit.read_progress(self.store)
+        if not is_alive(other):
+            return
+        age = time.time() - other["updated"]
+        if self.job.if_running == "exit":
+            raise Interrupted(
+                f"run {other['run_id']} of this output is at work (last sign of life {age:.0f} s ago; without one for {STALE_S:.0f} s it "
+                "counts as dead); run again when it has ended, or share its work: if_running: share"
+            )
+        # what is asked of one of them (`renderfarm pause`) is asked of both
+        self.progress.run_id = self.heartbeat.run_id = f"{control.family(other['run_id'])}+{uuid.uuid4().hex[:6]}"
+        self.shares = True
+
     def run(self, make_engine: Callable[[], Engine]) -> RunSummary:
         """Render what is not done. Starts no worker when all is."""
         if (grid := self.prepared.grid()) is not None:
             if self.repair:
                 self._repair()
             self._use(grid)
-        if self.grid is None or self.progress.parts_done < self.progress.parts:
-            engine = make_engine()
-            try:
-                self._loop(engine)
-            except BaseException as error:
-                self.progress.state = "INTERRUPTED" if isinstance(error, Interrupted) else "FAILED"
-                self.heartbeat.close(self.progress.snapshot())
-                raise
-            finally:
-                engine.shutdown()
+        try:
+            while self.grid is None or self._left():
+                engine = make_engine()
+                try:
+                    self._loop(engine)
+                finally:
+                    engine.shutdown()
+                if not self._resumed():
+                    break
+        except BaseException as error:
+            self.progress.state = "INTERRUPTED" if isinstance(error, Interrupted) else "FAILED"
+            self.heartbeat.close(self.progress.snapshot())
+            raise
         return self._finish()
+
+    def _resumed(self) -> bool:
+        """Wait, without any worker, while the run is paused; whether it goes on then."""
+        while self.heartbeat.wanted == "pause" and not self.stop.is_set() and not self.stop_now.is_set():
+            self.progress.state = "PAUSED"
+            if self.heartbeat.is_due():
+                self.progress.trouble = self.heartbeat.beat(self.progress.snapshot())
+            self.observe(self.progress)
+            time.sleep(PAUSED_S)
+        return not self._is_to_end() and self.progress.state == "PAUSED"
 
     def _repair(self) -> None:
         """Others see that somebody is at it, and do not begin the same."""
@@ -173,6 +218,7 @@ class Driver:
     def _use(self, grid: Grid) -> None:
         """Take over what is committed of it."""
         self.grid, self.is_done, self.progress.parts = grid, bytearray(grid.total), grid.count
+        self.begin_at = random.randrange(grid.total) if self.shares else 0
         for index, receipt in self.prepared.committed().items():
             self.is_done[index] = 1
             self.progress.add_committed(receipt)
@@ -181,70 +227,86 @@ class Driver:
     # ------------------------------------------------------------------------------------------ the loop
 
     def _loop(self, engine: Engine) -> None:
-        left = self.progress.parts - self.progress.parts_done if self.grid is not None else self._rows_wanted()
-        for _ in range(min(engine.max_workers, left)):
+        """Until every part is done, or the run is to end and what is in flight has ended."""
+        self.pool.members.clear()
+        self.again.clear()
+        self.restarts.clear()
+        for _ in range(min(engine.max_workers, self._left())):
             self._start_worker(engine)
-        source = self._leases()
-        stop_at: float | None = None
-        exhausted = False
-        while True:
-            for due in [at for at in self.restarts if at <= time.monotonic()]:
-                self.restarts.remove(due)
-                self._start_worker(engine)
-            if self.stop_now.is_set():
-                raise Interrupted("stopped at once: run the same command again to continue")
-            if self.stop.is_set():
-                stop_at = stop_at or time.monotonic() + self.grace_s
-                if not self._in_flight() or time.monotonic() > stop_at:
-                    return
-            else:
-                exhausted = self._hand_out(engine, source, exhausted)
-                if exhausted and not self.again and not self._in_flight():
-                    return
+        self.source, self.exhausted, self.stop_at = self._leases(), False, None
+        self.alone_since = time.monotonic()
+        while not self._is_over(engine):
             for event in engine.next_events(timeout_s=0.5):
-                if isinstance(event, Ready):
-                    self._ready(engine, event)
-                elif isinstance(event, Done):
-                    self._done(event)
-                else:
-                    self._failed(engine, event)
-            self.progress.trouble = self.heartbeat.beat(self.progress.snapshot()) if self.heartbeat.is_due() else self.progress.trouble
+                self._take(engine, event)
+            self._part_with_workers(engine)
+            self._beat()
             self.observe(self.progress)
+
+    def _is_over(self, engine: Engine) -> bool:
+        """Hands out what there is to do; whether nothing is left, or the run is to end and nothing is in flight any more."""
+        now = time.monotonic()
+        if self.stop_now.is_set():
+            raise Interrupted("stopped at once: run the same command again to continue")
+        if self._is_to_end():
+            self.stop_at = self.stop_at or now + self.grace_s
+            return not self._open_leases() or now > self.stop_at
+        for due in [at for at in self.restarts if at <= now]:
+            self.restarts.remove(due)
+            self._start_worker(engine)
+        self._hand_out(engine)
+        if self.exhausted and not self.again:
+            if not self._open_leases():
+                return True
+            self._copy_what_is_late(engine)
+        return False
+
+    def _is_to_end(self) -> bool:
+        return self.stop.is_set() or self.heartbeat.wanted != "run"
+
+    def _left(self) -> int:
+        return self.progress.parts - self.progress.parts_done if self.grid is not None else self._rows_wanted()
 
     def _leases(self) -> Iterator[Lease]:
         """Asked for once a worker is ready; by then the grid is known."""
         assert self.grid is not None
-        yield from leases(self.prepared.manifest, self.grid, lambda index: bool(self.is_done[index]))
+        yield from leases(self.prepared.manifest, self.grid, lambda index: bool(self.is_done[index]), self.begin_at)
 
-    def _in_flight(self) -> int:
-        return sum(len(held) for held in self.free.values())
+    def _is_done(self, lease: Lease) -> bool:
+        return all(self.is_done[part.index] for part in lease.parts)
 
-    def _hand_out(self, engine: Engine, source: Iterator[Lease], exhausted: bool) -> bool:
-        """Fill ready workers up to their share; returns whether the source has no more."""
-        while True:
-            worker = min(self.free, key=lambda name: len(self.free[name]), default=None)
-            if worker is None or len(self.free[worker]) >= self._share():
-                return exhausted
+    def _open_leases(self) -> list[Lease]:
+        """In flight, and not already rendered by another worker's copy."""
+        return [lease for lease in self.pool.in_flight() if not self._is_done(lease)]
+
+    def _hand_out(self, engine: Engine) -> None:
+        """Fill ready workers up to their share."""
+        while (worker := self.pool.next_to_fill(self._share())) is not None:
             lease = self._due()
-            if lease is None and not exhausted:
-                lease = next(source, None)
-                exhausted = lease is None
+            if lease is None and not self.exhausted:
+                lease = next(self.source, None)
+                self.exhausted = lease is None
             if lease is None:
-                return exhausted
-            if lease.losses and self.free[worker]:  # a suspect runs alone, so that it takes no mates with it
-                self.again.append((0.0, lease))
-                return exhausted
-            if any(held.losses for held in self.free[worker]):
-                self.again.append((0.0, lease))
-                return exhausted
-            self.free[worker].append(lease)
-            engine.submit(worker, lease)
+                return
+            others = [held.lease for held in self.pool.members[worker].held]
+            if others and (lease.losses or any(other.losses for other in others)):
+                self.again.append((0.0, lease))  # a suspect runs alone, so that it takes no mates with it
+                return
+            self._submit(engine, worker, lease)
+
+    def _submit(self, engine: Engine, worker: str, lease: Lease) -> None:
+        self.pool.take(worker, lease, time.monotonic())
+        engine.submit(worker, lease)
+
+    def _copy_what_is_late(self, engine: Engine) -> None:
+        """The first of the two to publish wins; what the other one has put is for `gc`."""
+        if (found := self.pool.late(time.monotonic(), self._is_done)) is not None:
+            self.progress.copies += 1
+            self._submit(engine, *found)
 
     def _share(self) -> int:
         """Leases a worker may hold: enough to keep its slots full, few enough to leave work for the others at the end."""
         left = self.progress.parts - self.progress.parts_done
-        workers = len(self.free) + len(self.starting)
-        return max(1, min(self.held, -(-left // workers)))
+        return max(1, min(self.held, -(-left // max(1, len(self.pool)))))
 
     def _due(self) -> Lease | None:
         for _ in range(len(self.again)):
@@ -254,16 +316,65 @@ class Driver:
             self.again.append((not_before, lease))
         return None
 
+    def _part_with_workers(self, engine: Engine) -> None:
+        """Kill those that hang, let those go whose nodes do, and end the run if nobody has been there for too long."""
+        now = time.monotonic()
+        for worker in self.pool.hung(now, self.job.failure.deadline_s):
+            engine.stop_worker(worker)
+            self._lost(engine, worker, WorkerLost("it had finished nothing for too long (failure.deadline_s), and was killed"))
+        for worker in self.pool.empty_handed():
+            engine.stop_worker(worker)
+            self.pool.remove(worker)
+            self.progress.workers[worker].state = "let go"
+            self._start_worker(engine)
+        if self.pool.members:
+            self.alone_since = now
+        elif now - self.alone_since > self.job.workers.wait_s:
+            raise Interrupted(
+                f"no worker was ready for {self.job.workers.wait_s:g} s (workers.wait_s); run the same command again when there are nodes"
+            )
+
+    def _beat(self) -> None:
+        if self.heartbeat.is_due():
+            trouble = self.heartbeat.beat(self.progress.snapshot())
+            self.progress.trouble = trouble or self._waiting_for()
+            self.progress.state = self._state()
+
+    def _waiting_for(self) -> str | None:
+        if self.pool.members or self.heartbeat.wanted != "run":
+            return None
+        return f"a worker ({len(self.pool.starting)} are asked for)" if self.progress.first_ready else None
+
+    def _state(self) -> str:
+        if self.progress.first_ready is None:
+            return self.progress.state
+        return {"pause": "PAUSING", "cancel": "CANCELLING"}.get(self.heartbeat.wanted, "RUNNING")
+
     # ------------------------------------------------------------------------------------------ events
 
+    def _take(self, engine: Engine, event: Event) -> None:
+        match event:
+            case Ready():
+                self._ready(engine, event)
+            case Done():
+                self._done(event)
+            case Leaving(worker=None):
+                self.stop.set()
+            case Leaving(worker=str(worker)):
+                if worker in self.pool.members:
+                    self.pool.members[worker].leaving = True
+                    self.progress.workers[worker].state = "leaving"
+            case Failed():
+                self._failed(engine, event)
+
     def _start_worker(self, engine: Engine) -> None:
-        if self.stop.is_set():  # it would only have to be stopped again
+        if self._is_to_end():  # it would only have to be stopped again
             return
         name = f"w{self.worker_number}"
         self.worker_number += 1
-        self.starting.add(name)
+        self.pool.starting.add(name)
         self.progress.workers[name] = WorkerProgress()
-        engine.start_worker(name)
+        engine.start_worker(name, frozenset(self.pool.benched))
 
     def _ready(self, engine: Engine, event: Ready) -> None:
         if self.grid is None:
@@ -271,11 +382,10 @@ class Driver:
             self._use(self._measured_grid(engine, event.info) if grid is None else grid)
         assert self.grid is not None
         self.held = leases_held(event.info.batch_size, self.grid.part_rows * self.prepared.usual.images_per_row)
-        self.starting.discard(event.worker)
-        self.free[event.worker] = []
+        self.pool.join(event.worker, event.info, time.monotonic())
         self.start_failures = 0
-        self.progress.workers[event.worker].state = "ready"
-        self.progress.workers[event.worker].device = event.info.device
+        shown = self.progress.workers[event.worker]
+        shown.state, shown.device, shown.node = "ready", event.info.device, event.info.node
         self.progress.first_ready = self.progress.first_ready or time.time()
         self.progress.state = "RUNNING"
 
@@ -289,33 +399,44 @@ class Driver:
         return self.prepared.grid_of(1).count
 
     def _done(self, event: Done) -> None:
-        """A worker may answer and die: its leases went elsewhere then, and what it committed is adopted there."""
-        if event.worker in self.free:
-            self.free[event.worker].remove(event.lease)
-            self.progress.add(event.worker, event.receipt)
+        """A worker may answer and die, or come second with a copy: what is done is counted once."""
+        silent = self.pool.give_back(event.worker, event.lease, time.monotonic())
+        if silent is not None:
+            self.pool.rendered(event.worker, silent)
+        if silent is None or self._is_done(event.lease):
+            return
+        for part in event.lease.parts:
+            self.is_done[part.index] = 1
+        self.progress.add(event.worker, event.receipt)
+        limit = self.job.failure.stop_after
+        if limit is not None and self.progress.new_errors >= limit:
+            raise Fatal(f"{self.progress.new_errors} images of this run failed (failure.stop_after: {limit}); see `renderfarm errors`")
 
     def _failed(self, engine: Engine, event: Failed) -> None:
-        if isinstance(event.error, WorkerLost):
-            self._lost(engine, event)
-        elif event.lease is None:
+        if event.worker in self.pool.starting:
             self._start_failed(event.worker, event.error)
-        elif event.worker in self.free:
-            self.free[event.worker].remove(event.lease)
+        elif isinstance(event.error, WorkerLost):
+            self._lost(engine, event.worker, event.error)
+        elif event.lease is not None and self.pool.give_back(event.worker, event.lease, time.monotonic()) is not None:
             self._retry(event.lease, event.error)
 
-    def _lost(self, engine: Engine, event: Failed) -> None:
-        """The worker is gone; each of its leases arrives here once."""
-        if event.worker in self.starting:
-            self._start_failed(event.worker, event.error)
+    def _lost(self, engine: Engine, worker: str, error: WorkerLost) -> None:
+        """The worker is gone; the first of its leases to say so speaks for all."""
+        if worker not in self.pool.members:
             return
-        if event.worker in self.free:
-            self.progress.lost_workers += 1
-            self.progress.workers[event.worker].state = "lost"
-            for lease in self.free.pop(event.worker):
-                self.again.append((0.0, self._suspect(lease)))
-            self._start_worker(engine)
+        node = self.pool.members[worker].node
+        self.progress.lost_workers += 1
+        self.progress.workers[worker].state = "lost"
+        for lease in self.pool.remove(worker):
+            if not self._is_done(lease):
+                self.again.append((0.0, self._suspect(lease, error)))
+        if not isinstance(error, NodeLost) and self.pool.lost_on(node):
+            self.progress.workers[worker].reason = f"{NODE_LOSSES} workers died on node {node}, which gets no more of them: {error}"
+        self._start_worker(engine)
 
-    def _suspect(self, lease: Lease) -> Lease:
+    def _suspect(self, lease: Lease, error: WorkerLost) -> Lease:
+        if isinstance(error, NodeLost) and lease.node_losses < NODE_LOSSES_A_LEASE:
+            return replace(lease, node_losses=lease.node_losses + 1)
         if token := lease.announce_as:
             rows = {row for part in lease.parts if (row := commit.announced_row(self.store, part, token)) is not None}
             lease = replace(lease, killers=lease.killers | rows)
@@ -323,21 +444,25 @@ class Driver:
         if losses > self.job.failure.attempts + len(lease.killers):
             rows_text = f"rows {lease.parts[0].start} to {lease.parts[-1].stop - 1}"
             raise Fatal(
-                f"{losses} workers died on {rows_text} and no row could be named; look at the workers' memory and logs, then run again"
+                f"{losses} workers died on {rows_text} and no row could be named ({error}); "
+                "look at the workers' memory and logs, then run again"
             )
         announce_as = f"{self.progress.run_id}.{losses}" if losses >= LOSSES_BEFORE_ANNOUNCING else None
         return replace(lease, losses=losses, announce_as=announce_as)
 
     def _start_failed(self, worker: str, error: RenderfarmError) -> None:
-        self.starting.discard(worker)
+        self.pool.starting.discard(worker)
         self.progress.workers[worker].state, self.progress.workers[worker].reason = "failed to start", str(error)
+        if isinstance(error, NodeLost):  # says nothing of the worker; another one is waited for as long as for the first
+            self.restarts.append(time.monotonic() + 1.0)
+            return
+        alone = not len(self.pool)
         if isinstance(error, ProfileMismatch):
             self.progress.workers[worker].state = "benched"
-            if not self.free and not self.starting:
+            if alone:
                 raise error
             return
         self.start_failures += 1
-        alone = not self.free and not self.starting
         if alone and (isinstance(error, Fatal) or self.start_failures >= START_ATTEMPTS):
             raise error if isinstance(error, Fatal) else Fatal(f"no worker could be started: {error}")
         if not isinstance(error, Fatal):
@@ -348,6 +473,8 @@ class Driver:
         failures = lease.transient_failures + 1
         if not isinstance(error, Transient) or failures >= TRANSIENT_ATTEMPTS:
             raise error if isinstance(error, Fatal) else Fatal(f"part {lease.number}: {error}")
+        if self.pool.holders(lease) or self._is_done(lease):  # a copy of it is on its way, or was faster
+            return
         pause = min(30.0, 0.5 * 2**failures) * random.uniform(0.5, 1.0)
         self.again.append((time.monotonic() + pause, replace(lease, transient_failures=failures)))
 
@@ -368,12 +495,13 @@ class Driver:
 
     def _finish(self) -> RunSummary:
         progress = self.progress
-        if self.stop.is_set():  # the grace may have ended before an answer came
+        if self._is_to_end():  # the grace may have ended before an answer came
             progress.recount(self.prepared.committed().values(), commit.error_classes(self.store))
         self._check_that_all_is_here()
         failed = progress.errors / max(1, progress.errors + progress.images)
         if self.grid is None or progress.parts_done < progress.parts:
-            progress.state, code = "INTERRUPTED", EXIT_INTERRUPTED
+            ended = {"pause": ("PAUSED", EXIT_STOPPED_BY_USER), "cancel": ("CANCELLED", EXIT_STOPPED_BY_USER)}
+            progress.state, code = ended.get(self.heartbeat.wanted, ("INTERRUPTED", EXIT_INTERRUPTED))
         elif failed > self.job.failure.tolerate:
             progress.state, code = "PARTIAL", EXIT_ROWS_FAILED
         else:
@@ -395,6 +523,8 @@ class Driver:
             images_per_second=round(progress.images_per_second, 3),
             useful_slots=progress.useful_slots,
             bytes=progress.bytes,
+            lost_workers=progress.lost_workers,
+            copies=progress.copies,
             warnings=self.prepared.warnings,
             repaired=tuple(self.repaired),
         )

@@ -11,6 +11,7 @@
     ├── Transient           may succeed later (store busy, network): retried with backoff, charged to no row
     │   └── Expired         the store's credentials are too old: waits for new ones
     ├── WorkerLost          the worker died or hangs: its lease goes to another one
+    │   └── NodeLost        its node died or was taken away: nothing of it is charged to the lease's rows
     ├── AlreadyExists       a key that was to be created is there; read it back and adopt it
     ├── Interrupted         somebody wants the run to end now; run it again to continue (exit code 75)
     └── Fatal               the job cannot go on
@@ -28,6 +29,8 @@ EXIT_INTERNAL = 1
 EXIT_USAGE = 2
 EXIT_ROWS_FAILED = 3
 EXIT_STOPPED = 4
+EXIT_STOPPED_BY_USER = 5
+EXIT_TIMED_OUT = 6
 EXIT_INTERRUPTED = 75
 
 
@@ -82,6 +85,10 @@ class Expired(Transient):
 
 class WorkerLost(RenderfarmError):
     """A worker died; nothing is known of the lease but what the store shows."""
+
+
+class NodeLost(WorkerLost):
+    """The worker's node died, or was taken away."""
 
 
 class AlreadyExists(RenderfarmError):

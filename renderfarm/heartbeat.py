@@ -7,14 +7,14 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from renderfarm import commit
+from renderfarm import commit, control
 from renderfarm.errors import RenderfarmError, Transient
 from renderfarm.storage import open_store
 
 EVERY_S = 5.0
 LAST_S = 10.0
 STALE_S = 60.0  # twelve missed ones
-ALIVE = ("STARTING", "REPAIRING", "RUNNING")
+ALIVE = ("STARTING", "REPAIRING", "RUNNING", "PAUSING", "PAUSED", "CANCELLING")
 
 
 def is_alive(progress: dict[str, Any]) -> bool:
@@ -23,9 +23,12 @@ def is_alive(progress: dict[str, Any]) -> bool:
 
 
 class Heartbeat:
-    """Says every EVERY_S how far a run is. Each time is tried once: the next one says more than a repetition."""
+    """Says every EVERY_S how far a run is, and hears what is wanted of it. Each time is tried once: the next one says more than a
+    repetition."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, run_id: str) -> None:
+        self.run_id = run_id
+        self.wanted: control.Wanted = "run"
         self.store = open_store(url, patience_s=0)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="heartbeat")
         self.last, self.put = 0.0, Future[None]()
@@ -38,8 +41,12 @@ class Heartbeat:
         """Why the store could not be written the last time, if it could not. Raises what no time will mend."""
         trouble = self._trouble()
         self.last = time.monotonic()
-        self.put = self.thread.submit(self.store.put, commit.PROGRESS, commit.to_json(snapshot))
+        self.put = self.thread.submit(self._say_and_hear, commit.to_json(snapshot))
         return trouble
+
+    def _say_and_hear(self, snapshot: bytes) -> None:
+        self.store.put(commit.PROGRESS, snapshot)
+        self.wanted = control.read(self.store, self.run_id)
 
     def close(self, snapshot: dict[str, Any]) -> None:
         """The last one, whatever came before. A store that is away now neither undoes a run nor keeps it from ending."""

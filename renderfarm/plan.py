@@ -70,9 +70,14 @@ def choose_part_rows(rows: int, images_per_row: float, seconds_per_image: float,
     return max(1, min(int(images / images_per_row), rows // (PARTS_PER_WORKER * workers)))
 
 
-def leases(manifest: Manifest, grid: Grid, is_done: Callable[[int], bool]) -> Iterator[Lease]:
-    """One lease per part that is not done, in order, with its rows read as it is asked for."""
-    left, ahead = itertools.tee(part for part in grid if not is_done(part.index))
+def leases(manifest: Manifest, grid: Grid, is_done: Callable[[int], bool], begin_at: int = 0) -> Iterator[Lease]:
+    """One lease per part that is not done, with its rows read as it is asked for: in order from part `begin_at` on, then those before."""
+    yield from _ascending(manifest, (part for part in grid if part.index >= begin_at and not is_done(part.index)))
+    yield from _ascending(manifest, (part for part in grid if part.index < begin_at and not is_done(part.index)))
+
+
+def _ascending(manifest: Manifest, parts: Iterator[Part]) -> Iterator[Lease]:
+    left, ahead = itertools.tee(parts)
     tables = manifest.stream((part.start, part.stop) for part in ahead)
     for part, rows in zip(left, tables, strict=True):
         # a slice pickles with all of its batch's buffers; a copy holds the lease's own rows

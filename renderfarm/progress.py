@@ -14,6 +14,7 @@ from renderfarm.records import PartReceipt, Receipt
 @dataclass
 class WorkerProgress:
     device: str = ""
+    node: str = ""
     images: int = 0
     leases: int = 0
     state: str = "starting"
@@ -38,6 +39,8 @@ class Progress:
     new_errors: int = 0
     error_classes: Counter[str] = field(default_factory=Counter)
     lost_workers: int = 0
+    copies: int = 0
+    """Leases given to a second worker, since the first was slow."""
     workers: dict[str, WorkerProgress] = field(default_factory=dict)
     started: float = field(default_factory=time.time)
     first_ready: float | None = None
@@ -121,6 +124,7 @@ class Progress:
             "useful_slots": self.useful_slots and round(self.useful_slots, 4),
             "trouble": self.trouble,
             "lost_workers": self.lost_workers,
+            "copies": self.copies,
             "workers": {name: vars(worker) for name, worker in self.workers.items()},
             "started": round(self.started, 3),
             "updated": round(time.time(), 3),

@@ -103,14 +103,15 @@ class Part:
 class Lease:
     """Whole consecutive parts for one worker, with their manifest rows (canonical column names, `row` first).
 
-    `losses`: workers that died on it. `announce_as`: render one row at a time and say which under this token, so that
-    the next death names its row. `killers`: rows so named; they end as errors.
+    `losses`: workers that died on it; `node_losses`: nodes that went away under it. `announce_as`: render one row at a time
+    and say which under this token, so that the next death names its row. `killers`: rows so named; they end as errors.
     """
 
     number: int
     parts: tuple[Part, ...]
     rows: pa.Table
     losses: int = 0
+    node_losses: int = 0
     transient_failures: int = 0
     announce_as: str | None = None
     killers: frozenset[int] = frozenset()
@@ -149,5 +150,7 @@ class WorkerReady:
     device: str
     load_seconds: float
     batch_size: int
+    node: str = ""
+    """Where it runs; empty in one process."""
     seconds_per_image: float | None = None
     """Measured where `part_rows: auto` is not frozen yet; None, too, where the device has no room for the usual sample."""

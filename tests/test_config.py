@@ -10,8 +10,9 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from renderfarm.config import Job, expand_env
+from renderfarm.config import Failure, Job, expand_env
 from renderfarm.errors import InvalidJob
 from renderfarm.jobfile import MAX_JOB_BYTES, load_job
 from renderfarm.preparation import prepare
@@ -430,3 +431,11 @@ def test_a_key_that_is_given_twice_is_an_error_that_names_its_line(tmp_path: Pat
     (tmp_path / "job.yaml").write_text("name: a\nseed: 1\nseed: 2\n")
     with pytest.raises(InvalidJob, match=r"job.yaml, line 3: .*'seed' is given twice; keep one"):
         load_job(tmp_path / "job.yaml")
+
+
+def test_a_share_of_failures_may_be_given_in_percent() -> None:
+    assert Failure(tolerate="0.5%").tolerate == pytest.approx(0.005)  # type: ignore[arg-type]
+    assert Failure(tolerate=0.25).tolerate == 0.25
+    for given in ("five", "101%", "-1%", 2):
+        with pytest.raises(ValidationError):
+            Failure(tolerate=given)  # type: ignore[arg-type]

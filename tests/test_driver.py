@@ -37,7 +37,7 @@ class ScriptedEngine:
         self.events: deque[Event] = deque()
         self.submitted: list[tuple[str, int]] = []
 
-    def start_worker(self, name: str) -> None:
+    def start_worker(self, name: str, avoid: frozenset[str] = frozenset()) -> None:
         if error := self.starts.get(name):
             self.events.append(Failed(name, None, error))
             return
@@ -53,6 +53,9 @@ class ScriptedEngine:
 
     def next_events(self, timeout_s: float) -> list[Event]:
         return [self.events.popleft()] if self.events else []
+
+    def stop_worker(self, worker: str) -> None:
+        self.workers.pop(worker).close()
 
     def shutdown(self) -> None:
         for worker in self.workers.values():

@@ -31,17 +31,27 @@ class Failed:
     error: RenderfarmError
 
 
-Event = Ready | Done | Failed
+@dataclass(frozen=True)
+class Leaving:
+    """A worker's node will go away: it can finish what it holds. None: that of the driver."""
+
+    worker: str | None
+
+
+Event = Ready | Done | Failed | Leaving
 
 
 class Engine(Protocol):
     max_workers: int
 
-    def start_worker(self, name: str) -> None:
-        """Begin to start a worker; a Ready or a Failed event follows."""
+    def start_worker(self, name: str, avoid: frozenset[str] = frozenset()) -> None:
+        """Begin to start a worker, not on the nodes `avoid`; a Ready or a Failed event follows, once there is room for it."""
 
     def submit(self, worker: str, lease: Lease) -> None:
         """Hand a lease to a ready worker; one Done or Failed event follows."""
+
+    def stop_worker(self, worker: str) -> None:
+        """End a worker now, whatever it does. No event of it follows."""
 
     def next_events(self, timeout_s: float) -> list[Event]:
         """Wait for events; an empty list after the timeout."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from renderfarm.engines.base import Done, Event, Failed, Ready
-from renderfarm.errors import RenderFailed, RenderfarmError
+from renderfarm.errors import Fatal, RenderFailed, RenderfarmError
 from renderfarm.records import Lease
 from renderfarm.worker import Worker, WorkerSpec
 
@@ -22,7 +22,7 @@ class InlineEngine:
         self.in_flight = 0
         self.worker: Worker | None = None
 
-    def start_worker(self, name: str) -> None:
+    def start_worker(self, name: str, avoid: frozenset[str] = frozenset()) -> None:
         self.worker = Worker(replace(self.spec, name=name))
         _start(self._ready, name, self.worker)
 
@@ -42,6 +42,9 @@ class InlineEngine:
             self.events.put(Done(name, lease, worker.render(lease)))
         except Exception as error:  # the lease boundary
             self.events.put(Failed(name, lease, _ours(error)))
+
+    def stop_worker(self, worker: str) -> None:
+        raise Fatal("the worker hangs, and its thread cannot be ended; run again, with --engine ray if that happens again")
 
     def next_events(self, timeout_s: float) -> list[Event]:
         try:

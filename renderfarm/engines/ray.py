@@ -1,7 +1,9 @@
 """The engine on Ray core: one threaded actor per worker. Only this module and `submit` import ray.
 
 Actors and calls are never retried by Ray (`max_restarts=0`, `max_task_retries=0`): a lost call is not a lost part, so
-the driver decides. `ray.data` must not be imported (it registers Arrow types that run code from a Parquet file).
+the driver decides. An actor that was asked for waits within Ray until a node has room for it: so the pool grows when nodes
+join, and an autoscaler sees what is wanted. `ray.data` must not be imported (it registers Arrow types that run code from a
+Parquet file).
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ import ray
 import ray.exceptions
 
 from renderfarm.config import Job
-from renderfarm.engines.base import Done, Event, Failed, Ready
-from renderfarm.errors import Fatal, RenderFailed, RenderfarmError, WorkerLost
+from renderfarm.engines.base import Done, Event, Failed, Leaving, Ready
+from renderfarm.errors import Fatal, NodeLost, RenderFailed, RenderfarmError, WorkerLost
 from renderfarm.records import Lease, Receipt, WorkerReady
 from renderfarm.worker import MOST_LEASES, Worker, WorkerSpec
+
+DRAIN_POLL_S = 2.0
+NODE_DIED = "node has died"  # in Ray's words for an actor that went with its node
 
 
 class _Actor:
@@ -35,7 +40,7 @@ class _Actor:
         self.worker = Worker(spec)
 
     def ready(self) -> WorkerReady:
-        return self.worker.ready()
+        return replace(self.worker.ready(), node=ray.get_runtime_context().get_node_id())
 
     def render(self, lease: Lease) -> Receipt:
         return self.worker.render(lease)
@@ -50,6 +55,9 @@ class RayEngine:
         self._folder: str | None = None
         self._actors: dict[str, Any] = {}
         self._calls: dict[Any, tuple[str, Lease | None]] = {}
+        self._nodes: dict[str, str] = {}  # of ready workers
+        self._leaving: set[str] = set()  # nodes that the driver knows to go away
+        self._asked = 0.0
         self._own = not ray.is_initialized()
         if self._own:
             with _signals_kept():
@@ -62,7 +70,8 @@ class RayEngine:
             if gpu
             else {"num_gpus": 0, "num_cpus": self.job.workers.threads}
         )
-        self._check_room()
+        if self._own:  # elsewhere a node that has room may still join
+            self._check_room()
 
     def _connect(self, address: str | None) -> None:
         common: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
@@ -95,14 +104,16 @@ class RayEngine:
                 "lower workers.devices_per_worker or workers.threads, or add nodes"
             )
 
-    def start_worker(self, name: str) -> None:
+    def start_worker(self, name: str, avoid: frozenset[str] = frozenset()) -> None:
         actor_class: Any = ray.remote(_Actor)
+        elsewhere = {"label_selector": {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"}} if avoid else {}
         actor = actor_class.options(
             max_concurrency=MOST_LEASES,
             max_restarts=0,
             max_task_retries=0,
             enable_task_events=False,
             **self._options,
+            **elsewhere,
         ).remote(replace(self.spec, name=name))
         self._actors[name] = actor
         self._calls[actor.ready.remote()] = (name, None)
@@ -110,12 +121,28 @@ class RayEngine:
     def submit(self, worker: str, lease: Lease) -> None:
         self._calls[self._actors[worker].render.remote(lease)] = (worker, lease)
 
+    def stop_worker(self, worker: str) -> None:
+        self._kill(worker)
+        self._calls = {ref: call for ref, call in self._calls.items() if call[0] != worker}
+
     def next_events(self, timeout_s: float) -> list[Event]:
+        if leaving := self._newly_leaving():
+            return leaving
         if not self._calls:
             time.sleep(timeout_s)
             return []
         done, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
         return [self._event(ref) for ref in done]
+
+    def _newly_leaving(self) -> list[Event]:
+        """Workers whose nodes are being drained. Ray starts nothing new there, and kills them when the node's time is over."""
+        if self._own or time.monotonic() < self._asked + DRAIN_POLL_S:
+            return []
+        self._asked = time.monotonic()
+        new = _draining() - self._leaving
+        self._leaving |= new
+        driver = [Leaving(None)] if ray.get_runtime_context().get_node_id() in new else []
+        return [*driver, *(Leaving(worker) for worker, node in self._nodes.items() if node in new)]
 
     def _event(self, ref: Any) -> Event:
         worker, lease = self._calls.pop(ref)
@@ -126,11 +153,15 @@ class RayEngine:
             if isinstance(ours, WorkerLost):
                 self._kill(worker)
             return Failed(worker, lease, ours)
-        return Ready(worker, answer) if lease is None else Done(worker, lease, answer)
+        if lease is not None:
+            return Done(worker, lease, answer)
+        self._nodes[worker] = answer.node
+        return Ready(worker, answer)
 
     def _kill(self, worker: str) -> None:
         """Make sure that a worker called lost is gone: Ray's "dead" may still be running."""
         actor = self._actors.pop(worker, None)
+        self._nodes.pop(worker, None)
         if actor is not None:
             with contextlib.suppress(Exception):  # it is gone already, which is what was wanted
                 ray.kill(actor)
@@ -142,6 +173,15 @@ class RayEngine:
             ray.shutdown()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _draining() -> set[str]:
+    """Ids of the nodes that are being drained. Ray offers them to its own libraries only (2.60); without them, a node's end is
+    seen when it comes."""
+    try:
+        return set(ray._private.state.state.get_draining_nodes())
+    except Exception:  # a private name may go at any release, and the cluster's head may be away
+        return set()
 
 
 @contextlib.contextmanager
@@ -195,6 +235,8 @@ def _ours(error: Exception) -> RenderfarmError:
         return RenderFailed(f"{type(cause).__name__}: {cause}")
     if isinstance(error, RenderfarmError):
         return error
+    if isinstance(error, ray.exceptions.RayActorError) and (error.preempted or NODE_DIED in str(error)):
+        return NodeLost(_last_line(str(error)))
     if isinstance(error, ray.exceptions.RayActorError | ray.exceptions.WorkerCrashedError | ray.exceptions.OutOfMemoryError):
         return WorkerLost(_last_line(str(error)))
     return RenderFailed(f"{type(error).__name__}: {error}")
