@@ -436,6 +436,6 @@ def test_a_key_that_is_given_twice_is_an_error_that_names_its_line(tmp_path: Pat
 def test_a_share_of_failures_may_be_given_in_percent() -> None:
     assert Failure(tolerate="0.5%").tolerate == pytest.approx(0.005)  # type: ignore[arg-type]
     assert Failure(tolerate=0.25).tolerate == 0.25
-    for given in ("five", "101%", "-1%", 2):
+    for wrong in ("five", "101%", "-1%", 2):
         with pytest.raises(ValidationError):
-            Failure(tolerate=given)  # type: ignore[arg-type]
+            Failure(tolerate=wrong)  # type: ignore[arg-type]
