@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -195,3 +196,11 @@ def write_job(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How much was simulated, whichever process did it."""
+    passed = terminalreporter.stats.get("passed", [])
+    total = sum((Counter(value) for report in passed for name, value in report.user_properties if name == "schedules"), Counter())
+    if total:
+        terminalreporter.write_line(f"simulated: {', '.join(f'{count} × {name}' for name, count in total.items())}")

@@ -1,0 +1,192 @@
+"""Thousands of lives of one output, each drawn from a seed: whoever dies whenever, the output is that of an undisturbed run.
+
+RENDERFARM_TEST_SCHEDULES=300 runs fewer of them, RENDERFARM_TEST_FIRST_SCHEDULE=5000 others. A schedule that fails is in the failure's
+note; the same seed and faults fail again.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from checker import error_rows, image_rows
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from simulation import FAULTS, Fault, Schedule, SimStore, World, simulate
+
+from renderfarm import commit, driver, garbage, pool
+from renderfarm.driver import Driver
+from renderfarm.errors import RenderfarmError
+from renderfarm.jobfile import load_job
+from renderfarm.preparation import Prepared, prepare
+
+Write = Callable[..., Path]
+
+FIRST, SCHEDULES = (int(os.environ.get(f"RENDERFARM_TEST_{name}", given)) for name, given in (("FIRST_SCHEDULE", 0), ("SCHEDULES", 3000)))
+GROUP = 100  # schedules a test, so that processes share them
+ROWS, PART_ROWS = 11, 2
+IMAGES = [1, 2, 1, 1, 2, 1, 1, 2, 1, 1, 1]
+EMPTY = 4  # the row whose prompt is empty
+PLANNED = {(row, k) for row, count in enumerate(IMAGES) for k in range(count)}
+LENGTH = 400  # steps: an undisturbed run makes 230
+MOST_IN_FLIGHT = 3 * 3 * PART_ROWS * 2  # images: workers, leases, rows, images
+COSTS_WORK = (
+    "kill worker",
+    "kill driver",
+    "zombie",
+    "hang",
+    "lose node",
+    "stop",
+    "pause",
+    "cancel",
+    "second driver",
+    "store busy",
+    "lose reply",
+)
+POINTS = ("put data/part/*.png", "create data/part/metadata.parquet", "put errors/part.parquet", "put _renderfarm/parts/part.json")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import yaml
+
+    folder = tmp_path_factory.mktemp("job")
+    prompts = [f"row {row}" if row != EMPTY else "" for row in range(ROWS)]
+    pq.write_table(pa.table({"prompt": prompts, "num_images_per_prompt": IMAGES}), folder / "prompts.parquet")
+    job = {
+        "name": "simulated",
+        "manifest": str(folder / "prompts.parquet"),
+        "model": "builtin:fake",
+        "render": {"height": 8, "width": 8, "num_inference_steps": 1},
+        "workers": {"max": 3, "batch_size": 1},
+        "failure": {"deadline_s": 100},
+        "output": {"path": str(folder / "out"), "part_rows": PART_ROWS},
+    }
+    (folder / "job.yaml").write_text(yaml.safe_dump(job))
+    return prepare(load_job(folder / "job.yaml"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared: Prepared) -> dict[str, bytes]:
+    return files_of(simulate(Schedule(0, ()), prepared))
+
+
+def drawn(seed: int) -> Schedule:
+    random_ = random.Random(seed)
+    faults = tuple(Fault(random_.randrange(LENGTH), random_.choice(FAULTS)) for _ in range(random_.choice([1, 2, 4, 8, 16])))
+    rows = random_.sample(range(ROWS), 3)
+    killers, bad = frozenset(rows[: random_.choice([0, 0, 0, 1])]), frozenset(rows[1 : random_.choice([1, 2, 3])])
+    return Schedule(seed, faults, random_.choice([1, 2, 3]), killers, bad, slow=random_.choice(["", "", "w0", "w1"]))
+
+
+def files_of(world: World) -> dict[str, bytes]:
+    """What readers see."""
+    return {key: data for key, (data, _) in world.keys.items() if key.startswith(("data/", "errors/"))}
+
+
+def live(schedule: Schedule, prepared: Prepared, undisturbed: dict[str, bytes], folder: Path) -> World:
+    """One life, and all that must be true of what it leaves."""
+    try:
+        world = simulate(schedule, prepared)
+        files = files_of(world)
+        for key, data in files.items():
+            (folder / key).parent.mkdir(parents=True, exist_ok=True)
+            (folder / key).write_bytes(data)
+        images, errors = image_rows(folder), error_rows(folder)
+        ended = Counter((row["row"], row["image_index"]) for row in (*images, *errors))
+        assert set(ended) == PLANNED, "nothing is lost"
+        assert max(ended.values()) == 1, "nothing is there twice"
+        assert len(list(folder.glob("data/*/*.png"))) == len(images), "gc has removed what no table names"
+        for summary in world.summaries:
+            if summary.state in ("SUCCEEDED", "PARTIAL"):
+                assert (summary.images, summary.errors) == (len(images), len(errors)), "who says that all is done has counted right"
+        failed = {row["row"]: row["error_class"] for row in errors}
+        assert failed.keys() >= {EMPTY, *schedule.bad, *schedule.killers}
+        assert all(failed[row] == "WorkerCrashed" for row in schedule.killers - {EMPTY})
+        innocent = failed.keys() - {EMPTY, *schedule.bad, *schedule.killers}
+        deaths = sum(world.struck[kind] for kind in ("kill worker", "zombie", "hang"))
+        assert len(innocent) * 3 <= deaths, "three workers must die on a row before it is blamed"
+        for key, data in undisturbed.items():
+            part = int(re.findall(r"part-(\d+)", key)[0])
+            if not {*failed} - {EMPTY} & {part * PART_ROWS, part * PART_ROWS + 1}:
+                assert files[key] == data, "the same bytes as without any fault"
+        again = world.rendered.total() - sum(k < IMAGES[row] for row, k in PLANNED)
+        may = MOST_IN_FLIGHT * sum(world.struck[kind] for kind in COSTS_WORK) + 3 * MOST_IN_FLIGHT * len(schedule.killers)
+        assert again <= may, "what was in flight is rendered again, and no more"
+    except BaseException as error:
+        error.add_note(repr(schedule))
+        raise
+    return world
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(FIRST, FIRST + SCHEDULES, GROUP))
+def test_whatever_happens_the_output_is_that_of_an_undisturbed_run(
+    first: int, prepared: Prepared, undisturbed: dict[str, bytes], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    struck: Counter[str] = Counter()
+    died_at: Counter[str] = Counter()
+    for seed in range(first, min(first + GROUP, FIRST + SCHEDULES)):
+        world = live(drawn(seed), prepared, undisturbed, tmp_path / str(seed))
+        struck += world.struck
+        struck["copies"] += sum(summary.copies for summary in world.summaries)
+        died_at += world.died_at
+    record_property("schedules", {"schedules": GROUP, **struck})
+    assert set(struck) == {*FAULTS, "copies"}, "each kind of fault has struck somebody"
+    if FIRST == 0 and GROUP <= SCHEDULES:
+        assert all(any(point in where for where in died_at) for point in POINTS), "processes died before or after each of these requests"
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+@given(
+    seed=st.integers(0, 1000),
+    faults=st.lists(st.builds(Fault, st.integers(0, LENGTH), st.sampled_from(FAULTS)), max_size=6),
+    workers=st.integers(1, 3),
+    killers=st.frozensets(st.integers(0, ROWS - 1), max_size=2),
+)
+def test_schedules_that_hypothesis_draws(
+    seed: int,
+    faults: list[Fault],
+    workers: int,
+    killers: frozenset[int],
+    prepared: Prepared,
+    undisturbed: dict[str, bytes],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """The same; what fails is made small."""
+    live(Schedule(seed, tuple(faults), workers, killers), prepared, undisturbed, tmp_path_factory.mktemp("life"))
+
+
+BROKEN = {
+    "create is no longer if-absent": (SimStore, "put_if_absent", SimStore.put),
+    "nothing is read back": (commit, "find_commit", lambda *_: None),
+    "no row is announced": (driver, "LOSSES_BEFORE_ANNOUNCING", 10**9),
+    "a copy counts as another part": (Driver, "_is_done", lambda *_: False),
+    "gc knows no table": (garbage, "_named", lambda *_: set()),
+    "a lost worker's leases are forgotten": (pool.Pool, "remove", lambda self, name: self.members.pop(name) and []),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_guarantee_is_seen(broken: str, prepared: Prepared, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    """The suite can fail: without each of these some schedule among the first does."""
+
+    def live_many() -> None:
+        for seed in range(GROUP):
+            live(drawn(seed), prepared, undisturbed, tmp_path / str(seed))
+
+    with patch.object(*BROKEN[broken]), pytest.raises((AssertionError, OSError, RenderfarmError)):
+        live_many()
+
+
+def test_a_schedule_is_its_seed(prepared: Prepared) -> None:
+    one, other = (simulate(drawn(12), prepared) for _ in range(2))
+    assert (one.steps, one.struck, one.rendered) == (other.steps, other.struck, other.rendered)
