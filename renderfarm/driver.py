@@ -35,7 +35,7 @@ from renderfarm.errors import (
     WorkerLost,
 )
 from renderfarm.heartbeat import Heartbeat
-from renderfarm.plan import Grid, choose_part_rows, leases
+from renderfarm.plan import Grid, choose_part_rows, leases, retry_leases
 from renderfarm.preparation import Prepared
 from renderfarm.progress import Progress, WorkerProgress
 from renderfarm.records import Lease, WorkerReady
@@ -76,6 +76,8 @@ class RunSummary:
     """What a user of the dataset should know of the model's rendering."""
     repaired: tuple[Repaired, ...] = ()
     """With `--repair`: the parts that were not as they had been committed."""
+    waived: int = 0
+    """Of the errors, those that may stay."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -136,7 +138,7 @@ class Driver:
             if self.repair:
                 self._repair()
             self._use(grid)
-        if self.grid is None or self.progress.parts_done < self.progress.parts:
+        if self.grid is None or self.progress.parts_done < self.progress.parts or commit.open_retries(self.store):
             engine = make_engine()
             try:
                 self._loop(engine)
@@ -173,15 +175,15 @@ class Driver:
     def _use(self, grid: Grid) -> None:
         """Take over what is committed of it."""
         self.grid, self.is_done, self.progress.parts = grid, bytearray(grid.total), grid.count
-        for index, receipt in self.prepared.committed().items():
+        for index in self.prepared.committed():
             self.is_done[index] = 1
-            self.progress.add_committed(receipt)
-        self.progress.error_classes.update(commit.error_classes(self.store) if self.progress.errors else {})
+        self.progress.recount(commit.totals(self.store))
 
     # ------------------------------------------------------------------------------------------ the loop
 
     def _loop(self, engine: Engine) -> None:
         left = self.progress.parts - self.progress.parts_done if self.grid is not None else self._rows_wanted()
+        left = left or len(commit.open_retries(self.store))
         for _ in range(min(engine.max_workers, left)):
             self._start_worker(engine)
         source = self._leases()
@@ -200,7 +202,11 @@ class Driver:
             else:
                 exhausted = self._hand_out(engine, source, exhausted)
                 if exhausted and not self.again and not self._in_flight():
-                    return
+                    assert self.grid is not None
+                    if not (retries := commit.open_retries(self.store)):
+                        return
+                    source, exhausted = retry_leases(self.prepared.manifest, self.grid, retries), False
+                    continue
             for event in engine.next_events(timeout_s=0.5):
                 if isinstance(event, Ready):
                     self._ready(engine, event)
@@ -347,7 +353,7 @@ class Driver:
     def _retry(self, lease: Lease, error: RenderfarmError) -> None:
         failures = lease.transient_failures + 1
         if not isinstance(error, Transient) or failures >= TRANSIENT_ATTEMPTS:
-            raise error if isinstance(error, Fatal) else Fatal(f"part {lease.number}: {error}")
+            raise error if isinstance(error, Fatal) else Fatal(f"{lease.parts[0].name}: {error}")
         pause = min(30.0, 0.5 * 2**failures) * random.uniform(0.5, 1.0)
         self.again.append((time.monotonic() + pause, replace(lease, transient_failures=failures)))
 
@@ -368,11 +374,12 @@ class Driver:
 
     def _finish(self) -> RunSummary:
         progress = self.progress
-        if self.stop.is_set():  # the grace may have ended before an answer came
-            progress.recount(self.prepared.committed().values(), commit.error_classes(self.store))
+        if self.stop.is_set() or progress.waived:  # the grace may have ended before an answer came; what was waived may be an image now
+            progress.recount(commit.totals(self.store))
         self._check_that_all_is_here()
-        failed = progress.errors / max(1, progress.errors + progress.images)
-        if self.grid is None or progress.parts_done < progress.parts:
+        failed = (progress.errors - progress.waived) / max(1, progress.errors + progress.images)
+        left = self.grid is None or progress.parts_done < progress.parts
+        if left or (self.stop.is_set() and commit.open_retries(self.store)):
             progress.state, code = "INTERRUPTED", EXIT_INTERRUPTED
         elif failed > self.job.failure.tolerate:
             progress.state, code = "PARTIAL", EXIT_ROWS_FAILED
@@ -387,6 +394,7 @@ class Driver:
             rows=progress.rows,
             images=progress.images,
             errors=progress.errors,
+            waived=progress.waived,
             new_images=progress.new_images,
             new_errors=progress.new_errors,
             error_classes=dict(progress.error_classes),
