@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+from renderfarm import commit
 from renderfarm.config import Job
 from renderfarm.driver import GRACE_S, Driver, Observer, RunSummary
 from renderfarm.engines.base import Engine
@@ -48,7 +49,7 @@ def run(
     driver.begin()
     _write_card(prepared)  # at the start, so that an interrupted output opens, too
     try:
-        summary = driver.run(_engine_maker(prepared, engine, address))
+        summary = driver.run(_engine_maker(prepared, engine, address, driver.progress.run_id))
     except Interrupted:  # at once: the store may be what keeps somebody waiting
         raise
     except RenderfarmError:
@@ -59,9 +60,9 @@ def run(
     return summary
 
 
-def _engine_maker(prepared: Prepared, engine: EngineName, address: str | None) -> Callable[[], Engine]:
+def _engine_maker(prepared: Prepared, engine: EngineName, address: str | None, run_id: str) -> Callable[[], Engine]:
     def make() -> Engine:
-        spec = WorkerSpec("", prepared.job, prepared.model, prepared.usual)
+        spec = WorkerSpec("", prepared.job, prepared.model, prepared.usual, run_id)
         if engine == "inline":
             from renderfarm.engines.inline import InlineEngine
 
@@ -74,18 +75,18 @@ def _engine_maker(prepared: Prepared, engine: EngineName, address: str | None) -
 
 
 def _write_card(prepared: Prepared) -> None:
-    committed, grid, output = prepared.committed(), prepared.grid(), prepared.job.output
+    totals, grid, output = commit.totals(prepared.store), prepared.grid(), prepared.job.output
     write_card(
         prepared.store,
         prepared.frozen(),
         name=prepared.job.name,
         rows=prepared.manifest.rows,
-        images=sum(receipt.images for receipt in committed.values()),
-        errors=sum(receipt.errors for receipt in committed.values()),
-        finished=grid is not None and len(committed) == grid.count,
+        images=totals.images,
+        errors=totals.errors,
+        finished=grid is not None and totals.parts_done == grid.count,
         sheet=SHEET if prepared.store.exists(SHEET) else None,
         columns=prepared.columns(),
         warnings=prepared.model.warnings,
         card=output.card,
-        figures=figures(prepared.store, output.layout, committed),
+        figures=figures(prepared.store, output.layout),
     )

@@ -13,12 +13,13 @@ from typing import Any, Literal
 import numpy as np
 
 from renderfarm import commit
+from renderfarm.commit import Ended, ended
 from renderfarm.encode import FORMATS, UNDECODABLE, Written, decode, pixel_sha256, written
 from renderfarm.errors import Fatal, RenderfarmError, Transient
 from renderfarm.layouts.base import name_of
 from renderfarm.manifest import ROW, parse_ranges
 from renderfarm.reading import Output, StoredPart, StoredSample
-from renderfarm.records import Part, SampleKey
+from renderfarm.records import Part, PartId, SampleKey
 
 REPAIR = "`renderfarm run JOB --repair`"
 
@@ -59,32 +60,51 @@ class Checker:
         self.entries = commit.entries_by_part(output.store)  # listed first: whatever they name has been committed by then
         self.parts = sorted({*output.committed(), *self.entries})
 
-    def check(self, index: int) -> CheckedPart:
-        part, entries = self.output.grid.part(index), self.entries.get(index, [])
+    def check(self, id_: PartId) -> CheckedPart:
+        part, entries = self.output.grid.part(id_.index, id_.retry), self.entries.get(id_, [])
         try:
-            stored = self.output.part(index)
+            stored = self.output.part(id_.index, id_.retry)
         except Fatal as error:
-            return CheckedPart(part, StoredPart(), entries, False, [Problem(f"part {index}: {error}", "damage")])
+            return CheckedPart(part, StoredPart(), entries, False, [Problem(f"part {id_}: {error}", "damage")])
         if stored.committed is None:  # at most a view of what is gone
-            gone = Problem(f"part {index}: was committed, and its table is missing; restore it from a copy, or {REPAIR} mends it", "damage")
+            gone = Problem(f"part {id_}: was committed, and its table is missing; restore it from a copy, or {REPAIR} mends it", "damage")
             return CheckedPart(part, stored, entries, False, [gone] if entries else [])
-        found = [*self._rows(part, stored), *self._object(part, stored), *self._views(part, stored)]
+        try:
+            before = ended(self.output.store, self.output.layout, part.index, part.retry) if part.retry else None
+        except RenderfarmError as error:
+            what = Problem(f"part {id_}: what it was rendered again for cannot be read: {error}", _kind(error))
+            return CheckedPart(part, stored, entries, True, [what])
+        found = [*self._rows(part, stored, before), *self._object(part, stored), *self._views(part, stored)]
         found += filter(None, self.readers.map(partial(file_problem, how=self.how), stored.samples))
-        return CheckedPart(part, stored, entries, True, [*found, *self._index(part, stored, entries)])
+        superseded = {} if before is None else commit.superseded(before, stored.committed)
+        return CheckedPart(part, stored, entries, True, [*found, *self._index(part, stored, entries, superseded)])
 
-    def _rows(self, part: Part, stored: StoredPart) -> Iterator[Problem]:
+    def _rows(self, part: Part, stored: StoredPart, before: Ended | None) -> Iterator[Problem]:
         """Every row of the part ended, each sample exactly once."""
-        ended = Counter((row["row"], row["image_index"]) for row in (*(sample.record for sample in stored.samples), *stored.errors))
+        found = Counter((row["row"], row["image_index"]) for row in (*(sample.record for sample in stored.samples), *stored.errors))
+        if before is not None:
+            yield from self._retried(part, found, before)
+            return
         images: dict[int, set[int]] = {}
-        for row, k in ended:
+        for row, k in found:
             images.setdefault(row, set()).add(k)
         planned = set(range(part.start, part.stop))
-        lines = [f"row {row}, image {k} ended {count} times" for (row, k), count in ended.items() if count > 1]
+        lines = [f"row {row}, image {k} ended {count} times" for (row, k), count in found.items() if count > 1]
         lines += [f"row {row} does not belong to it" for row in sorted(images.keys() - planned)]
         for row, there in sorted(images.items()):
             lines += [f"row {row}, image {k} is missing" for k in sorted(set(range(len(there))) - there)]
         lines += [f"row {row} is missing" for row in sorted(_expected(self.output, planned) - images.keys())]
-        return (Problem(f"{part.name}: {line}", "damage") for line in lines)
+        yield from (Problem(f"{part.name}: {line}", "damage") for line in lines)
+
+    def _retried(self, part: Part, found: Counter[tuple[int, int]], before: Ended) -> Iterator[Problem]:
+        """Of a retry: samples that were errors until then, each once."""
+        lines = [f"row {row}, image {k} ended {count} times" for (row, k), count in found.items() if count > 1]
+        for key in sorted(SampleKey(*pair) for pair in found):
+            if key in before.images:
+                lines.append(f"row {key.row}, image {key.image_index} has an image in a rendering before it")
+            elif key not in before.errors:
+                lines.append(f"row {key.row}, image {key.image_index} does not belong to it")
+        yield from (Problem(f"{part.name}: {line}", "damage") for line in lines)
 
     def _object(self, part: Part, stored: StoredPart) -> Iterator[Problem]:
         """What else is wrong with a commit object that has pictures."""
@@ -98,7 +118,7 @@ class Checker:
         """Whether the part's views say what its commit object says."""
         view = f"errors/{part.name}.parquet"
         try:
-            if stored.samples and stored.errors != self.output.errors_of(part.index):
+            if stored.samples and stored.errors != self.output.errors_of(part):
                 yield Problem(f"{part.name}: {view} is not what the part's table says of its errors; {REPAIR} rebuilds it", "derived")
         except RenderfarmError as error:
             yield Problem(f"{view}: {error}", _kind(error, "derived"))
@@ -108,7 +128,7 @@ class Checker:
         except RenderfarmError as error:
             yield Problem(f"{part.name}: {error}", _kind(error, "derived"))
 
-    def _index(self, part: Part, stored: StoredPart, entries: Sequence[str]) -> Iterator[Problem]:
+    def _index(self, part: Part, stored: StoredPart, entries: Sequence[str], superseded: dict[str, int]) -> Iterator[Problem]:
         """What the index says was committed must be there, to the byte. Where an entry is whole and says another hash, nobody can
         tell which of the two has changed: the part is rendered again."""
         if not entries:
@@ -118,20 +138,20 @@ class Checker:
         entry, receipt = commit.entry_that_counts(entries)
         try:
             if not commit.is_as_committed(self.output.store, entry, stored.committed.sha256):
-                line = f"part {part.index}: its table is not the one that was committed (SHA-256 differs); {advice}"
+                line = f"part {part.id}: its table is not the one that was committed (SHA-256 differs); {advice}"
                 if (receipt.images, receipt.errors) != (len(stored.samples), len(stored.errors)):
                     line = (
-                        f"part {part.index}: was committed with {receipt.images} images and {receipt.errors} errors, "
+                        f"part {part.id}: was committed with {receipt.images} images and {receipt.errors} errors, "
                         f"and its table has {len(stored.samples)} and {len(stored.errors)}; {advice}"
                     )
                 yield Problem(line, "damage")
                 return
             if list(entries) != [commit.entry_key(part, stored.committed)]:
-                yield Problem(f"part {part.index}: its index entries count otherwise than its table; {REPAIR} mends them", "derived")
-            elif not commit.counts_errors(self.output.store, entry, stored.committed):
-                yield Problem(f"part {part.index}: {entry} counts other errors than its table; {REPAIR} mends it", "derived")
+                yield Problem(f"part {part.id}: its index entries count otherwise than its table; {REPAIR} mends them", "derived")
+            elif not commit.counts_errors(self.output.store, entry, part, stored.committed, superseded):
+                yield Problem(f"part {part.id}: {entry} counts other errors than its table; {REPAIR} mends it", "derived")
         except (KeyError, RenderfarmError) as error:
-            yield Problem(f"part {part.index}: {error}", _kind(error, "derived"))
+            yield Problem(f"part {part.id}: {error}", _kind(error, "derived"))
 
 
 def _kind(error: Exception, otherwise: Kind = "damage") -> Kind:

@@ -5,7 +5,10 @@
     _renderfarm/profile.json   the render profile, by the first worker ready (create-if-absent)
     _renderfarm/profiles/…     others, by their SHA-256, if the job allows them
     _renderfarm/parts/…        one key a part, its counts in its name, so that one listing tells what is done, and in it the
-                               SHA-256 of the commit object (see layouts); derived: a missing entry costs one request, never an image
+                               SHA-256 of the commit object (see layouts) and who committed it; derived: a missing entry costs one
+                               request, never an image
+    _renderfarm/retries/…      requests to render failed samples again, each as a part of its own (see requests)
+    _renderfarm/waived/…       failed samples that may stay errors (see requests)
     _renderfarm/inputs/…       files that rows and job gave (images, LoRA adapters, networks), by their SHA-256
     _renderfarm/damaged/…      what `run --repair` set aside, by run, under the keys that it had (see repair)
     data/…, errors/…           the commit objects (see layouts)
@@ -13,6 +16,10 @@
 
 Order of a part: images and originals, commit object, views, index entry. Whoever loses the create of the commit object reads
 back what is stored and reports that, whether it is somebody else's or its own whose reply was lost.
+
+A retry is a part of its own, whose name ends in its number, with its own commit. Its samples had ended as errors in the renderings
+before it, none of which is written again, so how a sample ended says the last rendering that has it. Counts follow by sums alone: a
+retry's images are so many errors less.
 """
 
 from __future__ import annotations
@@ -22,18 +29,21 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from renderfarm import requests
 from renderfarm.errors import AlreadyExists, Fatal, InvalidJob, ProfileMismatch
 from renderfarm.layouts import LAYOUTS
 from renderfarm.layouts.base import Committed, Layout, PartWriter, error_view_bytes, errors_bytes, errors_key, read_errors_only
 from renderfarm.plan import Grid, where_row
-from renderfarm.records import Part, PartReceipt
+from renderfarm.records import Part, PartId, PartReceipt, Retry, SampleKey
 from renderfarm.storage import OURS, Store
 
 FORMAT_VERSION = 1
@@ -270,8 +280,19 @@ def find_commit(store: Store, layout: Layout, part: Part) -> PartReceipt | None:
     return _finish(store, layout, part, committed, adopted=True)
 
 
-def publish(store: Store, layout: Layout, part: Part, writer: PartWriter, images: pa.Table, errors: pa.Table) -> PartReceipt:
-    """Commit a part. `writer`: the layout's, which was given every image that `images` names."""
+def publish(
+    store: Store,
+    layout: Layout,
+    part: Part,
+    writer: PartWriter,
+    images: pa.Table,
+    errors: pa.Table,
+    by: Mapping[str, str] | None = None,
+) -> PartReceipt:
+    """Commit a part. `writer`: the layout's, which was given every image that `images` names. `by`: who says so, for its index entry."""
+    following = requests.key(PartId(part.index, part.retry + 1))
+    if store.exists(following) and (found := find_commit(store, layout, part)) is not None:
+        return found  # as errors alone, and a retry may have their images by now
     if len(images):
         key, data, read = layout.commit_key(part), writer.commit_object(images, errors), layout.read
     else:
@@ -287,7 +308,7 @@ def publish(store: Store, layout: Layout, part: Part, writer: PartWriter, images
         store.put(key, data)  # in the place of a view of what is gone
     if not len(images) and (found := find_commit(store, layout, part)) and found.images:
         return found  # another worker had images for this part, and images beat errors
-    return _finish(store, layout, part, committed, adopted=False)
+    return _finish(store, layout, part, committed, adopted=False, by=by)
 
 
 def announce(store: Store, part: Part, row: int, token: str) -> None:
@@ -304,16 +325,76 @@ def announced_row(store: Store, part: Part, token: str) -> int | None:
     return int(announced["row"]) if announced.get("token") == token else None
 
 
-def _finish(store: Store, layout: Layout, part: Part, committed: Committed, *, adopted: bool) -> PartReceipt:
+# ------------------------------------------------------------------------------------------------- how samples ended
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a part's samples have ended by now. `errors`: those without an image, as the last rendering of each says; `by`: which one."""
+
+    images: set[SampleKey]
+    errors: dict[SampleKey, dict[str, Any]]
+    by: dict[SampleKey, PartId]
+
+
+def ended(store: Store, layout: Layout, index: int, renderings: int) -> Ended:
+    """By the first so many renderings of a part. Raises Fatal where the first one is gone, or any is damaged."""
+    found = Ended(set(), {}, {})
+    for retry in range(renderings):
+        part = Part(index, 0, 0, retry)
+        try:
+            _, committed = read_part(store, layout, part)
+        except KeyError:
+            if retry == 0:
+                raise Fatal(f"part {index} is not committed, or its table is gone; run its job (with --repair) first") from None
+            continue  # asked for, and not rendered yet
+        images = _keys(committed.images)
+        found.images.update(images)
+        errors = dict(zip(_keys(committed.errors), committed.errors.to_pylist(), strict=True))
+        found.errors.update(errors)
+        found.by.update(dict.fromkeys(errors, part.id))
+        for key in found.images & found.errors.keys():  # an image beats any error
+            del found.errors[key], found.by[key]
+    return found
+
+
+def _keys(table: pa.Table) -> list[SampleKey]:
+    return [SampleKey(*pair) for pair in zip(table.column("row").to_pylist(), table.column("image_index").to_pylist(), strict=True)]
+
+
+def superseded(before: Ended, committed: Committed) -> dict[str, int]:
+    """Of what classes the errors were that a retry has taken the place of. `before`: how its samples had ended."""
+    there = [*_keys(committed.images), *_keys(committed.errors)]
+    return dict(sorted(Counter(str(before.errors[key]["error_class"]) for key in there if key in before.errors).items()))
+
+
+# ------------------------------------------------------------------------------------------------- the index of parts
+
+
+def _finish(
+    store: Store, layout: Layout, part: Part, committed: Committed, *, adopted: bool, by: Mapping[str, str] | None = None
+) -> PartReceipt:
     images, errors = committed.images, committed.errors
     if len(images):
         _mend_views(store, layout, part, images, errors)
-    receipt = _receipt(part, committed, adopted=adopted)
-    store.put(entry_key(part, committed), to_json({"error_classes": receipt.error_classes, "commit_sha256": committed.sha256}))
+    gone = superseded(ended(store, layout, part.index, part.retry), committed) if part.retry else {}
+    receipt = _receipt(part, committed, gone, adopted=adopted)
+    entry: dict[str, Any] = {"error_classes": receipt.error_classes, "commit_sha256": committed.sha256}
+    if part.retry:
+        entry["superseded"] = receipt.superseded
+    if not (adopted and _says(store, entry_key(part, committed), entry)):  # it may say whose part it is
+        store.put(entry_key(part, committed), to_json(entry | dict(by or {})))
     return receipt
 
 
-def _receipt(part: Part, committed: Committed, *, adopted: bool) -> PartReceipt:
+def _says(store: Store, key: str, wanted: dict[str, Any]) -> bool:
+    try:
+        return wanted.items() <= _read_entry(store, key).items()
+    except (KeyError, Fatal):
+        return False
+
+
+def _receipt(part: Part, committed: Committed, superseded: dict[str, int], *, adopted: bool) -> PartReceipt:
     images, errors = committed.images, committed.errors
     return PartReceipt(
         part=part.index,
@@ -322,11 +403,13 @@ def _receipt(part: Part, committed: Committed, *, adopted: bool) -> PartReceipt:
         bytes=pc.sum(images.column("bytes")).as_py() or 0 if len(images) else 0,
         adopted=adopted,
         error_classes={str(item["values"]): int(item["counts"]) for item in pc.value_counts(errors.column("error_class")).to_pylist()},
+        retry=part.retry,
+        superseded=superseded,
     )
 
 
 def entry_key(part: Part, committed: Committed) -> str:
-    receipt = _receipt(part, committed, adopted=True)
+    receipt = _receipt(part, committed, {}, adopted=True)
     return f"{PARTS}/{part.name}.i{receipt.images}.e{receipt.errors}.b{receipt.bytes}.json"
 
 
@@ -340,24 +423,24 @@ def _mend_views(store: Store, layout: Layout, part: Part, images: pa.Table, erro
         store.put(key, data)
 
 
-_ENTRY = re.compile(r"part-(\d+)\.i(\d+)\.e(\d+)\.b(\d+)\.json$")
+_ENTRY = re.compile(r"part-(\d+)(?:\.r([1-9]\d*))?\.i(\d+)\.e(\d+)\.b(\d+)\.json$")
 
 
 def committed_parts(store: Store) -> dict[int, PartReceipt]:
-    """What the index lists, by part: one listing, no reads."""
-    return {part: receipt for part, (_, receipt) in index_entries(store).items()}
+    """The parts of the grid whose first rendering the index lists: one listing, no reads."""
+    return {part.index: receipt for part, (_, receipt) in index_entries(store).items() if not part.retry}
 
 
-def index_entries(store: Store) -> dict[int, tuple[str, PartReceipt]]:
-    """The index entry of each part."""
-    return {part: entry_that_counts(keys) for part, keys in entries_by_part(store).items()}
+def index_entries(store: Store) -> dict[PartId, tuple[str, PartReceipt]]:
+    """The index entry of each part, ascending, retries included."""
+    return {part: entry_that_counts(keys) for part, keys in sorted(entries_by_part(store).items())}
 
 
-def entries_by_part(store: Store) -> dict[int, list[str]]:
-    found: dict[int, list[str]] = {}
+def entries_by_part(store: Store) -> dict[PartId, list[str]]:
+    found: dict[PartId, list[str]] = {}
     for key in store.list(PARTS):
         if match := _ENTRY.search(key):
-            found.setdefault(int(match[1]), []).append(key)
+            found.setdefault(PartId(int(match[1]), int(match[2] or 0)), []).append(key)
     return found
 
 
@@ -367,9 +450,64 @@ def entry_that_counts(keys: Iterable[str]) -> tuple[str, PartReceipt]:
     for key in keys:
         match = _ENTRY.search(key)
         assert match is not None
-        part, images, errors, size = (int(text) for text in match.groups())
-        found.append((key, PartReceipt(part, images, errors, size, adopted=True)))
+        part, retry, images, errors, size = (int(text or 0) for text in match.groups())
+        found.append((key, PartReceipt(part, images, errors, size, adopted=True, retry=retry)))
     return next((pair for pair in reversed(found) if pair[1].images), found[0])
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What an output holds. `errors`, `classes`: of samples that have no image by now; `waived`: how many of them may stay so."""
+
+    parts_done: int
+    images: int
+    errors: int
+    bytes: int
+    classes: dict[str, int]
+    waived: int
+
+
+def totals(store: Store) -> Totals:
+    """By the index: one listing, and the entries that have errors are read; beside that, the parts of which anything is waived."""
+    entries = index_entries(store)
+    receipts = [receipt for _, receipt in entries.values()]
+    images = sum(receipt.images for receipt in receipts)
+    return Totals(
+        parts_done=sum(not receipt.retry for receipt in receipts),
+        images=images,
+        errors=sum(-receipt.images if receipt.retry else receipt.errors for receipt in receipts),
+        bytes=sum(receipt.bytes for receipt in receipts),
+        classes=_classes(store, entries),
+        waived=_waived(store, entries),
+    )
+
+
+def _waived(store: Store, entries: Iterable[PartId]) -> int:
+    if not (waivers := requests.waivers(store)):
+        return 0
+    layout = LAYOUTS[read_job(store)["output"]["layout"]]
+    renderings: dict[int, int] = {}
+    for part in entries:
+        renderings[part.index] = max(renderings.get(part.index, 0), part.retry + 1)
+    return sum(
+        len(requests.waived(store, keys).keys() & ended(store, layout, index, renderings[index]).errors.keys())
+        for index, keys in waivers.items()
+        if index in renderings
+    )
+
+
+def open_retries(store: Store) -> list[Retry]:
+    """Requests that wait to be rendered, ascending; of each part the first one, and only where its rendering before is committed.
+
+    Raises Fatal for a damaged one.
+    """
+    waiting: dict[int, PartId] = {}
+    asked = requests.asked(store)
+    entries = index_entries(store) if asked else {}
+    for part in asked:
+        if part not in entries and PartId(part.index) in entries:
+            waiting.setdefault(part.index, part)
+    return [requests.read(store, part) for part in waiting.values()]
 
 
 def is_as_committed(store: Store, entry: str, committed_sha256: str) -> bool:
@@ -383,23 +521,38 @@ def is_as_committed(store: Store, entry: str, committed_sha256: str) -> bool:
     return said == committed_sha256
 
 
-def counts_errors(store: Store, entry: str, committed: Committed) -> bool:
-    """Whether an entry says of what classes a part's errors are. Raises as `is_as_committed` does."""
-    return bool(_read_entry(store, entry).get("error_classes") == _receipt(Part(0, 0, 0), committed, adopted=True).error_classes)
+def counts_errors(store: Store, entry: str, part: Part, committed: Committed, superseded: dict[str, int]) -> bool:
+    """Whether an entry says of what classes a part's errors are, and were. Raises as `is_as_committed` does."""
+    receipt, said = _receipt(part, committed, superseded, adopted=True), _read_entry(store, entry)
+    return bool(said.get("error_classes") == receipt.error_classes and said.get("superseded", {}) == superseded)
+
+
+def committed_by(store: Store, entry: str) -> dict[str, Any]:
+    """Who committed a part, as far as its entry says. Raises as `is_as_committed` does."""
+    said = _read_entry(store, entry)
+    return {name: said[name] for name in ("run", "worker", "host") if name in said}
 
 
 def error_classes(store: Store) -> dict[str, int]:
-    """How many errors of each class the committed parts hold; reads the index entries that have any."""
-    counts: dict[str, int] = {}
-    for key, receipt in index_entries(store).values():
+    """How many samples have ended as an error of each class; reads the index entries that have any."""
+    return _classes(store, index_entries(store))
+
+
+def _classes(store: Store, entries: Mapping[PartId, tuple[str, PartReceipt]]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for part, (key, receipt) in entries.items():
         if receipt.errors:
-            try:
-                classes = {str(name): int(count) for name, count in _read_entry(store, key)["error_classes"].items()}
-            except (KeyError, AttributeError, TypeError, ValueError):
-                raise _damaged_entry(store, key, "no error_classes") from None
-            for name, count in classes.items():
-                counts[name] = counts.get(name, 0) + count
-    return counts
+            counts.update(_counts(store, key, "error_classes"))
+        if part.retry and (receipt.errors or receipt.images):
+            counts.subtract(_counts(store, key, "superseded"))
+    return {name: count for name, count in counts.items() if count}
+
+
+def _counts(store: Store, key: str, name: str) -> dict[str, int]:
+    try:
+        return {str(kind): int(count) for kind, count in _read_entry(store, key)[name].items()}
+    except (KeyError, AttributeError, TypeError, ValueError):
+        raise _damaged_entry(store, key, f"no {name}") from None
 
 
 def _read_entry(store: Store, key: str) -> dict[str, Any]:

@@ -42,11 +42,11 @@ from renderfarm.errors import (
     WorkerLost,
 )
 from renderfarm.heartbeat import STALE_S, Heartbeat, is_alive
-from renderfarm.plan import Grid, choose_part_rows, leases
+from renderfarm.plan import Grid, choose_part_rows, leases, retry_leases
 from renderfarm.pool import NODE_LOSSES, Pool
 from renderfarm.preparation import Prepared
 from renderfarm.progress import Progress, WorkerProgress
-from renderfarm.records import Lease, WorkerReady
+from renderfarm.records import Lease, PartId, WorkerReady
 from renderfarm.repair import Repaired, refuse_if_alive, repair
 from renderfarm.storage import probe
 from renderfarm.worker import LEASES_IN_FLIGHT, leases_held
@@ -90,6 +90,8 @@ class RunSummary:
     """What a user of the dataset should know of the model's rendering."""
     repaired: tuple[Repaired, ...] = ()
     """With `--repair`: the parts that were not as they had been committed."""
+    waived: int = 0
+    """Of the errors, those that may stay."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -120,7 +122,8 @@ class Driver:
         self.grid: Grid | None = None
         self.held = LEASES_IN_FLIGHT
         self.stop_at: float | None = None
-        self.is_done = bytearray()  # by part
+        self.is_done = bytearray()  # by part of the grid
+        self.retries_done: set[PartId] = set()
         self.shares, self.begin_at = False, 0
         """The part to begin with: another one than a run that is already at work began with."""
         self.pool = Pool()
@@ -169,7 +172,7 @@ class Driver:
                 self._repair()
             self._use(grid)
         try:
-            while self.grid is None or self._left():
+            while self.grid is None or self._left() or commit.open_retries(self.store):
                 engine = make_engine()
                 try:
                     self._loop(engine)
@@ -219,10 +222,9 @@ class Driver:
         """Take over what is committed of it."""
         self.grid, self.is_done, self.progress.parts = grid, bytearray(grid.total), grid.count
         self.begin_at = random.randrange(grid.total) if self.shares else 0
-        for index, receipt in self.prepared.committed().items():
+        for index in self.prepared.committed():
             self.is_done[index] = 1
-            self.progress.add_committed(receipt)
-        self.progress.error_classes.update(commit.error_classes(self.store) if self.progress.errors else {})
+        self.progress.recount(commit.totals(self.store))
 
     # ------------------------------------------------------------------------------------------ the loop
 
@@ -231,7 +233,7 @@ class Driver:
         self.pool.members.clear()
         self.again.clear()
         self.restarts.clear()
-        for _ in range(min(engine.max_workers, self._left())):
+        for _ in range(min(engine.max_workers, self._left() or len(commit.open_retries(self.store)))):
             self._start_worker(engine)
         self.source, self.exhausted, self.stop_at = self._leases(), False, None
         self.alone_since = time.monotonic()
@@ -256,7 +258,7 @@ class Driver:
         self._hand_out(engine)
         if self.exhausted and not self.again:
             if not self._open_leases():
-                return True
+                return not self._take_up_retries()
             self._copy_what_is_late(engine)
         return False
 
@@ -271,8 +273,15 @@ class Driver:
         assert self.grid is not None
         yield from leases(self.prepared.manifest, self.grid, lambda index: bool(self.is_done[index]), self.begin_at)
 
+    def _take_up_retries(self) -> bool:
+        """What somebody has asked for since (`renderfarm retry`); whether there is any."""
+        assert self.grid is not None
+        if retries := commit.open_retries(self.store):
+            self.source, self.exhausted = retry_leases(self.prepared.manifest, self.grid, retries), False
+        return bool(retries)
+
     def _is_done(self, lease: Lease) -> bool:
-        return all(self.is_done[part.index] for part in lease.parts)
+        return all(part.id in self.retries_done if part.retry else self.is_done[part.index] for part in lease.parts)
 
     def _open_leases(self) -> list[Lease]:
         """In flight, and not already rendered by another worker's copy."""
@@ -406,7 +415,10 @@ class Driver:
         if silent is None or self._is_done(event.lease):
             return
         for part in event.lease.parts:
-            self.is_done[part.index] = 1
+            if part.retry:
+                self.retries_done.add(part.id)
+            else:
+                self.is_done[part.index] = 1
         self.progress.add(event.worker, event.receipt)
         limit = self.job.failure.stop_after
         if limit is not None and self.progress.new_errors >= limit:
@@ -472,7 +484,7 @@ class Driver:
     def _retry(self, lease: Lease, error: RenderfarmError) -> None:
         failures = lease.transient_failures + 1
         if not isinstance(error, Transient) or failures >= TRANSIENT_ATTEMPTS:
-            raise error if isinstance(error, Fatal) else Fatal(f"part {lease.number}: {error}")
+            raise error if isinstance(error, Fatal) else Fatal(f"{lease.parts[0].name}: {error}")
         if self.pool.holders(lease) or self._is_done(lease):  # a copy of it is on its way, or was faster
             return
         pause = min(30.0, 0.5 * 2**failures) * random.uniform(0.5, 1.0)
@@ -495,11 +507,11 @@ class Driver:
 
     def _finish(self) -> RunSummary:
         progress = self.progress
-        if self._is_to_end():  # the grace may have ended before an answer came
-            progress.recount(self.prepared.committed().values(), commit.error_classes(self.store))
+        if self._is_to_end() or progress.waived:  # the grace may have ended before an answer came; what was waived may be an image now
+            progress.recount(commit.totals(self.store))
         self._check_that_all_is_here()
-        failed = progress.errors / max(1, progress.errors + progress.images)
-        if self.grid is None or progress.parts_done < progress.parts:
+        failed = (progress.errors - progress.waived) / max(1, progress.errors + progress.images)
+        if self.grid is None or self._left() or (self._is_to_end() and commit.open_retries(self.store)):
             ended = {"pause": ("PAUSED", EXIT_STOPPED_BY_USER), "cancel": ("CANCELLED", EXIT_STOPPED_BY_USER)}
             progress.state, code = ended.get(self.heartbeat.wanted, ("INTERRUPTED", EXIT_INTERRUPTED))
         elif failed > self.job.failure.tolerate:
@@ -515,6 +527,7 @@ class Driver:
             rows=progress.rows,
             images=progress.images,
             errors=progress.errors,
+            waived=progress.waived,
             new_images=progress.new_images,
             new_errors=progress.new_errors,
             error_classes=dict(progress.error_classes),

@@ -19,14 +19,15 @@ def estimate(prepared: Prepared) -> dict[str, Any]:
     committed = prepared.committed()
     if committed:
         commit.check_job(prepared.store, prepared.frozen())
-    images_done = sum(receipt.images for receipt in committed.values())
-    errors_done = sum(receipt.errors for receipt in committed.values())
+    totals = commit.totals(prepared.store)
+    images_done, errors_done = totals.images, totals.errors
+    asked_again = sum(len(retry.samples) for retry in commit.open_retries(prepared.store))
     rows_done = _rows(grid.part(index) for index in committed) if grid is not None else 0
     rows_wanted = _rows(grid) if grid is not None else prepared.grid_of(1).count
     per_row = (images_done + errors_done) / rows_done if rows_done and job.manifest.where is None else job.render.num_images_per_prompt or 1
-    images_left = round((rows_wanted - rows_done) * per_row)
+    images_left = round((rows_wanted - rows_done) * per_row) + asked_again
     if images_done:
-        bytes_per_image = sum(receipt.bytes for receipt in committed.values()) / images_done
+        bytes_per_image = totals.bytes / images_done
     else:
         pixels = (job.render.height or model.height) * (job.render.width or model.width)
         kept = 1 if job.output.keep_originals else 0
@@ -50,6 +51,7 @@ def estimate(prepared: Prepared) -> dict[str, Any]:
         "parts left": grid.count - len(committed) if grid is not None else None,
         "images done": images_done,
         "errors done": errors_done,
+        "of them to be rendered again": asked_again,
         "images left": images_left,
         "images left is": "an upper bound: `where` leaves rows out, or rows say how many" if rows_decide else "exact",
         "bytes left (estimate)": round(images_left * bytes_per_image),

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from renderfarm import commit
 from renderfarm.errors import AlreadyExists, Fatal, InvalidJob
@@ -29,7 +30,7 @@ from renderfarm.layouts import LAYOUTS, webdataset
 from renderfarm.layouts.base import Committed, Place, table_bytes
 from renderfarm.reading import Entries, Output
 from renderfarm.reading import open as open_output
-from renderfarm.records import Part
+from renderfarm.records import Part, PartId
 from renderfarm.report.card import KEY as CARD
 from renderfarm.report.card import given, write_card
 from renderfarm.report.contact_sheet import KEY as SHEET
@@ -121,53 +122,63 @@ def _check_apart(out: str, dest: str) -> None:
 
 @dataclass(frozen=True)
 class _Source:
-    """What an output holds. Of each image, in the order in which they are exported: its part, its place in the part's table, and about how
-    many bytes it will take. `parts`: the SHA-256 of each commit object. `columns`: of the image table."""
+    """What an output holds. Of each image, in the order in which they are exported: its part (as its place among `parts`), its place in the
+    part's table, and about how many bytes it will take. `parts`: the SHA-256 of each commit object. `columns`: of the image table.
+    `errors`: samples without an image."""
 
     part: np.ndarray
     place: np.ndarray
     weight: np.ndarray
-    parts: dict[int, str]
+    parts: dict[PartId, str]
     columns: pa.Schema
     errors: int
 
     def plan(self, output: Output, options: Options) -> dict[str, Any]:
         job = hashlib.sha256(output.store.read(commit.JOB)).hexdigest()
-        return {"options": asdict(options), "job_sha256": job, "parts": {str(index): sha256 for index, sha256 in self.parts.items()}}
+        return {"options": asdict(options), "job_sha256": job, "parts": {str(part): sha256 for part, sha256 in self.parts.items()}}
 
 
 def _survey(output: Output, options: Options, say: Say) -> _Source:
     part, place, weight, keys = [np.empty(0, np.int32)], [np.empty(0, np.int32)], [np.empty(0, np.int64)], [np.empty((0, 2), np.uint64)]
-    parts: dict[int, str] = {}
+    parts: dict[PartId, str] = {}
     columns, errors = None, 0
-    for index, committed in _committed(output):
-        count = len(committed.images)
+    for index, renderings in itertools.groupby(_committed(output), lambda found: found[0].index):
         say(f"reading tables: part {index:,}")
-        parts[index], errors = committed.sha256, errors + len(committed.errors)
-        if not count:
-            continue
-        columns = columns or committed.images.schema
-        part.append(np.full(count, index, np.int32))
-        place.append(np.arange(count, dtype=np.int32))
-        weight.append(_weights(committed, options.to))
-        if options.shuffle is not None:
-            keys.append(_shuffle_keys(committed.images, options.shuffle))
+        tables = []
+        for id_, committed in renderings:
+            count = len(committed.images)
+            errors += -count if id_.retry else len(committed.errors)
+            if count:
+                columns = columns or committed.images.schema
+                part.append(np.full(count, len(parts), np.int32))
+                place.append(np.arange(count, dtype=np.int32))
+                weight.append(_weights(committed, options.to))
+                tables.append(committed.images.select(["row", "image_index"]))
+            parts[id_] = committed.sha256
+        if tables and options.shuffle is not None:
+            keys.append(_shuffle_keys(pa.concat_tables(tables), options.shuffle))
+        if len(tables) > 1:  # the images of retries stand where their rows do
+            order = pc.sort_indices(pa.concat_tables(tables), [("row", "ascending"), ("image_index", "ascending")]).to_numpy()
+            for column in (part, place, weight):
+                column[-len(tables) :] = [np.concatenate(column[-len(tables) :])[order]]
+            if options.shuffle is not None:
+                keys[-1] = keys[-1][order]
     if columns is None:
         raise InvalidJob(f"{output.store.url}: no image is committed yet, so there is nothing to export; run its job first")
-    order: Any = slice(None)
+    shuffled: Any = slice(None)
     if options.shuffle is not None:
         low, high = np.concatenate(keys).T
-        order = np.lexsort((high, low))
-    images = [np.concatenate(column)[order] for column in (part, place, weight)]
+        shuffled = np.lexsort((high, low))
+    images = [np.concatenate(column)[shuffled] for column in (part, place, weight)]
     return _Source(images[0], images[1], images[2], parts, columns, errors)
 
 
-def _committed(output: Output) -> Iterator[tuple[int, Committed]]:
+def _committed(output: Output) -> Iterator[tuple[PartId, Committed]]:
     """Every committed part, ascending. Raises Fatal for one that is not what the index says, or is gone."""
     entries = commit.index_entries(output.store)  # first: what it names is committed
-    for index in sorted({*output.committed(), *entries}):
-        if (found := output.as_committed(index, entries)) is not None:
-            yield index, found[1]
+    for part in sorted({*output.committed(), *entries}):
+        if (found := output.as_committed(part, entries)) is not None:
+            yield part, found[1]
 
 
 def _weights(committed: Committed, to: Format) -> np.ndarray:
@@ -239,7 +250,7 @@ class _Writer:
 
     def __init__(self, output: Output, store: Store, source: _Source, options: Options) -> None:
         self.output, self.store, self.source, self.to = output, store, source, options.to
-        self.layout = LAYOUTS[options.to]
+        self.layout, self.parts = LAYOUTS[options.to], list(source.parts)
         self.pictures = output.layout.pictures(output.store)
         count = len(source.weight)
         self.bounds = (
@@ -270,7 +281,7 @@ class _Writer:
         firsts = np.flatnonzero(np.diff(part[order], prepend=-1))
         with self.layout.writer(self.store, Part(number, 0, 0)) as writer:
             tables = [
-                self._take(int(part[order[start]]), place[order[start:stop]], writer.add)
+                self._take(self.parts[part[order[start]]], place[order[start:stop]], writer.add)
                 for start, stop in itertools.pairwise([*firsts.tolist(), len(order)])
             ]
             images = pa.concat_tables(tables).take(np.argsort(order)).combine_chunks()
@@ -282,11 +293,11 @@ class _Writer:
             except AlreadyExists:  # by another one at the same export, or by us, and the reply was lost: the same bytes
                 return
 
-    def _take(self, index: int, places: np.ndarray, add: Callable[[str, bytes], None]) -> pa.Table:
+    def _take(self, part: PartId, places: np.ndarray, add: Callable[[str, bytes], None]) -> pa.Table:
         """Those rows of a part; their pictures are added."""
-        found = self.output.as_committed(index, Entries())
-        if found is None or found[1].sha256 != self.source.parts[index]:
-            raise Fatal(f"part {index} of {self.output.store.url} was changed or removed meanwhile; export it to another place")
+        found = self.output.as_committed(part, Entries())
+        if found is None or found[1].sha256 != self.source.parts[part]:
+            raise Fatal(f"part {part} of {self.output.store.url} was changed or removed meanwhile; export it to another place")
         key, committed = found
 
         def copy(image: tuple[int, str]) -> None:
@@ -336,11 +347,11 @@ def _write_card(output: Output, store: Store, source: _Source, options: Options,
         rows=grid.rows,
         images=len(source.weight),
         errors=source.errors,
-        finished=len(source.parts) == grid.count,
+        finished=sum(not part.retry for part in source.parts) == grid.count,
         sheet=EXPORTED_SHEET if sheet else None,
         columns=source.columns,
         warnings=warnings,
         card=card,
-        figures=figures(output.store, output.job["output"]["layout"], commit.committed_parts(output.store)),
+        figures=figures(output.store, output.job["output"]["layout"]),
         exported=read_as or store.url,
     )

@@ -27,13 +27,13 @@ from renderfarm.heartbeat import is_alive
 from renderfarm.layouts.base import Committed
 from renderfarm.reading import Entries, Output
 from renderfarm.reading import open as open_output
-from renderfarm.records import Part
+from renderfarm.records import PartId
 from renderfarm.storage import TEMPORARY, Stored
 
 KINDS = ("images", "originals", "unfinished", "announcements")
 REMOVERS = 8
-_IMAGE = re.compile(r"(data|originals)/part-(\d{8,})/\d{10,}-\d{4,}-[0-9a-f]{8}\.[a-z]+")
-_ANNOUNCED = re.compile(rf"{commit.ANNOUNCED}/part-\d{{8,}}\.json")
+_IMAGE = re.compile(r"(data|originals)/part-(\d{8,})(?:\.r([1-9]\d*))?/\d{10,}-\d{4,}-[0-9a-f]{8}\.[a-z]+")
+_ANNOUNCED = re.compile(rf"{commit.ANNOUNCED}/part-\d{{8,}}(\.r[1-9]\d*)?\.json")
 
 
 @dataclass
@@ -58,9 +58,9 @@ def collect(out: str, older_than_s: float, *, dry_run: bool = False, say: Callab
     output, before = open_output(out), time.time() - older_than_s
     found, entries = Collected(dry_run), commit.index_entries(output.store)
     by_part = _pictures(output, before)
-    for done, (index, stored) in enumerate(sorted(by_part.items())):
+    for done, (part, stored) in enumerate(sorted(by_part.items())):
         say(f"part {done:,} of {len(by_part):,} that hold old pictures")
-        _collect_part(output, entries, index, stored, found)
+        _collect_part(output, entries, part, stored, found)
     _collect_unfinished(output, before, found)
     return found
 
@@ -68,19 +68,19 @@ def collect(out: str, older_than_s: float, *, dry_run: bool = False, say: Callab
 # ------------------------------------------------------------------------------------------------------- pictures
 
 
-def _pictures(output: Output, before: float) -> dict[int, dict[str, Stored]]:
+def _pictures(output: Output, before: float) -> dict[PartId, dict[str, Stored]]:
     """By part and key: files with a picture's name, as old as that."""
-    found: dict[int, dict[str, Stored]] = {}
+    found: dict[PartId, dict[str, Stored]] = {}
     for folder in ("data", "originals"):
         for stored in output.store.stored(folder):
             if (match := _IMAGE.fullmatch(stored.key)) and stored.modified < before:
-                found.setdefault(int(match[2]), {})[stored.key] = stored
+                found.setdefault(PartId(int(match[2]), int(match[3] or 0)), {})[stored.key] = stored
     return found
 
 
-def _collect_part(output: Output, entries: Entries, index: int, old: dict[str, Stored], found: Collected) -> None:
+def _collect_part(output: Output, entries: Entries, part: PartId, old: dict[str, Stored], found: Collected) -> None:
     try:
-        committed = output.as_committed(index, entries)
+        committed = output.as_committed(part, entries)
     except Fatal as error:
         found.notes.append(f"{error}; none of its files was removed")
         return
@@ -89,7 +89,7 @@ def _collect_part(output: Output, entries: Entries, index: int, old: dict[str, S
     if not named and _run_began(output) is not None:  # not committed, or as errors alone: images that come later win
         found.left_to_runs += len(orphans)
         return
-    still = [stored for stored in _of_part(output, index) if orphans.get(stored.key) == stored] if orphans else []
+    still = [stored for stored in _of_part(output, part) if orphans.get(stored.key) == stored] if orphans else []
     _remove(found, [("images" if stored.key.startswith("data/") else "originals", stored) for stored in still], output.store.delete)
 
 
@@ -98,11 +98,10 @@ def _named(output: Output, key: str, committed: Committed) -> set[str]:
     return {*(output.layout.picture_key(key, name) for name in committed.names), *originals}
 
 
-def _of_part(output: Output, index: int) -> Iterator[Stored]:
+def _of_part(output: Output, part: PartId) -> Iterator[Stored]:
     """As they are now: what somebody has written again meanwhile has another date."""
-    name = Part(index, 0, 0).name
-    yield from output.store.stored(f"data/{name}")
-    yield from output.store.stored(f"originals/{name}")
+    yield from output.store.stored(f"data/{part.name}")
+    yield from output.store.stored(f"originals/{part.name}")
 
 
 # ------------------------------------------------------------------------------------------------ unfinished writes

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from renderfarm.errors import Fatal
 from renderfarm.manifest import ROW, Manifest, parse_ranges
-from renderfarm.records import Lease, Part
+from renderfarm.records import Lease, Part, Retry
 
 # `part_rows: auto`. A part is what a crash costs, and what the others wait for at the end; but each is a commit, and the
 # few that a worker holds must fill its slots.
@@ -56,8 +58,8 @@ class Grid:
     def __iter__(self) -> Iterator[Part]:
         return (self.part(index) for span in self.wanted for index in span)
 
-    def part(self, index: int) -> Part:
-        return Part(index, index * self.part_rows, min(self.rows, (index + 1) * self.part_rows))
+    def part(self, index: int, retry: int = 0) -> Part:
+        return Part(index, index * self.part_rows, min(self.rows, (index + 1) * self.part_rows), retry)
 
 
 def where_row(where: dict[str, Any] | None) -> str | None:
@@ -82,3 +84,24 @@ def _ascending(manifest: Manifest, parts: Iterator[Part]) -> Iterator[Lease]:
     for part, rows in zip(left, tables, strict=True):
         # a slice pickles with all of its batch's buffers; a copy holds the lease's own rows
         yield Lease(number=part.index, parts=(part,), rows=rows.take(pa.array(range(len(rows)), pa.int64())))
+
+
+def retry_leases(manifest: Manifest, grid: Grid, retries: Iterable[Retry]) -> Iterator[Lease]:
+    """One lease per retry, in the parts' order, with the rows that it is about. Of one part there is one retry at most.
+
+    Raises Fatal for samples that the part does not have.
+    """
+    wanted = sorted(retries, key=lambda retry: retry.part)
+    for retry in wanted:
+        part = grid.part(retry.part.index, retry.part.retry)
+        if not retry.samples or any(not part.start <= sample.row < part.stop for sample in retry.samples):
+            raise Fatal(
+                f"the request {retry.part.name} asks for samples that its part does not have; remove it from _renderfarm/retries/, "
+                "and `renderfarm retry` asks again for what failed"
+            )
+    rows = [sorted({sample.row for sample in retry.samples}) for retry in wanted]
+    for retry, ordinals, table in zip(wanted, rows, manifest.stream((span[0], span[-1] + 1) for span in rows), strict=True):
+        # numbers of their own: a part's first rendering has its index
+        number = grid.total * retry.part.retry + retry.part.index
+        asked = table.filter(pc.is_in(table.column(ROW), pa.array(ordinals, pa.int64())))
+        yield Lease(number=number, parts=(grid.part(retry.part.index, retry.part.retry),), rows=asked, only=retry.samples)

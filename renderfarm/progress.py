@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from renderfarm.commit import Totals
 from renderfarm.records import PartReceipt, Receipt
 
 
@@ -38,6 +38,8 @@ class Progress:
     new_images: int = 0
     new_errors: int = 0
     error_classes: Counter[str] = field(default_factory=Counter)
+    waived: int = 0
+    """Of the errors, those that may stay (`renderfarm waive`), when the run began."""
     lost_workers: int = 0
     copies: int = 0
     """Leases given to a second worker, since the first was slow."""
@@ -51,17 +53,16 @@ class Progress:
     counters: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def add_committed(self, receipt: PartReceipt) -> None:
-        self.parts_done += 1
+        self.parts_done += not receipt.retry
         self.images += receipt.images
-        self.errors += receipt.errors
+        self.errors += -receipt.images if receipt.retry else receipt.errors  # a retry's samples were errors before
         self.bytes += receipt.bytes
+        self.error_classes = self.error_classes + Counter(receipt.error_classes) - Counter(receipt.superseded)
 
-    def recount(self, receipts: Iterable[PartReceipt], error_classes: Mapping[str, int]) -> None:
+    def recount(self, totals: Totals) -> None:
         """Count anew what is committed: a part may be there whose worker's answer never came."""
-        self.parts_done = self.images = self.errors = self.bytes = 0
-        self.error_classes = Counter(error_classes)
-        for receipt in receipts:
-            self.add_committed(receipt)
+        self.parts_done, self.images, self.errors, self.bytes = totals.parts_done, totals.images, totals.errors, totals.bytes
+        self.error_classes, self.waived = Counter(totals.classes), totals.waived
 
     def add(self, worker: str, receipt: Receipt) -> None:
         for part in receipt.parts:
@@ -70,7 +71,6 @@ class Progress:
                 self.new_images += part.images
                 self.new_errors += part.errors
                 self.workers[worker].images += part.images
-            self.error_classes.update(part.error_classes)
         self.workers[worker].leases += 1
         self.counters[worker] = (receipt.useful_slots, receipt.total_slots)
 
@@ -119,6 +119,7 @@ class Progress:
             "new_images": self.new_images,
             "new_errors": self.new_errors,
             "error_classes": dict(self.error_classes),
+            "waived": self.waived,
             "images_per_second": round(self.images_per_second or self.rate_before, 3),
             "eta_seconds": self.eta_seconds and round(self.eta_seconds, 1),
             "useful_slots": self.useful_slots and round(self.useful_slots, 4),

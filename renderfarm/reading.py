@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import heapq
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -11,18 +13,18 @@ from typing import Any
 import pyarrow as pa
 from PIL import Image
 
-from renderfarm import commit
+from renderfarm import commit, requests
 from renderfarm.config import expand_env
 from renderfarm.encode import decode
 from renderfarm.errors import Fatal, InvalidJob
 from renderfarm.layouts import LAYOUTS
 from renderfarm.layouts.base import Committed, damage_named, errors_key, part_of, read_errors, read_table, table_bytes
 from renderfarm.plan import Grid
-from renderfarm.records import Part, PartReceipt
+from renderfarm.records import Part, PartId, PartReceipt, SampleKey
 from renderfarm.schema import ERROR_COLUMNS, IMAGE_COLUMNS
 from renderfarm.storage import Store, open_store
 
-Entries = dict[int, tuple[str, PartReceipt]]
+Entries = dict[PartId, tuple[str, PartReceipt]]
 """`commit.index_entries`."""
 
 
@@ -82,22 +84,26 @@ class Output:
 
     def samples(self) -> Iterator[StoredSample]:
         """Every committed sample in manifest order; its image is read only when asked for."""
-        for part in self._with_images():
-            key, committed = commit.read_part(self.store, self.layout, part)
-            records = enumerate(committed.images.to_pylist())
-            yield from (self._stored(key, committed, index, record) for index, record in records)
+        for _, renderings in itertools.groupby(self._with_images(), lambda part: part.index):
+            found = [self._samples(part) for part in renderings]
+            yield from found[0] if len(found) == 1 else heapq.merge(*found, key=_place)
+
+    def _samples(self, part: Part) -> Iterator[StoredSample]:
+        key, committed = commit.read_part(self.store, self.layout, part)
+        records = enumerate(committed.images.to_pylist())
+        return (self._stored(key, committed, index, record) for index, record in records)
 
     def __len__(self) -> int:
-        return sum(receipt.images for receipt in commit.committed_parts(self.store).values())
+        return sum(receipt.images for _, receipt in commit.index_entries(self.store).values())
 
     def spread(self, limit: int) -> list[StoredSample]:
         """About `limit` samples spread over the output, from at most `limit` parts of those that the index lists."""
-        parts = [receipt.part for receipt in commit.committed_parts(self.store).values() if receipt.images]
+        parts = [part for part, (_, receipt) in commit.index_entries(self.store).items() if receipt.images]
         parts = parts[:: -(-len(parts) // limit)] if parts else []
         chosen: list[StoredSample] = []
         for index, part in enumerate(parts):
             try:
-                key, committed = commit.read_part(self.store, self.layout, Part(part, 0, 0))
+                key, committed = commit.read_part(self.store, self.layout, Part(part.index, 0, 0, part.retry))
             except KeyError:  # lost since; `verify` says so
                 continue
             images, take = committed.images, (limit - len(chosen)) // (len(parts) - index)
@@ -105,22 +111,45 @@ class Output:
                 row = k * len(images) // min(take, len(images))
                 record = images.select(IMAGE_COLUMNS.names).slice(row, 1).to_pylist()[0]
                 chosen.append(self._stored(key, committed, row, record))
-        return chosen
+        return sorted(chosen, key=_place)
 
     def errors(self) -> pa.Table:
-        """The error table of all committed parts."""
-        tables = [read_errors(self.store.read(key)) for key in self.store.list("errors")]
-        return pa.concat_tables([ERROR_COLUMNS.empty_table(), *tables])
+        """How the samples ended that have no image by now, sorted by sample."""
+        return pa.concat_tables([ERROR_COLUMNS.empty_table(), *(table for _, table, _ in self.errors_by_part())])
 
-    def committed(self) -> list[int]:
-        """Indices of the parts that have a commit object, ascending; not taken from the index of parts."""
+    def errors_by_part(self) -> Iterator[tuple[int, pa.Table, list[PartId]]]:
+        """The same for each part of the grid that has any, ascending, with the rendering that said so of each."""
+        tables = {part: key for key in self.store.list("errors") if (part := part_of(key)) is not None}
+        retried = self.renderings(tables)
+        for index in sorted({*(part.index for part in tables), *retried}):
+            if index in retried:
+                ended = commit.ended(self.store, self.layout, index, retried[index])
+                keys = sorted(ended.errors)
+                table = pa.Table.from_pylist([ended.errors[key] for key in keys], schema=ERROR_COLUMNS)
+                by = [ended.by[key] for key in keys]
+            else:
+                table = read_errors(self.store.read(tables[PartId(index)])).replace_schema_metadata(None)
+                by = [PartId(index)] * len(table)
+            if len(table):
+                yield index, table, by
+
+    def renderings(self, seen: Iterable[PartId] = ()) -> dict[int, int]:
+        """How many times parts were rendered, or are asked for, where that is more than once. `seen`: parts that are there, too."""
+        found: dict[int, int] = {}
+        for part in (*requests.asked(self.store), *commit.index_entries(self.store), *seen):
+            if part.retry:
+                found[part.index] = max(found.get(part.index, 0), part.retry + 1)
+        return found
+
+    def committed(self) -> list[PartId]:
+        """The parts that have a commit object or an error view, ascending; not taken from the index of parts."""
         with_errors = (part_of(key) for key in self.store.list("errors"))
-        return sorted({*(part.index for part in self._with_images()), *(index for index in with_errors if index is not None)})
+        return sorted({*(part.id for part in self._with_images()), *(part for part in with_errors if part is not None)})
 
-    def part(self, index: int) -> StoredPart:
+    def part(self, index: int, retry: int = 0) -> StoredPart:
         """Empty for a part that is not committed. Raises Fatal for a damaged one."""
         try:
-            key, committed = commit.read_part(self.store, self.layout, self.grid.part(index))
+            key, committed = commit.read_part(self.store, self.layout, self.grid.part(index, retry))
         except KeyError:
             return StoredPart()
         with damage_named():
@@ -128,15 +157,15 @@ class Output:
             samples = [self._stored(key, committed, place, record) for place, record in enumerate(records)]
             return StoredPart(samples, committed.errors.to_pylist(), key, committed)
 
-    def as_committed(self, index: int, entries: Entries) -> tuple[str, Committed] | None:
+    def as_committed(self, part: PartId, entries: Entries) -> tuple[str, Committed] | None:
         """A part's commit object, by its key, held against the index of parts; None where the part was never committed.
 
         `entries`: of an index that was read before, so that whatever it names is there. Raises Fatal for a table that is damaged,
         another one than was committed, or gone.
         """
-        entry, receipt = entries.get(index, ("", None))
+        entry, receipt = entries.get(part, ("", None))
         try:
-            key, committed = commit.read_part(self.store, self.layout, Part(index, 0, 0))
+            key, committed = commit.read_part(self.store, self.layout, Part(part.index, 0, 0, part.retry))
             if receipt is None:
                 return key, committed
             if commit.is_as_committed(self.store, entry, committed.sha256):
@@ -144,15 +173,15 @@ class Output:
         except KeyError:
             if receipt is None:
                 return None
-            raise Fatal(f"part {index}: was committed, and its table or index entry is missing; restore it from a copy") from None
+            raise Fatal(f"part {part}: was committed, and its table or index entry is missing; restore it from a copy") from None
         except Fatal as error:
-            raise Fatal(f"part {index}: {error}") from None
-        raise Fatal(f"part {index}: its table is not the one that was committed (SHA-256 differs); restore it from a copy")
+            raise Fatal(f"part {part}: {error}") from None
+        raise Fatal(f"part {part}: its table is not the one that was committed (SHA-256 differs); restore it from a copy")
 
-    def errors_of(self, index: int) -> list[dict[str, Any]]:
+    def errors_of(self, part: Part) -> list[dict[str, Any]]:
         """What the error view has for a part; its table's footer says the same, or the view is damaged."""
         try:
-            return list(read_errors(self.store.read(errors_key(self.grid.part(index)))).to_pylist())
+            return list(read_errors(self.store.read(errors_key(part))).to_pylist())
         except KeyError:
             return []
 
@@ -185,10 +214,14 @@ class Output:
         return StoredSample(record, self.layout.picture_key(key, name), self.store, name, data)
 
     def _with_images(self) -> list[Part]:
-        """Parts that have a commit object besides an error table."""
+        """Parts that have a commit object besides an error table, ascending."""
         named = ((key, part_of(key)) for key in self.store.list("data"))
-        parts = ((key, Part(index, 0, 0)) for key, index in named if index is not None)
-        return [part for key, part in parts if key == self.layout.commit_key(part)]  # sorted as the keys are
+        parts = ((key, Part(id_.index, 0, 0, id_.retry)) for key, id_ in named if id_ is not None)
+        return sorted((part for key, part in parts if key == self.layout.commit_key(part)), key=lambda part: part.id)
+
+
+def _place(sample: StoredSample) -> SampleKey:
+    return SampleKey(sample.record["row"], sample.record["image_index"])
 
 
 def open(out: str | Path) -> Output:

@@ -86,6 +86,24 @@ class RowError:
     prompt_sha256: str | None
 
 
+@dataclass(frozen=True, order=True)
+class PartId:
+    """Which part of the grid, and which rendering of it. `retry`: 0 for the first one, of all its rows; each later one is a part of its
+    own, of samples that had ended as errors (`Retry`)."""
+
+    index: int
+    retry: int = 0
+
+    @property
+    def name(self) -> str:
+        """`part-00000012`, `part-00000012.r1`: what every key of a part derives from."""
+        return f"part-{self.index:08d}" + (f".r{self.retry}" if self.retry else "")
+
+    def __str__(self) -> str:
+        """For people: `12`, `12.r1`."""
+        return f"{self.index}" + (f".r{self.retry}" if self.retry else "")
+
+
 @dataclass(frozen=True)
 class Part:
     """`stop - start` consecutive manifest rows: the unit of commit."""
@@ -93,10 +111,23 @@ class Part:
     index: int
     start: int
     stop: int
+    retry: int = 0
+
+    @property
+    def id(self) -> PartId:
+        return PartId(self.index, self.retry)
 
     @property
     def name(self) -> str:
-        return f"part-{self.index:08d}"
+        return self.id.name
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Somebody wants these samples rendered again, as that part; they had ended as errors in the renderings before it."""
+
+    part: PartId
+    samples: frozenset[SampleKey]
 
 
 @dataclass(frozen=True)
@@ -105,6 +136,7 @@ class Lease:
 
     `losses`: workers that died on it; `node_losses`: nodes that went away under it. `announce_as`: render one row at a time
     and say which under this token, so that the next death names its row. `killers`: rows so named; they end as errors.
+    `only`: of a retry, the samples that are asked for.
     """
 
     number: int
@@ -115,11 +147,13 @@ class Lease:
     transient_failures: int = 0
     announce_as: str | None = None
     killers: frozenset[int] = frozenset()
+    only: frozenset[SampleKey] | None = None
 
 
 @dataclass(frozen=True)
 class PartReceipt:
-    """What a committed part holds. `adopted`: somebody had committed it before us."""
+    """What a committed part holds. `adopted`: somebody had committed it before us. `superseded`: of a retry, the classes of the
+    errors that it has taken the place of."""
 
     part: int
     images: int
@@ -127,6 +161,12 @@ class PartReceipt:
     bytes: int
     adopted: bool = False
     error_classes: dict[str, int] = field(default_factory=dict)
+    retry: int = 0
+    superseded: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def id(self) -> PartId:
+        return PartId(self.part, self.retry)
 
 
 @dataclass(frozen=True)

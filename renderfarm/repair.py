@@ -6,6 +6,8 @@
 Setting aside is copying all that is stored of the part, then deleting: the error view and the commit object, other views, and the index
 entries last. A death in between leaves an entry whose commit object is gone, which `verify` names and the next repair takes up. Were
 the entry the first to go, a commit object that only its hash there gives away would pass for a good one from then on.
+
+With a rendering its retries are set aside, whose samples were its errors; what was asked for stays asked, and is rendered again, too.
 """
 
 from __future__ import annotations
@@ -62,9 +64,14 @@ def repair(store: Store, layout: str, run_id: str, each: Callable[[int, int, Rep
     Raises Transient where a part cannot be read now, which says nothing of damage.
     """
     with ThreadPoolExecutor(READERS, thread_name_prefix="check") as readers:
-        checker = Checker(Output(store.url), readers)
-        for number, index in enumerate(checker.parts, 1):
-            each(number, len(checker.parts), _mend(store, layout, checker.check(index), f"{DAMAGED}/{run_id}"))
+        checker, folder, last = Checker(Output(store.url), readers), f"{DAMAGED}/{run_id}", -1
+        for number, part in enumerate(checker.parts, 1):
+            checked = checker.check(part)
+            if part.index == last:  # what it was rendered again for is rendered anew, and may end otherwise
+                checked.problems.append(Problem(f"{part.name}: the rendering before it was set aside", "damage"))
+            repaired = _mend(store, layout, checked, folder)
+            last = part.index if checked.damaged else last
+            each(number, len(checker.parts), repaired)
 
 
 def _mend(store: Store, layout: str, checked: CheckedPart, folder: str) -> Repaired | None:

@@ -15,7 +15,7 @@ from renderfarm.reading import open as open_output
 def read_status(out: str) -> dict[str, Any]:
     """Counts come from the parts' index, so they are right even if no driver lives; the rest from its last heartbeat."""
     output: Output = open_output(out)
-    committed = commit.committed_parts(output.store).values()
+    totals = commit.totals(output.store)
     progress = commit.read_progress(output.store)
     grid = commit.frozen_grid(output.store, output.job)
     running, age = is_alive(progress), time.time() - progress.get("updated", 0)
@@ -28,11 +28,13 @@ def read_status(out: str) -> dict[str, Any]:
         "state": state,
         "rows": sum(file["rows"] for file in output.job["manifest"]["files"]),
         "parts": grid.count if grid is not None else None,
-        "parts done": len(committed),
-        "images": sum(receipt.images for receipt in committed),
-        "errors": sum(receipt.errors for receipt in committed),
-        "error classes": commit.error_classes(output.store),
-        "bytes": sum(receipt.bytes for receipt in committed),
+        "parts done": totals.parts_done,
+        "images": totals.images,
+        "errors": totals.errors,
+        "error classes": totals.classes,
+        "errors waived": totals.waived,
+        "errors to be rendered again": sum(len(retry.samples) for retry in commit.open_retries(output.store)),
+        "bytes": totals.bytes,
         "images/s": progress.get("images_per_second"),
         "seconds left": progress.get("eta_seconds") if running else None,
         "workers ready": sum(worker["state"] == "ready" for worker in progress.get("workers", {}).values()) if running else 0,

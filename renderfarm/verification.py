@@ -19,6 +19,7 @@ from renderfarm.encode import UNDECODABLE, Written, encode, encoder_of, pixel_sh
 from renderfarm.errors import Fatal, InvalidJob, RenderfarmError
 from renderfarm.manifest import parse_ranges
 from renderfarm.reading import Output, StoredSample
+from renderfarm.records import PartId
 from renderfarm.rerender import Renderer
 from renderfarm.slots import Rendered
 
@@ -95,15 +96,15 @@ def verify(
     chosen, named, without_entry = _Chosen(choice), set[str](), 0
     with ThreadPoolExecutor(READERS) as readers:
         checker = Checker(output, readers)
-        for index in checker.parts:
+        for part in checker.parts:
             say(f"files: part {found.parts_done + 1:,} of {found.parts:,}, {found.images:,} images checked")
-            checked = checker.check(index)
+            checked = checker.check(part)
             for problem in checked.problems:
                 found.add(problem.text)
             if checked.readable:
-                found.parts_done += 1
+                found.parts_done += not part.retry
                 found.images += len(checked.stored.samples)
-                found.errors += len(checked.stored.errors)
+                found.errors += -len(checked.stored.samples) if part.retry else len(checked.stored.errors)
                 named |= {sample.record["profile_sha256"] for sample in checked.stored.samples}
                 chosen.offer(checked.stored.samples)
                 without_entry += not checked.entries
@@ -261,17 +262,20 @@ def inspect(out: str, row: int, image_index: int) -> Provenance:
     grid = output.grid
     if not 0 <= row < grid.rows:
         raise InvalidJob(f"row {row}: the manifest has rows 0 to {grid.rows - 1}")
-    part = grid.part(row // grid.part_rows)
-    stored = output.part(part.index)
+    index = row // grid.part_rows
+    parts = [PartId(index, retry) for retry in range(output.renderings().get(index, 1))]
+    stored = {part: output.part(part.index, part.retry) for part in parts}
     profiles = commit.read_profiles(output.store)
-    for sample in stored.samples:
-        if (sample.record["row"], sample.record["image_index"]) == (row, image_index):
-            profile = profiles.get(sample.record["profile_sha256"], {})
-            return Provenance(output.store.url, part.name, sample.key, sample.record, profile, sample)
-    for error in stored.errors:
-        if (error["row"], error["image_index"]) == (row, image_index):
-            return Provenance(output.store.url, part.name, None, error, {}, None)
-    images = sorted(s.record["image_index"] for s in stored.samples if s.record["row"] == row)
+    for part in parts:
+        for sample in stored[part].samples:
+            if (sample.record["row"], sample.record["image_index"]) == (row, image_index):
+                profile = profiles.get(sample.record["profile_sha256"], {})
+                return Provenance(output.store.url, part.name, sample.key, sample.record, profile, sample)
+    for part in reversed(parts):  # the last one counts
+        for error in stored[part].errors:
+            if (error["row"], error["image_index"]) == (row, image_index):
+                return Provenance(output.store.url, part.name, None, error, {}, None)
+    images = sorted(s.record["image_index"] for part in stored.values() for s in part.samples if s.record["row"] == row)
     there = f"it has the images {images[0]} to {images[-1]}" if images else "it is not rendered yet, or `where` leaves it out"
     raise InvalidJob(f"row {row} has no image {image_index}: {there}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import platform
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -19,11 +20,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from renderfarm import adapters, commit
+from renderfarm import adapters, commit, requests
 from renderfarm.after import Chain
 from renderfarm.config import Job
 from renderfarm.encode import FORMATS, ORIGINALS, Written, encode, encoder_of, pixel_sha256
-from renderfarm.errors import InvalidInput, RenderfarmError, WorkerCrashed
+from renderfarm.errors import Fatal, InvalidInput, RenderfarmError, WorkerCrashed
 from renderfarm.inputs import Fetcher
 from renderfarm.layouts import LAYOUTS
 from renderfarm.layouts.base import PartWriter, name_of, original_key
@@ -61,6 +62,7 @@ class WorkerSpec:
     job: Job
     model: ModelInfo
     usual: Usual
+    run_id: str = ""
 
 
 class Worker:
@@ -138,6 +140,7 @@ class Worker:
     def _render_part(self, part: Part, lease: Lease) -> PartReceipt:
         if found := commit.find_commit(self.store, self.layout, part):
             return found
+        before = commit.ended(self.store, self.layout, part.index, part.retry) if part.retry else None
         ordinals = lease.rows.column(ROW).to_numpy()
         rows = lease.rows.filter(pa.array((ordinals >= part.start) & (ordinals < part.stop)))
         samples: list[Sample] = []
@@ -148,6 +151,8 @@ class Worker:
                 errors += [row_error(s.key, s.row_id, s.prompt, WorkerCrashed(KILLER)) for s in row.samples]
             else:
                 samples += row.samples
+        if before is not None and lease.only is not None:
+            samples, errors = _only(part, lease.only, before, samples, errors)
         planned = sorted([*(s.key for s in samples), *(e.key for e in errors)])
         if lease.announce_as is None:
             samples, unusable = self._with_images(samples)
@@ -163,7 +168,8 @@ class Worker:
                     records.append(result)
             ended = sorted([*(SampleKey(r["row"], r["image_index"]) for r in records), *(e.key for e in errors)])
             assert ended == planned, f"{part.name}: samples planned and ended differ; nothing was committed"
-            return commit.publish(self.store, self.layout, part, writer, self._image_table(records, rows), _error_table(errors))
+            images, by = self._image_table(records, rows), {"worker": self.spec.name, "run": self.spec.run_id, "host": platform.node()}
+            return commit.publish(self.store, self.layout, part, writer, images, _error_table(errors), by)
 
     def _with_images(self, samples: list[Sample]) -> tuple[list[Sample], list[RowError]]:
         """Samples with their images; errors for those whose images are of no use."""
@@ -266,6 +272,20 @@ class Worker:
             if name.startswith(EXTRA):
                 table = table.append_column(output_name(name.removeprefix(EXTRA)), source.column(name))
         return table.combine_chunks()
+
+
+def _only(
+    part: Part, asked: frozenset[SampleKey], before: commit.Ended, samples: list[Sample], errors: list[RowError]
+) -> tuple[list[Sample], list[RowError]]:
+    """Of a retry, what is asked for and has no image yet: a rendering before it may have been made again since."""
+    if unknown := asked - {*(s.key for s in samples), *(e.key for e in errors)}:
+        first = min(unknown)
+        raise Fatal(
+            f"{part.name}: row {first.row}, image {first.image_index} is asked for, and the manifest does not have it; remove "
+            f"{requests.key(part.id)}, and `renderfarm retry` asks again for what failed"
+        )
+    wanted = asked & before.errors.keys()
+    return [s for s in samples if s.key in wanted], [e for e in errors if e.key in wanted]
 
 
 def _inputs(sample: Sample) -> dict[str, str | None]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -34,17 +33,18 @@ def image_rows(out: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _pictures(out: Path) -> Iterator[tuple[dict[str, Any], str, bytes]]:
+def _pictures(out: Path, *, retries_only: bool = False) -> Iterator[tuple[dict[str, Any], str, bytes]]:
     """(row, the picture's name, its bytes)."""
-    for table in tables(out):
+    only = ".r" if retries_only else ""
+    for table in (table for table in tables(out) if only in table.parent.name):
         for row in pq.read_table(table).to_pylist():
             yield row, row["file_name"], (table.parent / row["file_name"]).read_bytes()
-    for file in sorted(out.glob("data/*.parquet")):
+    for file in (file for file in sorted(out.glob("data/*.parquet")) if only in file.stem):
         for row in pq.read_table(file).to_pylist():
             assert row["file_name"] is None
             image = row.pop("image")
             yield row, image["path"], image["bytes"]
-    for file in sorted(out.glob("data/*.tar")):
+    for file in (file for file in sorted(out.glob("data/*.tar")) if only in file.stem):
         rows = pq.read_table(out / "metadata" / f"{file.stem}.parquet").to_pylist()
         with tarfile.open(file) as tar:
             first, *names = tar.getnames()
@@ -63,13 +63,31 @@ def check_picture(data: bytes, size: tuple[int, int], said: dict[str, Any]) -> N
         assert hashlib.sha256(np.asarray(image).tobytes()).hexdigest() == said["pixel_sha256"]
 
 
+def rendering(file: Path) -> tuple[str, int]:
+    """`part-00000012.r1.parquet`: of part-00000012, the first retry."""
+    part, *retry = file.name.removesuffix(".parquet").split(".r")
+    return part, int(*retry or [0])
+
+
 def error_rows(out: Path) -> list[dict[str, Any]]:
-    files = sorted(out.glob("errors/*.parquet"))
-    return pa.concat_tables([pq.read_table(file) for file in files]).to_pylist() if files else []
+    """How the samples ended that have no image. What was retried is in several tables, of which the last one counts."""
+    pictured = {(row["row"], row["image_index"]) for row, *_ in _pictures(out)}
+    last: dict[tuple[int, int], dict[str, Any]] = {}
+    for file in sorted(out.glob("errors/*.parquet"), key=rendering):
+        rows = {(row["row"], row["image_index"]): row for row in pq.read_table(file).to_pylist()}
+        if rendering(file)[1]:
+            assert rows.keys() <= last.keys(), "what is rendered again was an error before"
+        else:
+            assert not rows.keys() & last.keys()
+        last |= rows
+    return [row for key, row in sorted(last.items()) if key not in pictured]
 
 
 def check_complete(out: Path, planned: set[tuple[int, int]]) -> None:
-    """Every planned (row, image index) ended exactly once, as an image or as an error."""
+    """Every planned (row, image index) ended exactly once, as an image or as an error, and only what failed was rendered again."""
+    firsts = [file for file in out.glob("errors/*.parquet") if not rendering(file)[1]]
+    failed = {(row["row"], row["image_index"]) for file in firsts for row in pq.read_table(file).to_pylist()}
+    assert {(row["row"], row["image_index"]) for row, *_ in _pictures(out, retries_only=True)} <= failed
     ended = Counter((row["row"], row["image_index"]) for row in (*image_rows(out), *error_rows(out)))
     assert set(ended) == planned, {"missing": sorted(planned - set(ended))[:5], "unplanned": sorted(set(ended) - planned)[:5]}
     assert max(ended.values(), default=1) == 1, [key for key, count in ended.items() if count > 1][:5]

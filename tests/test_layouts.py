@@ -43,7 +43,7 @@ from renderfarm.layouts import LAYOUTS, base, parquet, webdataset
 from renderfarm.layouts.base import Layout
 from renderfarm.preparation import prepare
 from renderfarm.reading import Output
-from renderfarm.records import Part
+from renderfarm.records import Part, PartId
 from renderfarm.storage import LocalStore, Store, open_store
 from renderfarm.verification import Choice, verify
 
@@ -113,7 +113,7 @@ def test_a_job_gives_the_same_rows_and_pixels_in_every_layout_and_store(
     assert rows_of(url) == expected
     output = renderfarm.open(url)
     assert output.errors().column("row").to_pylist() == [2, 3, 4, 5]
-    assert output.committed() == [0, 1, 2]
+    assert output.committed() == [PartId(0), PartId(1), PartId(2)]
     assert [sample.record["row"] for sample in output.spread(5)] == [0, 1, 6, 6, 7]
     if kind == "local":
         check_complete(Path(url), {*expected, *((row, 0) for row in (2, 3, 4, 5))})
@@ -242,7 +242,7 @@ def test_a_disk_without_room_for_a_parts_pictures_stops_the_job_with_what_to_do(
         patch.setattr(base.tempfile, "TemporaryFile", lambda: FullDisk())
         with pytest.raises(Fatal, match=r"cannot keep a part's pictures in .*spools.*: No space left.*TMPDIR"):
             renderfarm.run(write(layout), engine="inline")
-    assert set(renderfarm.open(tmp_path / layout).committed()) <= {1}, "which has no pictures"
+    assert set(renderfarm.open(tmp_path / layout).committed()) <= {PartId(1)}, "which has no pictures"
     assert renderfarm.run(write(layout), engine="inline").images == 7
 
 

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from renderfarm import records
 from renderfarm.config import ManifestSpec, ModelSpec
+from renderfarm.errors import Fatal
 from renderfarm.manifest import EXTRA, ROW, Manifest, open_manifest
 from renderfarm.models.catalog import describe
-from renderfarm.plan import MAX_PART_IMAGES, Grid, choose_part_rows, leases
-from renderfarm.records import InputImage, Lease, Part, PartReceipt, Receipt, RowError, Sample, SampleKey, WorkerReady
+from renderfarm.plan import MAX_PART_IMAGES, Grid, choose_part_rows, leases, retry_leases
+from renderfarm.records import InputImage, Lease, Part, PartId, PartReceipt, Receipt, Retry, RowError, Sample, SampleKey, WorkerReady
 
 Write = Callable[..., Path]
 VALUES = [
@@ -28,6 +29,8 @@ VALUES = [
     Sample(SampleKey(3, 1), "p3", "a cat", None, 7, 64, 64, 20, 5.0, "euler"),
     RowError(SampleKey(3, 1), "p3", "InvalidInput", "prompt is empty", False, None),
     Part(3, 9, 12),
+    PartId(3, 1),
+    Retry(PartId(3, 1), frozenset({SampleKey(9, 0)})),
     PartReceipt(3, 2, 1, 999, error_classes={"InvalidInput": 1}),
     Receipt(3, (PartReceipt(3, 2, 1, 999),), 0.5),
     WorkerReady("w0", "ab" * 32, "cpu", 1.5, 8, 0.25),
@@ -62,6 +65,13 @@ def test_sample_keys_order_by_row_then_image_and_are_good_dictionary_keys(pairs:
 def test_part_names_sort_as_their_numbers() -> None:
     names = [Part(index, 0, 1).name for index in (0, 9, 10, 99_999_999)]
     assert names == ["part-00000000", "part-00000009", "part-00000010", "part-99999999"] == sorted(names)
+
+
+def test_a_retry_is_a_part_of_its_own_that_comes_after_its_first_rendering() -> None:
+    parts = [PartId(3), PartId(3, 1), PartId(3, 2), PartId(3, 10), PartId(4)]
+    assert parts == sorted(set(parts))
+    assert [part.name for part in parts[:2]] == ["part-00000003", "part-00000003.r1"] == [Part(3, 9, 12, retry).name for retry in (0, 1)]
+    assert [str(part) for part in parts] == ["3", "3.r1", "3.r2", "3.r10", "4"]
 
 
 @given(st.integers(1, 5000), st.integers(1, 700))
@@ -118,6 +128,31 @@ def test_one_lease_per_part_that_is_not_done_with_just_its_rows(write_manifest: 
         {ROW: [9], "prompt": ["p9"], EXTRA + "mood": ["j"]},
     ]
     assert list(leases(manifest, Grid(10, 3), lambda index: True)) == []
+
+
+def test_a_lease_of_a_retry_carries_the_rows_that_are_asked_for_and_no_others(write_manifest: Write) -> None:
+    manifest = opened(write_manifest({"prompt": [f"p{k}" for k in range(12)]}, row_group_size=5))
+    asked = [
+        Retry(PartId(3, 1), frozenset({SampleKey(11, 0)})),
+        Retry(PartId(1, 2), frozenset({SampleKey(5, 1), SampleKey(3, 0), SampleKey(5, 0)})),
+    ]
+    first, second = retry_leases(manifest, Grid(12, 3), asked)
+    assert [first.parts, second.parts] == [(Part(1, 3, 6, 2),), (Part(3, 9, 12, 1),)]
+    assert [lease.rows.to_pydict() for lease in (first, second)] == [
+        {ROW: [3, 5], "prompt": ["p3", "p5"]},
+        {ROW: [11], "prompt": ["p11"]},
+    ]
+    assert [lease.only for lease in (first, second)] == [asked[1].samples, asked[0].samples]
+    numbers = {lease.number for lease in (first, second)} | {lease.number for lease in leases(manifest, Grid(12, 3), lambda index: False)}
+    assert len(numbers) == 6, "no two leases have one number"
+    assert list(retry_leases(manifest, Grid(12, 3), [])) == []
+
+
+@pytest.mark.parametrize("samples", [[], [SampleKey(2, 0)], [SampleKey(3, 0), SampleKey(6, 0)]])
+def test_a_request_for_samples_of_another_part_says_what_to_do(samples: list[SampleKey], write_manifest: Write) -> None:
+    manifest = opened(write_manifest({"prompt": [f"p{k}" for k in range(12)]}))
+    with pytest.raises(Fatal, match=r"part-00000001\.r1 asks for samples that its part does not have; remove it from _renderfarm/retries/"):
+        list(retry_leases(manifest, Grid(12, 3), [Retry(PartId(1, 1), frozenset(samples))]))
 
 
 def test_a_lease_whose_rows_are_all_left_out_still_ends_its_part(write_manifest: Write) -> None:

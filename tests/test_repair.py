@@ -69,7 +69,16 @@ def run(folder: Path, **options: Any) -> RunSummary:
 
 def contents(out: Path) -> dict[str, bytes]:
     store = LocalStore(str(out))
-    return {key: store.read(key) for key in store.list("") if not key.startswith(VOLATILE)}
+    return {key: _lasting(key, store.read(key)) for key in store.list("") if not key.startswith(VOLATILE)}
+
+
+def _lasting(key: str, data: bytes) -> bytes:
+    """An index entry says who committed its part, which is another one each time."""
+    if not key.startswith(commit.PARTS):
+        return data
+    entry = json.loads(data)
+    assert {"run", "worker", "host"} <= entry.keys() or not {"run", "worker", "host"} & entry.keys(), entry
+    return commit.to_json({name: value for name, value in entry.items() if name not in ("run", "worker", "host")})
 
 
 def set_aside(out: Path) -> dict[str, bytes]:

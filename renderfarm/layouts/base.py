@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from renderfarm.errors import Fatal
-from renderfarm.records import Part, SampleKey
+from renderfarm.records import Part, PartId, SampleKey
 from renderfarm.schema import ARGUMENT_COLUMNS, ERROR_COLUMNS, ERRORS_KEY, GIVEN_BY, IMAGE_COLUMNS, errors_from_json, errors_to_json
 from renderfarm.storage import Store
 
@@ -90,10 +90,10 @@ class Layout(Protocol):
 # ---------------------------------------------------------------------------------------------------------- names
 
 
-def part_of(key: str) -> int | None:
-    """The index of the part that a table's key names."""
-    match = re.match(r"(?:data|errors)/part-(\d+)[/.]", key)
-    return int(match[1]) if match else None
+def part_of(key: str) -> PartId | None:
+    """The part that a table's key names."""
+    match = re.match(r"(?:data|errors)/part-(\d+)(?:\.r([1-9]\d*))?(?:/|\.(?!r\d))", key)
+    return PartId(int(match[1]), int(match[2] or 0)) if match else None
 
 
 def name_of(key: SampleKey, file_sha256: str, extension: str) -> str:

@@ -1,6 +1,7 @@
 """Layout `webdataset`: data/part-00000012.tar, whose members are a picture and its row as JSON, side by side:
 
     __part-00000012__                  the part's table as Parquet: readers of this format pass over such names
+                                       (of a retry `__part-00000012-r1__`: `datasets` would take what has a dot for a sample)
     0000000095-0000-64929915.png       a picture
     0000000095-0000-64929915.json      its row, as far as JSON goes
     …
@@ -47,7 +48,7 @@ from renderfarm.storage import Store
 TABLES = "metadata/*.parquet"
 PLACES_KEY = b"renderfarm.places"
 """In the table's footer: for each row the picture's first byte, counted from the first member after the table, and its length."""
-_TABLE_NAME = re.compile(r"__part-\d{8,}__")
+_TABLE_NAME = re.compile(r"__part-\d{8,}(-r[1-9]\d*)?__")
 
 
 def commit_key(part: Part) -> str:
@@ -86,11 +87,15 @@ class _Writer:
         path = self._spool.commit_object(".tar")
         with local_disk(), tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
             tar.copybufsize = 1 << 20  # type: ignore[attr-defined]  # else pieces of 16 kB
-            _append(tar, f"__{self._part.name}__", parquet_bytes(images.replace_schema_metadata(metadata)))
+            _append(tar, _table_name(self._part), parquet_bytes(images.replace_schema_metadata(metadata)))
             for name, record in rows:
                 _append(tar, name, self._spool.read(name))
                 _append(tar, _json_name(name), record)
         return path
+
+
+def _table_name(part: Part) -> str:
+    return f"__{part.name.replace('.', '-')}__"
 
 
 def _append(tar: tarfile.TarFile, name: str, data: bytes) -> None:

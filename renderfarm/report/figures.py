@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from renderfarm import commit
 from renderfarm.errors import RenderfarmError
 from renderfarm.layouts import LAYOUTS
-from renderfarm.records import Part, PartReceipt
+from renderfarm.records import PartId, PartReceipt
 from renderfarm.storage import Store
 
 TABLES_READ = 64
@@ -39,7 +39,8 @@ class Figures:
     profiles: int
 
 
-def figures(store: Store, layout: str, committed: dict[int, PartReceipt]) -> Figures:
+def figures(store: Store, layout: str) -> Figures:
+    committed = {part: receipt for part, (_, receipt) in commit.index_entries(store).items()}
     tables = list(_tables(store, layout, committed))
     table = pa.concat_tables(tables) if tables else None
     profile, profiles = _profile(store)
@@ -54,11 +55,11 @@ def figures(store: Store, layout: str, committed: dict[int, PartReceipt]) -> Fig
     )
 
 
-def _tables(store: Store, layout: str, committed: dict[int, PartReceipt]) -> Iterator[pa.Table]:
-    parts = [part for part, receipt in sorted(committed.items()) if receipt.images]
+def _tables(store: Store, layout: str, committed: dict[PartId, PartReceipt]) -> Iterator[pa.Table]:
+    parts = [part for part, receipt in committed.items() if receipt.images]
     columns = [*(name for names in COUNTED.values() for name in names), "prompt_truncated"]
     for part in parts[:: -(-len(parts) // TABLES_READ)] if parts else []:
-        key = LAYOUTS[layout].TABLES.replace("*", Part(part, 0, 0).name)
+        key = LAYOUTS[layout].TABLES.replace("*", part.name)
         with contextlib.suppress(*_GONE), store.open(key) as file:
             yield pq.ParquetFile(file).read(columns=columns, use_threads=False)
 
@@ -69,10 +70,10 @@ def _count(table: pa.Table, columns: tuple[str, ...]) -> dict[str, int]:
     return {"×".join(str(row[name]) for name in columns): row["count_all"] for row in counts}
 
 
-def _error_classes(store: Store, committed: dict[int, PartReceipt]) -> dict[str, int]:
+def _error_classes(store: Store, committed: dict[PartId, PartReceipt]) -> dict[str, int]:
     """None named where that would take too many reads."""
     with contextlib.suppress(*_GONE):
-        if sum(receipt.errors > 0 for receipt in committed.values()) <= ENTRIES_READ:
+        if sum(receipt.errors > 0 or receipt.retry > 0 for receipt in committed.values()) <= ENTRIES_READ:
             return dict(sorted(commit.error_classes(store).items()))
     return {}
 
