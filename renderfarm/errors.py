@@ -11,6 +11,7 @@
     ├── Transient           may succeed later (store busy, network): retried with backoff, charged to no row
     │   └── Expired         the store's credentials are too old: waits for new ones
     ├── WorkerLost          the worker died or hangs: its lease goes to another one
+    │   ├── DeviceLost      its device gives nothing but errors from now on: the process must end
     │   └── NodeLost        its node died or was taken away: nothing of it is charged to the lease's rows
     ├── AlreadyExists       a key that was to be created is there; read it back and adopt it
     ├── Interrupted         somebody wants the run to end now; run it again to continue (exit code 75)
@@ -85,6 +86,10 @@ class Expired(Transient):
 
 class WorkerLost(RenderfarmError):
     """A worker died; nothing is known of the lease but what the store shows."""
+
+
+class DeviceLost(WorkerLost):
+    """The device's context is broken: whatever this process asks of it from now on fails, too."""
 
 
 class NodeLost(WorkerLost):

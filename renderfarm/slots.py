@@ -24,11 +24,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from renderfarm.errors import InvalidInput, NonFiniteOutput, PromptTruncated, RenderFailed, RenderfarmError
+from renderfarm.errors import DeviceLost, InvalidInput, NonFiniteOutput, PromptTruncated, RenderFailed, RenderfarmError
 from renderfarm.models.base import Counted, SlotModel
 from renderfarm.records import Sample
 
 NOT_COUNTED = Counted(0)
+BROKEN_CONTEXT = ("CUDA error", "HIP error")
+"""How torch's errors begin that a context does not survive. Too little memory is none of them: it is said otherwise."""
 
 
 class _Turns:
@@ -150,7 +152,8 @@ class SlotLoop:
         while jobs is not None:
             for job in jobs:
                 if not job.future.done():  # twice where it was in the inbox as well; not a sample's own end, so it is not wrapped as one
-                    job.future.set_exception(RuntimeError(f"the render thread ended: {type(error).__name__}: {error}"))
+                    why = error if isinstance(error, DeviceLost) else RuntimeError(f"the render thread ended: {_said(error)}")
+                    job.future.set_exception(why)
             jobs = self._inbox.get()
 
     def _take_in(self, open_: bool) -> bool:
@@ -268,6 +271,7 @@ class SlotLoop:
     def _fail_or_part(self, jobs: list[_Job], error: Exception) -> None:
         """Which of several samples is to blame cannot be known: each starts again in a group of its own, and only one
         that fails alone has failed. B is constant, so its pixels are the same without mates."""
+        _end_if_lost(error)
         if len(jobs) == 1:
             _fail(jobs, error)
             return
@@ -276,9 +280,20 @@ class SlotLoop:
             self._groups[job] = _Group(waiting=deque([job]))
 
 
+def _end_if_lost(error: Exception) -> None:
+    """A broken context fails every sample after the one that broke it; only another process gets a new one."""
+    if any(sign in str(error) for sign in BROKEN_CONTEXT):
+        raise DeviceLost(_said(error)) from error
+
+
 def _fail(jobs: list[_Job], error: Exception) -> None:
+    _end_if_lost(error)
     if not isinstance(error, RenderfarmError):
-        original, error = error, RenderFailed(f"{type(error).__name__}: {error}")
+        original, error = error, RenderFailed(_said(error))
         error.__cause__ = original
     for job in jobs:
         job.future.set_exception(error)
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

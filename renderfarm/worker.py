@@ -24,7 +24,7 @@ from renderfarm import adapters, commit, requests
 from renderfarm.after import Chain
 from renderfarm.config import Job
 from renderfarm.encode import FORMATS, ORIGINALS, Written, encode, encoder_of, pixel_sha256
-from renderfarm.errors import Fatal, InvalidInput, RenderfarmError, WorkerCrashed
+from renderfarm.errors import Fatal, InvalidInput, RenderfarmError, WorkerCrashed, WorkerLost
 from renderfarm.inputs import Fetcher
 from renderfarm.layouts import LAYOUTS
 from renderfarm.layouts.base import PartWriter, name_of, original_key
@@ -208,6 +208,8 @@ class Worker:
             try:
                 try:
                     picture = self.chain.beside(rendered.result().pixels)
+                except WorkerLost:
+                    raise
                 except RenderfarmError as error:  # the sample's own end; a store's error, below, is the lease's
                     outcome.set_result(row_error(sample.key, sample.row_id, sample.prompt, error))
                     return

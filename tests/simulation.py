@@ -21,14 +21,15 @@ from types import SimpleNamespace
 from typing import Any, BinaryIO
 from unittest.mock import patch
 
-from renderfarm import commit, control, driver, garbage, heartbeat, progress, reading, worker
+from renderfarm import commit, control, driver, garbage, heartbeat, progress, reading, requests, worker
 from renderfarm.driver import Driver, RunSummary
 from renderfarm.engines.base import Done, Event, Failed, Leaving, Ready
 from renderfarm.errors import AlreadyExists, Fatal, Interrupted, NodeLost, NonFiniteOutput, RenderfarmError, Transient, WorkerLost
+from renderfarm.layouts import LAYOUTS
 from renderfarm.models.base import Counted
 from renderfarm.models.fake import State
 from renderfarm.preparation import Prepared
-from renderfarm.records import Lease, Sample
+from renderfarm.records import Lease, PartId, Retry, Sample
 from renderfarm.slots import Counters, Rendered
 from renderfarm.storage import Stored
 from renderfarm.worker import Worker, WorkerSpec
@@ -65,6 +66,7 @@ FAULTS = (
     "cancel",
     "second driver",
     "gc",
+    "retry",
 )
 
 
@@ -77,6 +79,8 @@ class Schedule:
     """Rows that kill the worker that renders them."""
     bad: frozenset[int] = frozenset()
     """Rows whose picture is not finite."""
+    healing: frozenset[int] = frozenset()
+    """Rows whose picture is not finite the first time."""
     slow: str = ""
     """A worker that takes thirty times as long as the others."""
 
@@ -187,6 +191,8 @@ class World:
                 self.spawn("second driver", self.second_driver)
             case "gc":
                 self.spawn("gc", lambda: _tried(self._collect))
+            case "retry":
+                self.spawn("retry", lambda: _tried(self._ask_again))
             case "pause" | "cancel":
                 self.spawn(kind, lambda: _tried(lambda: self._ask(kind)))
             case "stop" if self.stops:
@@ -200,12 +206,24 @@ class World:
         self.struck[kind] += 1
 
     def _ask(self, wanted: str) -> None:
-        said = commit.read_progress(self.store)
-        if said:
-            self.store.put(control.CONTROL, commit.to_json({"run_id": said["run_id"], "wanted": wanted}))
+        run_id = commit.read_progress(self.store).get("run_id")
+        _until_done(lambda: self.store.put(control.CONTROL, commit.to_json({"run_id": run_id, "wanted": wanted})))
         if wanted == "pause":
             self.pause(self.random.uniform(5, 60))
-            self.store.put(control.CONTROL, commit.to_json({"run_id": said.get("run_id"), "wanted": "run"}))
+            _until_done(lambda: self.store.put(control.CONTROL, commit.to_json({"run_id": run_id, "wanted": "run"})))
+
+    def _ask_again(self) -> None:
+        """For what has failed in some part, which may be asked for already."""
+        parts = sorted({part.index for part in commit.index_entries(self.store)})
+        if not parts:
+            return
+        index = self.random.choice(parts)
+        layout, job = LAYOUTS["files"], self.prepared.job
+        asked = [part.retry for part in requests.asked(self.store) if part.index == index]
+        failed = commit.ended(self.store, layout, index, max(asked, default=0) + 1).errors
+        if failed and job.output.layout == "files":
+            with suppress(AlreadyExists):
+                requests.ask(self.store, Retry(PartId(index, max(asked, default=0) + 1), frozenset(failed)))
 
     def _collect(self) -> None:
         if self.store.exists(commit.JOB):
@@ -242,19 +260,34 @@ class World:
         while True:
             ended = self.drive()
             if isinstance(ended, RunSummary) and ended.state in ("SUCCEEDED", "PARTIAL"):
-                break
+                self.faults.clear()
+                self.pause(100)  # what others are at ends
+                if not any(actor.name in ("retry", "second driver") for actor in self._actors) and not _open(self):
+                    break
+                continue
             assert ended is None or isinstance(ended, RunSummary) or _is_expected(ended), ended
             self.pause(self.random.choice([0.0, 1.0, 100.0]))
-        self.faults.clear()
         self.armed.clear()
         self.pause(2 * GC_AGE_S)  # zombies end
         self._collect()
+
+
+def _open(world: World) -> bool:
+    world.armed.clear()
+    return bool(commit.open_retries(world.store))
 
 
 def _tried(do: Callable[[], None]) -> None:
     """A command of somebody's; where the store is away it says so, and has done nothing, or not all."""
     with suppress(Transient):
         do()
+
+
+def _until_done(do: Callable[[], None]) -> None:
+    while True:
+        with suppress(Transient):
+            do()
+            return
 
 
 def _is_expected(error: RenderfarmError) -> bool:
@@ -491,7 +524,7 @@ class SimSlots:
         world.rendered[key] += 1
         if sample.key.row in world.schedule.killers:
             self._die()
-        if sample.key.row in world.schedule.bad:
+        if sample.key.row in world.schedule.bad or (sample.key.row in world.schedule.healing and world.rendered[key] == 1):
             future.set_exception(NonFiniteOutput("scripted: not a number"))
         else:
             pixels = self.model.decode(State(sample, 0))

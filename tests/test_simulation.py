@@ -15,7 +15,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from checker import error_rows, image_rows
+from checker import check_complete, error_rows, image_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from simulation import FAULTS, Fault, Schedule, SimStore, World, simulate
@@ -83,8 +83,9 @@ def drawn(seed: int) -> Schedule:
     random_ = random.Random(seed)
     faults = tuple(Fault(random_.randrange(LENGTH), random_.choice(FAULTS)) for _ in range(random_.choice([1, 2, 4, 8, 16])))
     rows = random_.sample(range(ROWS), 3)
-    killers, bad = frozenset(rows[: random_.choice([0, 0, 0, 1])]), frozenset(rows[1 : random_.choice([1, 2, 3])])
-    return Schedule(seed, faults, random_.choice([1, 2, 3]), killers, bad, slow=random_.choice(["", "", "w0", "w1"]))
+    killers, bad = frozenset(rows[: random_.choice([0, 0, 0, 1])]), frozenset(rows[1 : random_.choice([1, 2])])
+    healing, slow = frozenset(rows[2 : random_.choice([2, 3])]), random_.choice(["", "", "w0", "w1"])
+    return Schedule(seed, faults, random_.choice([1, 2, 3]), killers, bad, healing, slow)
 
 
 def files_of(world: World) -> dict[str, bytes]:
@@ -107,16 +108,19 @@ def live(schedule: Schedule, prepared: Prepared, undisturbed: dict[str, bytes], 
         assert len(list(folder.glob("data/*/*.png"))) == len(images), "gc has removed what no table names"
         for summary in world.summaries:
             if summary.state in ("SUCCEEDED", "PARTIAL"):
-                assert (summary.images, summary.errors) == (len(images), len(errors)), "who says that all is done has counted right"
+                assert summary.images + summary.errors == len(PLANNED), "who says that all is done has counted right"
+        last = world.summaries[-1]
+        assert last.state not in ("SUCCEEDED", "PARTIAL") or (last.images, last.errors) == (len(images), len(errors))
+        check_complete(folder, PLANNED)
         failed = {row["row"]: row["error_class"] for row in errors}
         assert failed.keys() >= {EMPTY, *schedule.bad, *schedule.killers}
         assert all(failed[row] == "WorkerCrashed" for row in schedule.killers - {EMPTY})
-        innocent = failed.keys() - {EMPTY, *schedule.bad, *schedule.killers}
+        innocent = failed.keys() - {EMPTY, *schedule.bad, *schedule.killers, *schedule.healing}
         deaths = sum(world.struck[kind] for kind in ("kill worker", "zombie", "hang"))
         assert len(innocent) * 3 <= deaths, "three workers must die on a row before it is blamed"
         for key, data in undisturbed.items():
             part = int(re.findall(r"part-(\d+)", key)[0])
-            if not {*failed} - {EMPTY} & {part * PART_ROWS, part * PART_ROWS + 1}:
+            if not ({*failed, *schedule.healing} - {EMPTY}) & {part * PART_ROWS, part * PART_ROWS + 1}:
                 assert files[key] == data, "the same bytes as without any fault"
         again = world.rendered.total() - sum(k < IMAGES[row] for row, k in PLANNED)
         may = MOST_IN_FLIGHT * sum(world.struck[kind] for kind in COSTS_WORK) + 3 * MOST_IN_FLIGHT * len(schedule.killers)

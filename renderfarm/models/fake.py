@@ -1,11 +1,17 @@
 """`builtin:fake`: a model without torch, for tests, load measurements and fault drills.
 
-It paints the seed's random pixels over a plain colour and takes RENDERFARM_FAKE_STEP_S seconds per denoiser call
-(default 0). Words in a prompt script a fault: `[nan]`, `[oom]`, `[error]`, `[crash]` (the process dies).
+It paints the seed's random pixels and takes RENDERFARM_FAKE_STEP_S seconds per denoiser call (default 0); with
+RENDERFARM_FAKE_MAX_PIXELS, larger pictures do not fit its device. Words in a prompt script a fault:
+
+    [nan]      the picture is not finite         [crash]    the process is killed
+    [oom]      the device has no room for it     [segv]     the process reads memory that is not its own
+    [error]    an error that nobody foresaw      [hang]     a call into C that never returns and holds the interpreter
+    [cuda]     the device's context breaks
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -36,6 +42,7 @@ class Fake:
     def __init__(self, info: ModelInfo, workers: Workers) -> None:
         self.batch_size, self.device = fixed_batch_size(workers), "cpu"
         self.step_seconds = float(os.environ.get("RENDERFARM_FAKE_STEP_S", "0"))
+        self.max_pixels = float(os.environ.get("RENDERFARM_FAKE_MAX_PIXELS", "inf"))
 
     def synchronize(self) -> None:
         pass
@@ -69,13 +76,23 @@ class Fake:
         time.sleep(self.step_seconds)
         for state in states:
             state.steps_left -= 1
-            if "[crash]" in state.sample.prompt:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if "[oom]" in state.sample.prompt:
-                raise OutOfMemory("scripted: out of memory")
-            if "[error]" in state.sample.prompt:
-                raise RuntimeError("scripted: something broke")
+            self._fault(state.sample)
         return [state.steps_left == 0 for state in states]
+
+    def _fault(self, sample: Sample) -> None:
+        prompt = sample.prompt
+        if "[crash]" in prompt:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "[segv]" in prompt:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if "[hang]" in prompt:
+            ctypes.PyDLL(None).sleep(100_000)
+        if "[oom]" in prompt or sample.height * sample.width > self.max_pixels:
+            raise OutOfMemory("scripted: out of memory; lower workers.batch_size in a new output, or give the row a smaller size")
+        if "[cuda]" in prompt:
+            raise RuntimeError("CUDA error: scripted: an illegal memory access was encountered")
+        if "[error]" in prompt:
+            raise RuntimeError("scripted: something broke")
 
     def places_that_differ(self, sample: Sample) -> list[int]:
         return []
