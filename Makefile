@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint schema record clean
+.PHONY: demo test lint schema record chaos clean
 
 demo: .venv/installed
 	$(BIN)/renderfarm run jobs/demo.yaml
@@ -20,6 +20,10 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# A hundred rounds of real kills; prints what was lost, twice or wrong (nothing), and what was rendered again
+chaos: .venv/installed-dev
+	$(BIN)/python tests/chaos_rounds.py $(CHAOS_OPTIONS)
 
 # The JSON Schema that editors check job files with
 schema: .venv/installed

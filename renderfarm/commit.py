@@ -467,15 +467,22 @@ class Totals:
     waived: int
 
 
+def sums(entries: Mapping[PartId, tuple[str, PartReceipt]]) -> tuple[int, int]:
+    """Images, and errors of samples that have none, as the names of the index entries say."""
+    receipts = [receipt for _, receipt in entries.values()]
+    images = sum(receipt.images for receipt in receipts)
+    return images, sum(-receipt.images if receipt.retry else receipt.errors for receipt in receipts)
+
+
 def totals(store: Store) -> Totals:
     """By the index: one listing, and the entries that have errors are read; beside that, the parts of which anything is waived."""
     entries = index_entries(store)
     receipts = [receipt for _, receipt in entries.values()]
-    images = sum(receipt.images for receipt in receipts)
+    images, errors = sums(entries)
     return Totals(
         parts_done=sum(not receipt.retry for receipt in receipts),
         images=images,
-        errors=sum(-receipt.images if receipt.retry else receipt.errors for receipt in receipts),
+        errors=errors,
         bytes=sum(receipt.bytes for receipt in receipts),
         classes=_classes(store, entries),
         waived=_waived(store, entries),

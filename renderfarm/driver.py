@@ -507,9 +507,10 @@ class Driver:
 
     def _finish(self) -> RunSummary:
         progress = self.progress
-        if self._is_to_end() or progress.waived:  # the grace may have ended before an answer came; what was waived may be an image now
-            progress.recount(commit.totals(self.store))
         self._check_that_all_is_here()
+        # the grace may have ended before an answer came, and another run may have committed images where this one saw errors
+        if progress.waived or commit.sums(commit.index_entries(self.store)) != (progress.images, progress.errors):
+            progress.recount(commit.totals(self.store))
         failed = (progress.errors - progress.waived) / max(1, progress.errors + progress.images)
         if self.grid is None or self._left() or (self._is_to_end() and commit.open_retries(self.store)):
             ended = {"pause": ("PAUSED", EXIT_STOPPED_BY_USER), "cancel": ("CANCELLED", EXIT_STOPPED_BY_USER)}

@@ -81,6 +81,8 @@ class Schedule:
     """Rows whose picture is not finite."""
     healing: frozenset[int] = frozenset()
     """Rows whose picture is not finite the first time."""
+    die_at: tuple[str, int] | None = None
+    """The process dies that comes to this point of `World.points` for the n-th time."""
     slow: str = ""
     """A worker that takes thirty times as long as the others."""
 
@@ -107,6 +109,8 @@ class World:
         self.rendered: Counter[tuple[int, int]] = Counter()
         self.died_at: Counter[str] = Counter()
         """Before or after which request processes died."""
+        self.points: Counter[str] = Counter()
+        """How often each of these points was reached."""
         self.struck: Counter[str] = Counter()
         self.armed: set[str] = set()  # what the next request to the store suffers
         self.store = SimStore(self)
@@ -204,6 +208,25 @@ class World:
             case _:
                 return
         self.struck[kind] += 1
+
+    def come_to(self, point: str) -> None:
+        if not re.match(r"driver|w\d", self.me().name):  # a person's commands are tried again
+            return
+        self.points[point] += 1
+        if self.schedule.die_at == (point, self.points[point]):
+            self.die()
+
+    def die(self) -> None:
+        """The process that this actor belongs to is gone: a worker, or a driver with all of its own."""
+        me = self.me()
+        for engine in self.engines:
+            if engine.driver is me:
+                engine.die()
+            for name, one in list(engine.workers.items()):
+                if me in one.actors:
+                    engine.lose(name, WorkerLost("died"))
+        me.killed = True
+        raise Killed
 
     def _ask(self, wanted: str) -> None:
         run_id = commit.read_progress(self.store).get("run_id")
@@ -313,6 +336,7 @@ class SimStore:
         where = f"{what} {_kind_of(key)}"
         try:
             world.pause(world.random.uniform(0, LATENCY_S))
+            world.come_to(f"before {where}")
         except Killed:
             world.died_at[f"before {where}"] += 1
             raise
@@ -326,6 +350,7 @@ class SimStore:
                 raise AlreadyExists(key)
             raise Transient("the reply was lost")
         try:
+            world.come_to(f"after {where}")
             world.pause(world.random.uniform(0, LATENCY_S))
         except Killed:
             world.died_at[f"after {where}"] += 1
@@ -378,7 +403,8 @@ class SimStore:
 
 
 def _kind_of(key: str) -> str:
-    return re.sub(r"\d{4,}.*(?=\.png)|probe-.*", "*", re.sub(r"part-\d+[^/]*?(?=\.parquet|\.json|/|$)", "part", key))
+    key = re.sub(r"part-\d+[^/]*?(?=\.parquet|\.json|/|$)", "part", key)
+    return re.sub(r"\d{4,}.*(?=\.png)|(?<=probe-).*|(?<=runs/).*", "*", key)
 
 
 # ----------------------------------------------------------------------------------------------------- the engine
@@ -523,21 +549,13 @@ class SimSlots:
         key = (sample.key.row, sample.key.image_index)
         world.rendered[key] += 1
         if sample.key.row in world.schedule.killers:
-            self._die()
+            world.die()
         if sample.key.row in world.schedule.bad or (sample.key.row in world.schedule.healing and world.rendered[key] == 1):
             future.set_exception(NonFiniteOutput("scripted: not a number"))
         else:
             pixels = self.model.decode(State(sample, 0))
             future.set_result(Rendered(pixels, Counted(3, None, None), pixels))
         return future
-
-    def _die(self) -> None:
-        me = self.world.me()
-        for engine in self.world.engines:
-            for name, one in list(engine.workers.items()):
-                if me in one.actors:
-                    engine.lose(name, WorkerLost("died"))
-        raise Killed
 
 
 class Here:

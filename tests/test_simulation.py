@@ -11,6 +11,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -123,7 +124,8 @@ def live(schedule: Schedule, prepared: Prepared, undisturbed: dict[str, bytes], 
             if not ({*failed, *schedule.healing} - {EMPTY}) & {part * PART_ROWS, part * PART_ROWS + 1}:
                 assert files[key] == data, "the same bytes as without any fault"
         again = world.rendered.total() - sum(k < IMAGES[row] for row, k in PLANNED)
-        may = MOST_IN_FLIGHT * sum(world.struck[kind] for kind in COSTS_WORK) + 3 * MOST_IN_FLIGHT * len(schedule.killers)
+        deaths = sum(world.struck[kind] for kind in COSTS_WORK) + (schedule.die_at is not None)
+        may = MOST_IN_FLIGHT * deaths + 3 * MOST_IN_FLIGHT * len(schedule.killers)
         assert again <= may, "what was in flight is rendered again, and no more"
     except BaseException as error:
         error.add_note(repr(schedule))
@@ -137,16 +139,12 @@ def test_whatever_happens_the_output_is_that_of_an_undisturbed_run(
     first: int, prepared: Prepared, undisturbed: dict[str, bytes], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     struck: Counter[str] = Counter()
-    died_at: Counter[str] = Counter()
     for seed in range(first, min(first + GROUP, FIRST + SCHEDULES)):
         world = live(drawn(seed), prepared, undisturbed, tmp_path / str(seed))
         struck += world.struck
         struck["copies"] += sum(summary.copies for summary in world.summaries)
-        died_at += world.died_at
     record_property("schedules", {"schedules": GROUP, **struck})
     assert set(struck) == {*FAULTS, "copies"}, "each kind of fault has struck somebody"
-    if FIRST == 0 and GROUP <= SCHEDULES:
-        assert all(any(point in where for where in died_at) for point in POINTS), "processes died before or after each of these requests"
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
@@ -167,6 +165,19 @@ def test_schedules_that_hypothesis_draws(
 ) -> None:
     """The same; what fails is made small."""
     live(Schedule(seed, tuple(faults), workers, killers), prepared, undisturbed, tmp_path_factory.mktemp("life"))
+
+
+def test_a_process_may_die_before_and_after_each_of_its_requests(
+    prepared: Prepared, undisturbed: dict[str, bytes], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """The named points are all requests that a run makes, each kind the first time and the second."""
+    quiet = Schedule(0, (), bad=frozenset({7}), healing=frozenset({9}))
+    points = [(point, time) for point, times in simulate(quiet, prepared).points.items() for time in (1, 2)[:times]]
+    assert {f"{when} {what}" for when in ("before", "after") for what in POINTS} <= {point for point, _ in points}
+    for number, point in enumerate(points):
+        world = live(replace(quiet, die_at=point), prepared, undisturbed, tmp_path / str(number))
+        assert world.died_at[point[0]] >= 1, point
+    record_property("schedules", {"deaths at a named point": len(points)})
 
 
 BROKEN = {

@@ -59,18 +59,20 @@ class RayEngine:
         self._leaving: set[str] = set()  # nodes that the driver knows to go away
         self._asked = 0.0
         self._own = not ray.is_initialized()
+        self._fixed = address is None
+        """Whether the nodes are what they are; a cluster that was joined may get others."""
         if self._own:
             with _signals_kept():
                 self._connect(address)
         gpu = _uses_gpu(self.job)
-        if gpu is None:
+        if gpu is None and self._fixed:
             raise Fatal("workers.device is cuda, but no node of this Ray has a GPU; use device: auto or cpu")
         self._options: dict[str, float] = (
             {"num_gpus": self.job.workers.devices_per_worker, "num_cpus": 1}
-            if gpu
+            if gpu is not False
             else {"num_gpus": 0, "num_cpus": self.job.workers.threads}
         )
-        if self._own:  # elsewhere a node that has room may still join
+        if self._fixed:
             self._check_room()
 
     def _connect(self, address: str | None) -> None:
@@ -136,7 +138,7 @@ class RayEngine:
 
     def _newly_leaving(self) -> list[Event]:
         """Workers whose nodes are being drained. Ray starts nothing new there, and kills them when the node's time is over."""
-        if self._own or time.monotonic() < self._asked + DRAIN_POLL_S:
+        if self._fixed or time.monotonic() < self._asked + DRAIN_POLL_S:
             return []
         self._asked = time.monotonic()
         new = _draining() - self._leaving
@@ -213,7 +215,7 @@ def _stops_are_ours() -> Iterator[None]:
 
 
 def _uses_gpu(job: Job) -> bool | None:
-    """Whether workers take a GPU; None: asked for, and there is none."""
+    """Whether workers take a GPU; None: asked for, and there is none yet."""
     has = bool(ray.cluster_resources().get("GPU", 0))
     if job.workers.device == "cuda":
         return True if has else None

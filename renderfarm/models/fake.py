@@ -1,7 +1,8 @@
 """`builtin:fake`: a model without torch, for tests, load measurements and fault drills.
 
 It paints the seed's random pixels and takes RENDERFARM_FAKE_STEP_S seconds per denoiser call (default 0); with
-RENDERFARM_FAKE_MAX_PIXELS, larger pictures do not fit its device. Words in a prompt script a fault:
+RENDERFARM_FAKE_MAX_PIXELS, larger pictures do not fit its device. Each row that is rendered becomes a line "ROW PROCESS" of the file
+RENDERFARM_FAKE_LOG. Words in a prompt script a fault:
 
     [nan]      the picture is not finite         [crash]    the process is killed
     [oom]      the device has no room for it     [segv]     the process reads memory that is not its own
@@ -42,6 +43,7 @@ class Fake:
     def __init__(self, info: ModelInfo, workers: Workers) -> None:
         self.batch_size, self.device = fixed_batch_size(workers), "cpu"
         self.step_seconds = float(os.environ.get("RENDERFARM_FAKE_STEP_S", "0"))
+        self.log = os.environ.get("RENDERFARM_FAKE_LOG")
         self.max_pixels = float(os.environ.get("RENDERFARM_FAKE_MAX_PIXELS", "inf"))
 
     def synchronize(self) -> None:
@@ -101,6 +103,9 @@ class Fake:
         sample = state.sample
         if "[nan]" in sample.prompt:
             raise NonFiniteOutput("scripted: not a number")
+        if self.log is not None:
+            with open(self.log, "ab", buffering=0) as file:  # one write, so that lines of several processes do not mix
+                file.write(f"{sample.key.row} {os.getpid()}\n".encode())
         random = np.random.default_rng(sample.seed)
         noise = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         return np.tile(noise, (sample.height // 8, sample.width // 8, 1))
