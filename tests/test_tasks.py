@@ -292,6 +292,18 @@ def test_arguments_that_do_not_fit_an_image_are_error_rows(
     assert validated.problems == as_validated(tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["sd3", "flux-dev", "qwen-image", "z-image"])
+def test_a_strength_that_runs_no_step_is_an_error_of_its_row_where_calls_round_up(
+    name: str, job: Callable[..., Path], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    values = columns(2, image=[encoded(picture())] * 2, strength=[1e-17, 0.001])
+    path = job(values, model=str(tiny_model(name)), render={"num_inference_steps": 4, "height": 32, "width": 32})
+    assert renderfarm.run(path, engine="inline").images == 1
+    (error,) = error_rows(tmp_path / "out")
+    assert (error["row"], error["error_class"]) == (0, "InvalidInput")
+    assert error["error_message"] == "strength 1e-17 of 4 steps runs none of them; give at least 0.001"
+
+
 def with_alpha(picture: Image.Image, lowest: int) -> Image.Image:
     alpha = Image.new("L", picture.size, 255)
     alpha.putpixel((3, 3), lowest)
