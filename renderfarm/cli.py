@@ -20,7 +20,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from renderfarm.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_ROWS_FAILED, EXIT_USAGE, InvalidJob, RenderfarmError
+from renderfarm.errors import (
+    EXIT_INTERNAL,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_ROWS_FAILED,
+    EXIT_STOPPED,
+    EXIT_USAGE,
+    InvalidJob,
+    RenderfarmError,
+)
 
 app = typer.Typer(
     name="renderfarm",
@@ -668,8 +677,9 @@ def _shown_value(value: Any) -> str:
 
 
 def _leave(code: int) -> NoReturn:
-    """End the process. After an interruption at once: a thread that is still rendering cannot be joined."""
-    if code == EXIT_INTERRUPTED:
+    """End the process. After an interruption or a failure at once: a thread that is still rendering cannot be joined, and torch
+    aborts the process when Python ends beside it."""
+    if code in (EXIT_INTERRUPTED, EXIT_STOPPED):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

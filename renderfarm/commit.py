@@ -55,11 +55,13 @@ JOB, GRID, PROFILE, PROFILES, PROGRESS, PARTS, RUNS, ANNOUNCED = (
 KEPT = "_renderfarm/inputs"
 
 
-def keep(store: Store, data: bytes) -> None:
-    """Keep a file that decides pixels, so that the output alone can be rendered again."""
-    if not store.exists(key := f"{KEPT}/{hashlib.sha256(data).hexdigest()}"):
+def keep(store: Store, data: bytes) -> str:
+    """Keep a file that decides pixels, so that the output alone can be rendered again. Returns its SHA-256, its name there."""
+    digest = hashlib.sha256(data).hexdigest()
+    if not store.exists(key := f"{KEPT}/{digest}"):
         with contextlib.suppress(AlreadyExists):
             store.put_if_absent(key, data)
+    return digest
 
 
 def kept(store: Store, sha256: str) -> bytes:

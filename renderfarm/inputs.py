@@ -21,8 +21,10 @@ import ssl
 import stat
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -43,7 +45,8 @@ LOOKED_AT_AT_A_TIME = 4  # each may be as large as a picture can be
 REDIRECTS = 5
 ATTEMPTS, PAUSE_S = 3, 1.0
 LONGEST_KEY = 1000  # characters: S3 takes 1024 bytes
-MAX_DECODED_BYTES = 4 << 30  # of a part; a worker holds two or three
+MAX_HELD_BYTES = 4 << 30  # of a part; a worker holds two or three
+_DECODING = threading.BoundedSemaphore(4)  # of all parts: a picture of the largest size needs half a GB while it is decoded
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # IPv4-compatible, IPv4-translated, a network's own NAT64, segment routing's, documentation's: no server of the web has one of
 # them, a private one may be behind some, and not every Python's `is_global` knows them
@@ -63,20 +66,15 @@ class Fetcher:
 
     def fetch(self, samples: Sequence[Sample]) -> list[Sample | RenderfarmError]:
         """Each sample with its images and its size, or why it cannot be rendered. Raises Fatal where they are too much at once."""
-        wanted = {image for sample in samples for name in IMAGE_ARGUMENTS if (image := getattr(sample, name)) is not None}
         firsts = {_asked(sample): sample for sample in samples}  # a row's copies share its pictures
+        files = _Files(firsts.values(), self._try_bytes)
         with ThreadPoolExecutor(FETCHED_AT_A_TIME, thread_name_prefix="fetch") as pool:
-            found = dict(zip(wanted, pool.map(self._try_bytes, wanted), strict=True))
-            ready, held = dict[Any, Sample | RenderfarmError](), 0
-            for asked, first in zip(firsts, pool.map(lambda sample: self._with_images(sample, found), firsts.values()), strict=True):
-                ready[asked] = first
-                held += _decoded_bytes(first)
-                if held > MAX_DECODED_BYTES:
-                    pool.shutdown(cancel_futures=True)
-                    raise Fatal(
-                        f"the decoded images that one part's rows give need more than {MAX_DECODED_BYTES >> 30} GiB of a worker's memory; "
-                        "lower output.part_rows (in a new output), or give smaller images"
-                    )
+            try:
+                found = list(pool.map(lambda sample: self._with_images(sample, files), firsts.values()))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        ready = dict(zip(firsts, found, strict=True))
         return [_like(ready[_asked(sample)], sample) for sample in samples]
 
     def problems(self, samples: Sequence[Sample]) -> list[RenderfarmError | None]:
@@ -132,22 +130,25 @@ class Fetcher:
     def _too_large(self, source: str) -> str:
         return f"{shown(source)} is larger than {self.inputs.max_mebibytes:g} MiB; make it smaller, or raise inputs.max_mebibytes"
 
-    def _with_images(self, sample: Sample, found: dict[InputImage, InputImage | RenderfarmError]) -> Sample | RenderfarmError:
+    def _with_images(self, sample: Sample, files: _Files) -> Sample | RenderfarmError:
+        given = {name: image for name in IMAGE_ARGUMENTS if (image := getattr(sample, name)) is not None}
         ready: dict[str, Any] = {}
-        try:
-            for name in IMAGE_ARGUMENTS:
-                if (image := getattr(sample, name)) is None:
-                    continue
-                fetched = _or_raise(name, found[image])
-                ready[name] = replace(fetched, picture=decode(fetched, name))
-            if not ready:
-                return sample
-            sample = self._with_size(replace(sample, **ready), {name: image.picture.size for name, image in ready.items()})
-        except RenderfarmError as error:
-            return error
-        for image in ready.values():
-            commit.keep(self.store, image.data)
-        return replace(sample, **{name: replace(image, picture=sized(image.picture, sample)) for name, image in ready.items()})
+        with files.lent(given.values()) as lent:
+            try:
+                for name, image in given.items():
+                    fetched = _or_raise(name, lent[image])
+                    with _DECODING:
+                        ready[name] = replace(fetched, picture=decode(fetched, name))
+                if not ready:
+                    return sample
+                sample = self._with_size(sample, {name: image.picture.size for name, image in ready.items()})
+            except RenderfarmError as error:
+                return error
+            for name, image in ready.items():
+                picture = sized(image.picture, sample)
+                files.hold(picture.width * picture.height * len(picture.getbands()))
+                ready[name] = InputImage(image.source, None, picture, commit.keep(self.store, image.data))
+        return replace(sample, **ready)
 
     def _with_size(self, sample: Sample, sizes: dict[str, tuple[int, int]]) -> Sample:
         (first, (width, height)), *others = sizes.items()
@@ -188,6 +189,8 @@ class Fetcher:
                 return file.read(limit)
         except (FileNotFoundError, NotADirectoryError):
             raise InvalidInput(f"{source!r} does not exist; paths start at {self.folder.name}/ (inputs.folder)") from None
+        except RuntimeError:  # Python 3.12's word for it; later ones say so in the OSError below
+            raise InvalidInput(f"{source!r} is a link that leads to itself; put the file there") from None
         except (OSError, ValueError) as error:
             raise InvalidInput(f"{source!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
@@ -205,6 +208,55 @@ class Fetcher:
             raise InvalidInput(f"{shown(whole)} does not exist; correct the path, or inputs.folder") from None
 
 
+class _Files:
+    """A part's files, each fetched once and let go after the last of its samples; and how much memory they and their pictures
+    take. Files are counted once they are there, so that eight more may be on their way."""
+
+    def __init__(self, samples: Iterable[Sample], fetched: Callable[[InputImage], InputImage | RenderfarmError]) -> None:
+        given = (image for sample in samples for name in IMAGE_ARGUMENTS if (image := getattr(sample, name)) is not None)
+        self._fetched, self._left = fetched, Counter(given)
+        self._locks = {image: threading.Lock() for image in self._left}
+        self._here: dict[InputImage, InputImage | RenderfarmError] = {}
+        self._held, self._counting = 0, threading.Lock()
+
+    @contextmanager
+    def lent(self, images: Iterable[InputImage]) -> Iterator[dict[InputImage, InputImage | RenderfarmError]]:
+        images = list(images)
+        try:
+            yield {image: self._one(image) for image in images}
+        finally:
+            for image in images:
+                self._returned(image)
+
+    def _one(self, image: InputImage) -> InputImage | RenderfarmError:
+        with self._locks[image]:
+            if image not in self._here:
+                self._here[image] = found = self._fetched(image)
+                self.hold(_file_bytes(found))
+            return self._here[image]
+
+    def _returned(self, image: InputImage) -> None:
+        with self._locks[image]:
+            self._left[image] -= 1
+            if not self._left[image] and image in self._here:
+                self.hold(-_file_bytes(self._here.pop(image)))
+
+    def hold(self, count: int) -> None:
+        """So many bytes more. Raises Fatal where that is too much."""
+        with self._counting:
+            self._held += count
+            if count > 0 and self._held > MAX_HELD_BYTES:
+                raise Fatal(
+                    f"the images that one part's rows give need more than {MAX_HELD_BYTES >> 30} GiB of a worker's memory; "
+                    "lower output.part_rows (in a new output), or give smaller images"
+                )
+
+
+def _file_bytes(fetched: InputImage | RenderfarmError) -> int:
+    """Those of a row itself are not ours to let go."""
+    return len(fetched.data or b"") if isinstance(fetched, InputImage) and fetched.source is not None else 0
+
+
 @lru_cache(maxsize=32)
 def _folder(url: str) -> Store:
     """One client for all parts and rows."""
@@ -220,11 +272,6 @@ def _or_raise(name: str, fetched: InputImage | RenderfarmError) -> InputImage:
 def _asked(sample: Sample) -> Any:
     """What decides a sample's pictures."""
     return (*(getattr(sample, name) for name in IMAGE_ARGUMENTS), sample.height, sample.width, sample.resize)
-
-
-def _decoded_bytes(sample: Sample | RenderfarmError) -> int:
-    given = [getattr(sample, name, None) for name in IMAGE_ARGUMENTS]
-    return sum(image.picture.width * image.picture.height * len(image.picture.getbands()) for image in given if image is not None)
 
 
 def _like(ready: Sample | RenderfarmError, sample: Sample) -> Sample | RenderfarmError:

@@ -30,6 +30,7 @@ from renderfarm.storage import find_files, open_file
 ROW = "row"
 EXTRA = "input:"
 BATCH_ROWS = 4096
+BATCH_BYTES = 32 << 20  # about: by what its row groups hold on the average
 IDS_LOOKED_AT = 1_000_000
 # what other tools call diffusers' arguments
 LOOKALIKES = {
@@ -228,8 +229,15 @@ class _Cursor:
         if self.batches is None or self.position < group_start:
             groups = list(range(group, self.parquet.metadata.num_row_groups))
             columns = [*self.manifest.columns.values(), *self.manifest.extras.names]
-            self.batches = self.parquet.iter_batches(BATCH_ROWS, row_groups=groups, columns=columns, use_threads=False)
+            self.batches = self.parquet.iter_batches(_batch_rows(self.parquet), row_groups=groups, columns=columns, use_threads=False)
             self.position = group_start
+
+
+def _batch_rows(parquet: pq.ParquetFile) -> int:
+    """Rows to read at a time: a row may hold a photograph."""
+    groups = map(parquet.metadata.row_group, range(parquet.metadata.num_row_groups))
+    largest = max((group.total_byte_size // group.num_rows for group in groups if group.num_rows), default=0)
+    return max(1, min(BATCH_ROWS, BATCH_BYTES // max(1, largest)))
 
 
 def _canonical(table: pa.Table, first: int, manifest: Manifest) -> pa.Table:

@@ -43,7 +43,10 @@ def decode(image: InputImage, name: str = "image") -> Image.Image:
             raise InvalidInput(f"{which} has pixels of mode {opened.mode}; save it with 8 bits a channel")
         if name == "mask_image" and _is_transparent(opened):
             raise InvalidInput(f"{which} has transparent pixels; give a mask without alpha, white where it is painted anew")
-        return ImageOps.exif_transpose(opened).convert("L" if name == "mask_image" else "RGB")
+        ImageOps.exif_transpose(opened, in_place=True)
+        return opened.convert("L" if name == "mask_image" else "RGB")
+    except Image.DecompressionBombError:
+        raise InvalidInput(f"{which} has more than {MAX_PIXELS:,} pixels in all; make it smaller") from None
     except UnidentifiedImageError:
         raise InvalidInput(f"{which} is no {', '.join(FORMATS)} file; convert it") from None
     except InvalidInput:

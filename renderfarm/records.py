@@ -24,15 +24,19 @@ IMAGE_ARGUMENTS = ("image", "mask_image", "control_image")
 @dataclass(frozen=True)
 class InputImage:
     """An image that a row gives. `source`: the path or URL as the manifest has it, None where it is embedded.
-    `data`: the file's bytes, None until they are fetched."""
+    `data`: the file's bytes, None until they are fetched, and again once the output keeps them under `kept_as`."""
 
     source: str | None
     data: bytes | None = field(default=None, repr=False)
     picture: Any = field(default=None, repr=False, compare=False)
     """Decoded, at the sample's size; None: whoever needs it decodes it."""
+    kept_as: str | None = field(default=None, repr=False, compare=False)
+    """The SHA-256 of the file, by which the output keeps it."""
 
     @property
     def sha256(self) -> str:
+        if self.kept_as is not None:
+            return self.kept_as
         assert self.data is not None
         return hashlib.sha256(self.data).hexdigest()
 

@@ -240,6 +240,8 @@ def _strength(values: dict[str, Any], steps: int, job: Job, model: ModelInfo) ->
         raise InvalidInput(f"strength is {strength}; it must be above 0 and at most 1")
     if model.least_strength == "floor" and int(steps * strength) < 1:
         raise InvalidInput(f"strength {strength} of {steps} steps runs none of them; give at least {math.ceil(1000 / steps) / 1000}")
+    if model.least_strength == "ceil" and steps - steps * strength == steps:  # as its call computes it
+        raise InvalidInput(f"strength {strength} of {steps} steps runs none of them; give at least 0.001")
     if model.least_strength == "lcm" and int(LCM_STEPS * strength) < steps:
         raise InvalidInput(
             f"strength {strength} leaves {int(LCM_STEPS * strength)} of the {LCM_STEPS} steps that this model was distilled on, fewer than "

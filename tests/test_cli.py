@@ -244,6 +244,20 @@ def test_a_file_that_is_named_twice_an_empty_out_and_an_open_range_are_refused(w
     assert "S3:// cannot be written; give a folder, or s3://" in refused("run", job, "--out", "S3://bucket/x")
 
 
+@pytest.mark.parametrize(("error", "code"), [("Fatal", 4), ("Interrupted", 75)])
+def test_a_run_that_ends_with_an_error_waits_for_no_thread_that_still_renders(error: str, code: int) -> None:
+    script = f"""
+import threading, time
+from renderfarm import cli, errors
+threading.Thread(target=time.sleep, args=(600,)).start()  # Python waits for it when it ends by itself
+def app(): raise errors.{error}("what to do")
+cli.app = app
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (code, "error: what to do\n")
+
+
 def test_plan_refuses_other_settings_than_the_output_was_begun_with(write_manifest: Write, write_job: Write) -> None:
     job = write_job(write_manifest())
     assert cli("run", job, "--engine", "inline").returncode == 0

@@ -320,6 +320,11 @@ NOT_TAKEN: dict[str, tuple[str, Any, str]] = {
     "one file": ("vae", "./vae.ckpt", r"model\.components\.vae: .*vae\.ckpt is one file; give a folder"),
     "pickled weights": ("vae", "./pickled", r"its vae has pickled weights only \(diffusion_pytorch_model\.bin\)"),
     "another kind": ("text_encoder", "./t5", r"model\.components\.text_encoder: it is a t5, and the model needs a clip_text_model"),
+    "another part": (
+        "vae",
+        "./denoiser",
+        r"model\.components\.vae: it is a UNet2DConditionModel, a denoiser, .* give another of that kind",
+    ),
     "code": ("text_encoder", "./code", r"model\.components\.text_encoder/config\.json asks for code of its own"),
     "no commit": ("vae", {"id": "org/vae"}, r"model\.components\.vae: a hub model needs its full commit"),
     "password": ("vae", "s3://me:secret@host/vae", r"the URL in model\.components\.vae holds credentials"),
@@ -340,6 +345,8 @@ def test_what_is_no_component_of_the_model_is_refused_before_a_worker_starts(
         next(folder.glob("*.safetensors")).rename(folder / "diffusion_pytorch_model.bin")
     elif name == "another kind":
         shutil.copytree(tiny_model("flux-dev") / "text_encoder_2", tmp_path / "t5")
+    elif name == "another part":
+        shutil.copytree(tiny_model("sd") / "unet", tmp_path / "denoiser")
     model = {"id": str(tiny_model("sd")), "components": {part: given}}
     with pytest.raises(InvalidJob, match=message):
         renderfarm.run(load_job(write_job(write_manifest(), model=model)), engine="inline")

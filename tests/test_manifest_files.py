@@ -191,6 +191,18 @@ def test_a_damaged_compressed_page_stops_the_job_where_it_lies(write_manifest: W
         next(stream)
 
 
+def test_rows_that_hold_pictures_are_read_a_few_at_a_time(write_manifest: Write) -> None:
+    columns = {"prompt": [str(k) for k in range(80)], "photo": [bytes([k]) * 2_000_000 for k in range(80)]}
+    manifest = opened(write_manifest(columns, row_group_size=8, use_dictionary=False))
+    before = pa.total_allocated_bytes()
+    stream = manifest.stream([(0, 1), (1, 80)])
+    first = next(stream)
+    assert pa.total_allocated_bytes() - before < 80 << 20, "160 MB in all"
+    found = pa.concat_tables([first, *stream])
+    assert found.column("prompt").to_pylist() == columns["prompt"]
+    assert found.column(EXTRA + "photo").to_pylist() == columns["photo"]
+
+
 def test_a_file_that_vanished_or_shrank_after_it_was_opened_is_named(write_manifest: Write) -> None:
     path = write_manifest({"prompt": ["a"] * 10})
     manifest = opened(path)

@@ -19,7 +19,7 @@ import families
 import numpy as np
 import pytest
 from oracle import CLASSES, row
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import renderfarm
 from renderfarm.config import ModelSpec, Workers
@@ -454,3 +454,32 @@ def test_a_flipped_byte_in_a_weight_file_stops_the_job_before_it_renders(
     with pytest.raises(Fatal, match=rf"the job asks for {wanted} \(model\.sha256\): a file was changed, damaged"):
         renderfarm.run(load_job(path, out=str(tmp_path / "again")), engine="inline")
     assert not list((tmp_path / "again").glob("data/**/*.png"))
+
+
+LACKING = {
+    "text_encoder": ("model", "encoder.layers.0.self_attn.q_proj.weight", "CLIPTextModel"),
+    "unet": ("diffusion_pytorch_model", "down_blocks.0.resnets.0.conv1.weight", "unet"),
+    "vae": ("diffusion_pytorch_model", "decoder.conv_in.weight", "vae"),
+}
+
+
+@pytest.mark.parametrize("part", LACKING)
+def test_a_weight_that_a_file_lacks_stops_the_job_and_is_not_drawn_at_random(
+    part: str, copy: Path, write_manifest: Callable[..., Path], write_job: Callable[..., Path], tmp_path: Path
+) -> None:
+    """diffusers' own pipeline loads such a text encoder, and paints something else in each process."""
+    file, lacking, shown = LACKING[part]
+    path = copy / part / f"{file}.safetensors"
+    tensors = load_file(path)
+    del tensors[lacking]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(Fatal, match=re.escape(f"lacks weights ({shown}: {lacking}); is it the whole model? Fetch it again")):
+        renderfarm.run(write_job(write_manifest(), model=str(copy)), engine="inline")
+    assert not list(tmp_path.glob("out/data/**/*.png"))
+
+
+def test_a_weight_file_that_is_cut_off_says_so(copy: Path, write_manifest: Callable[..., Path], write_job: Callable[..., Path]) -> None:
+    path = copy / "unet/diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(Fatal, match=r"cannot be loaded from .*; is a file damaged, or cut off\? Fetch it again"):
+        renderfarm.run(write_job(write_manifest(), model=str(copy)), engine="inline")

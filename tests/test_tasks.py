@@ -8,10 +8,12 @@ import os
 import re
 import socket
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from struct import pack
 from threading import Event
 from typing import Any
 
@@ -30,7 +32,7 @@ from servers import answering
 import renderfarm
 from renderfarm.config import Inputs, Job, ManifestSpec, ModelSpec, Workers
 from renderfarm.errors import Fatal, InvalidInput, InvalidJob, Transient
-from renderfarm.inputs import Fetcher, is_public
+from renderfarm.inputs import FETCHED_AT_A_TIME, Fetcher, is_public
 from renderfarm.jobfile import load_job
 from renderfarm.models.catalog import describe, for_task
 from renderfarm.models.families import FAMILIES
@@ -184,6 +186,9 @@ BAD = {
     "../job.yaml": r"image '../job.yaml' leads out of in/; put the file inside, or give inputs.folder",
     "/etc/hostname": r"leads out of in/",
     "link.png": r"leads out of in/",
+    "loop.png": r"'loop.png' (is a link that leads to itself; put the file there|cannot be read: Too many levels)",
+    "bomb.png": r"image 'bomb.png' has more than 67,108,864 pixels in all; make it smaller",
+    "vast.png": r"image 'vast.png' has 9000×9000 pixels; the limit is 67,108,864 in all: make it smaller",
     "text.png": r"image 'text.png' is no PNG, JPEG, WEBP file; convert it",
     "cut.png": r"image 'cut.png' cannot be decoded \(.*\); it may be cut off",
     "gif.png": r"is no PNG, JPEG, WEBP file",
@@ -211,6 +216,9 @@ def test_an_image_that_cannot_be_used_costs_its_row_and_says_what_to_do(job: Cal
         (folder / name).write_bytes(data)
     (tmp_path / "outside.png").write_bytes(good)
     (folder / "link.png").symlink_to(tmp_path / "outside.png")
+    (folder / "loop.png").symlink_to("loop.png")
+    for name, side in (("bomb.png", 20_000), ("vast.png", 9_000)):
+        (folder / name).write_bytes(vast_png(side))
     path = job(columns(len(BAD) + 1, image=["good.png", *BAD]), inputs={"max_mebibytes": 0.01})
     validated = validate_rows(prepare(load_job(path)))
     assert not (tmp_path / "out").exists()
@@ -221,6 +229,12 @@ def test_an_image_that_cannot_be_used_costs_its_row_and_says_what_to_do(job: Cal
         assert re.search(reason, error["error_message"]), error
     assert validated.problems == as_validated(tmp_path / "out")
     assert (validated.rows, validated.images, validated.bad_rows) == (len(BAD) + 1, 1, len(BAD))
+
+
+def vast_png(side: int) -> bytes:
+    """A file that says to be a grey picture of so many pixels, and holds few of them."""
+    chunks = (b"IHDR" + pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0), b"IDAT" + zlib.compress(bytes(1000)))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(pack(">I", len(chunk) - 4) + chunk + pack(">I", zlib.crc32(chunk)) for chunk in chunks)
 
 
 def as_validated(out: Path) -> list[str]:
@@ -276,6 +290,18 @@ def test_arguments_that_do_not_fit_an_image_are_error_rows(
     assert (summary.images, summary.errors) == (0, 1)
     assert reason in error_rows(tmp_path / "out")[0]["error_message"]
     assert validated.problems == as_validated(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux-dev", "qwen-image", "z-image"])
+def test_a_strength_that_runs_no_step_is_an_error_of_its_row_where_calls_round_up(
+    name: str, job: Callable[..., Path], tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    values = columns(2, image=[encoded(picture())] * 2, strength=[1e-17, 0.001])
+    path = job(values, model=str(tiny_model(name)), render={"num_inference_steps": 4, "height": 32, "width": 32})
+    assert renderfarm.run(path, engine="inline").images == 1
+    (error,) = error_rows(tmp_path / "out")
+    assert (error["row"], error["error_class"]) == (0, "InvalidInput")
+    assert error["error_message"] == "strength 1e-17 of 4 steps runs none of them; give at least 0.001"
 
 
 def with_alpha(picture: Image.Image, lowest: int) -> Image.Image:
@@ -446,12 +472,39 @@ def test_a_row_s_copies_share_one_decoded_image(tmp_path: Path) -> None:
     assert third.image.picture.size == (64, 32)
 
 
-def test_decoded_images_beyond_a_part_s_memory_stop_the_job_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_beyond_a_part_s_memory_stop_the_job_with_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetcher, copies, other = copies_of_an_image(tmp_path)
-    monkeypatch.setattr("renderfarm.inputs.MAX_DECODED_BYTES", 32 * 32 * 3)
+    monkeypatch.setattr("renderfarm.inputs.MAX_HELD_BYTES", 32 * 32 * 3 + len(Site.image))
     assert all(isinstance(found, Sample) for found in fetcher.fetch(copies))
     with pytest.raises(Fatal, match=r"lower output\.part_rows"):
         fetcher.fetch([*copies, other])
+
+
+def test_files_are_let_go_as_soon_as_their_pictures_are_made_and_shared_ones_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A part's photographs may be many times what is left of them at the rows' size."""
+    fetcher, _, wanted = copies_of_an_image(tmp_path)
+    (tmp_path / "mask.png").write_bytes(encoded(mask((64, 64))))
+    sizes = []
+    for number in range(40):
+        noise = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        (tmp_path / f"{number}.png").write_bytes(encoded(Image.fromarray(noise)))
+        sizes.append((tmp_path / f"{number}.png").stat().st_size)
+    made, shared = 40 * 32 * 64 * 4, (tmp_path / "mask.png").stat().st_size
+    limit = made + shared + FETCHED_AT_A_TIME * max(sizes)
+    assert limit < sum(sizes)
+    monkeypatch.setattr("renderfarm.inputs.MAX_HELD_BYTES", limit)
+    read, asked = Fetcher._read, []
+    monkeypatch.setattr(Fetcher, "_read", lambda self, source: asked.append(source) or read(self, source))
+    samples = [replace(wanted, image=InputImage(f"{k}.png"), mask_image=InputImage("mask.png")) for k in range(40)]
+    found: list[Any] = fetcher.fetch(samples)
+    assert sorted(asked) == sorted(["mask.png", *(f"{k}.png" for k in range(40))])
+    assert {one.image.data for one in found} == {one.mask_image.data for one in found} == {None}
+    for number, one in enumerate(found):
+        data = (tmp_path / f"{number}.png").read_bytes()
+        assert one.image.sha256 == hashlib.sha256(data).hexdigest()
+        assert (tmp_path / f"o/_renderfarm/inputs/{one.image.sha256}").read_bytes() == data
 
 
 def copies_of_an_image(tmp_path: Path) -> tuple[Fetcher, list[Sample], Sample]:
@@ -468,7 +521,7 @@ def test_a_url_that_the_job_allows_is_fetched(page: str, site: str, tmp_path: Pa
     found = fetch(tmp_path, site + page, urls=[f"{site}/pub/"], private_addresses=True)
     assert isinstance(found, Sample)
     assert found.image is not None
-    assert found.image.data == Site.image
+    assert (tmp_path / f"o/_renderfarm/inputs/{found.image.sha256}").read_bytes() == Site.image
     assert (found.height, found.width) == (32, 32)
 
 

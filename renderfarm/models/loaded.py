@@ -6,12 +6,14 @@ import importlib.util
 import os
 import warnings
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from diffusers.models.attention_dispatch import attention_backend
 
 from renderfarm.adapters import parse
@@ -54,6 +56,44 @@ def only_finite(image: torch.Tensor) -> torch.Tensor:
     return torch.nan_to_num(image, nan=torch.nan, posinf=torch.nan, neginf=torch.nan)
 
 
+def _whole(kind: Any, folder: str, what: str, **arguments: Any) -> Any:
+    """A pipeline, or one component of it, with all its weights. Raises Fatal, also where files lack some: transformers would
+    draw them at random, others in each process, and say so in a log."""
+    try:
+        with _missing_weights() as missing:
+            loaded = kind.from_pretrained(folder, **arguments)
+    except Exception as error:  # damaged weights raise many kinds; none of them is the row's fault
+        reason = str(error).strip().removesuffix(".")
+        raise Fatal(f"{what}: cannot be loaded from {folder}: {reason}; is a file damaged, or cut off? Fetch it again") from error
+    for name, part in getattr(loaded, "components", {"weights": loaded}).items():
+        if isinstance(part, torch.nn.Module) and "device_map" not in arguments:  # diffusers leaves them without data
+            missing += [f"{name}: {key}" for key, tensor in part.state_dict().items() if tensor.is_meta]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise Fatal(f"{what}: {folder} lacks weights ({'; '.join(missing[:3])}{more}); is it the whole model? Fetch it again")
+    return loaded
+
+
+@contextmanager
+def _missing_weights() -> Iterator[list[str]]:
+    """What models of transformers that are loaded meanwhile do not find in their files. Pipelines load them with arguments of
+    their own, so each is asked for its report on the way. One model is loaded at a time in a process (`slots`)."""
+    missing: list[str] = []
+    class_ = transformers.PreTrainedModel
+    plain = vars(class_)["from_pretrained"]
+
+    def reporting(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        model, report = plain.__func__(cls, *args, **{**kwargs, "output_loading_info": True})
+        missing.extend(f"{cls.__name__}: {key}" for key in sorted(report["missing_keys"]))
+        return (model, report) if kwargs.get("output_loading_info") else model
+
+    class_.from_pretrained = classmethod(reporting)
+    try:
+        yield missing
+    finally:
+        class_.from_pretrained = plain
+
+
 class LoadedPipeline(ABC):
     """`pipeline`: diffusers' class. `text_length`: positions that the longest text encoder reads at once. `weighted`: reads
     the texts instead of the pipeline, where the job says `prompt_weighting`."""
@@ -90,10 +130,7 @@ class LoadedPipeline(ABC):
         arguments |= self._load_arguments() | load_arguments(self.info) | from_gguf(self.info, self.dtype)
         if several_devices(self.workers) is not None:
             arguments["device_map"] = "balanced"  # over all devices that the worker sees
-        try:
-            return self.pipeline.from_pretrained(folder, dtype=self.dtype, **arguments)
-        except Exception as error:  # damaged weights raise many kinds; none of them is the row's fault
-            raise Fatal(f"model {self.info.id}: cannot be loaded from {folder}: {error}") from error
+        return _whole(self.pipeline, folder, f"model {self.info.id}", dtype=self.dtype, **arguments)
 
     def _place(self, pipe: Any) -> None:
         """Onto the device: at once, or part by part when they are called."""
@@ -125,10 +162,7 @@ class LoadedPipeline(ABC):
         """Another pipeline of the job's, or a part that the pipeline takes, from its own folder."""
         folder = self.info.companions[name]
         arguments |= {"use_safetensors": True, "local_files_only": True, "variant": self.info.variant_of(name)}
-        try:
-            loaded = kind.from_pretrained(folder, dtype=self.dtype, **arguments)
-        except Exception as error:  # as for the model
-            raise Fatal(f"model.{name}: cannot be loaded from {folder}: {error}") from error
+        loaded = _whole(kind, folder, f"model.{name}", dtype=self.dtype, **arguments)
         if hasattr(loaded, "scheduler"):  # else it is a part of the pipeline, which is put on the device as one
             set_up(loaded)
             self._place(loaded)

@@ -240,10 +240,22 @@ def _entry(name: str, base: Path, folder: Path, index: dict[str, Any], model: st
             config = read_json(folder / file, f"model.components.{name}: {file} is damaged")
             check_configuration(config, f"model.components.{name}/{file}", model)
             if library == "diffusers":
-                return [library, str(config.get("_class_name", kind))]
+                given = str(config.get("_class_name", kind))
+                if (role := _role(given)) != _role(kind):
+                    raise InvalidJob(
+                        f"model.components.{name}: it is a {given}, {role}, and the model's own is a {kind}; give another of that kind"
+                    )
+                return [library, given]
             own = read_json(base / name / file, f"model {model}: {name}/{file} is missing or damaged")
             if config.get("model_type") != own.get("model_type"):
                 raise InvalidJob(
                     f"model.components.{name}: it is a {config.get('model_type')}, and the model needs a {own.get('model_type')} ({kind})"
                 )
     return [library, kind]
+
+
+def _role(class_name: str) -> str:
+    """By the words that diffusers' classes are named with."""
+    words = {"Scheduler": "a scheduler", "Autoencoder": "an autoencoder", "VAE": "an autoencoder", "ControlNet": "a ControlNet"}
+    roles = words | dict.fromkeys(("UNet", "Transformer", "DiT2D", "UVit"), "a denoiser") | {"VQModel": "an autoencoder"}
+    return next((role for word, role in roles.items() if word.lower() in class_name.lower()), "another part")
