@@ -105,6 +105,7 @@ class Driver:
         )
         self.grid: Grid | None = None
         self.held = LEASES_IN_FLIGHT
+        self.batch_size = self.slot_groups = 1  # until workers say theirs
         self.is_done = bytearray()  # by part
         self.free: dict[str, list[Lease]] = {}  # ready workers, and the leases each holds
         self.starting: set[str] = set()
@@ -270,7 +271,8 @@ class Driver:
             grid = self.prepared.grid()
             self._use(self._measured_grid(engine, event.info) if grid is None else grid)
         assert self.grid is not None
-        self.held = leases_held(event.info.batch_size, self.grid.part_rows * self.prepared.usual.images_per_row)
+        self.batch_size = event.info.batch_size
+        self._hold()
         self.starting.discard(event.worker)
         self.free[event.worker] = []
         self.start_failures = 0
@@ -278,6 +280,10 @@ class Driver:
         self.progress.workers[event.worker].device = event.info.device
         self.progress.first_ready = self.progress.first_ready or time.time()
         self.progress.state = "RUNNING"
+
+    def _hold(self) -> None:
+        assert self.grid is not None
+        self.held = leases_held(self.batch_size, self.grid.part_rows * self.prepared.usual.images_per_row, self.slot_groups)
 
     def _measured_grid(self, engine: Engine, info: WorkerReady) -> Grid:
         seconds = info.seconds_per_image or UNMEASURED_S
@@ -293,6 +299,9 @@ class Driver:
         if event.worker in self.free:
             self.free[event.worker].remove(event.lease)
             self.progress.add(event.worker, event.receipt)
+            if event.receipt.slot_groups > self.slot_groups:
+                self.slot_groups = event.receipt.slot_groups
+                self._hold()
 
     def _failed(self, engine: Engine, event: Failed) -> None:
         if isinstance(event.error, WorkerLost):
