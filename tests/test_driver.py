@@ -168,7 +168,8 @@ def test_a_part_whose_answer_came_too_late_for_the_stop_is_counted(write_manifes
     assert summary.images == read_status(summary.out)["images"] == len(renderfarm.open(summary.out)) > 0
 
 
-@pytest.mark.parametrize(("part_rows", "heights"), [(1, [64]), (2, [64]), (5, [64]), (8, [64]), (1, [64, 72, 80, 88]), (5, [64, 72, 80, 88])])
+@pytest.mark.parametrize("heights", [[64], [64, 72, 80, 88]], ids=["one-size", "four-sizes"])
+@pytest.mark.parametrize("part_rows", [1, 2, 5, 8])
 def test_slots_stay_full_over_parts_that_are_smaller_than_a_batch(
     part_rows: int, heights: list[int], write_manifest: Write, write_job: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
