@@ -290,6 +290,8 @@ def verify(
     from renderfarm.verification import Choice
     from renderfarm.verification import verify as verify_output
 
+    if all_ and rows is not None:
+        raise InvalidJob("--all renders every row again, and --rows some; give one of them")
     choice, (own, beside) = Choice(all=all_, rows=rows, sample=sample), _model_and_parts(model)
     with Line(console, quiet=as_json) as line:
         found = verify_output(out, choice, own, beside, offload.value, line)

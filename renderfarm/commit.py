@@ -240,10 +240,12 @@ def has_profile(store: Store) -> bool:
 
 
 def read_profile(store: Store) -> dict[str, Any]:
-    """The render profile. Raises InvalidJob where no worker has published one yet."""
+    """The render profile. Raises InvalidJob where no worker has published one yet, and Fatal where one is lost."""
     try:
         return read_json(store, PROFILE)
     except KeyError:
+        if store.list(PARTS):
+            raise Fatal(f"{store.url}/{PROFILE} is missing, and parts are committed; restore it from a copy") from None
         raise InvalidJob(f"{store.url}: nothing was rendered yet; run its job first") from None
 
 

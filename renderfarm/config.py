@@ -592,9 +592,9 @@ class Failure(Strict):
     attempts: Annotated[int, Field(ge=1, le=20)] = 3
     """How many workers may be lost on one lease before the job stops."""
     deadline_s: Annotated[float, Field(gt=0)] | None = None
-    """Seconds in which a worker that has leases must finish one; else it hangs, is killed and replaced. Row by row, where a row is
-    suspected of killing workers, it has batch_size times as long. None: twenty times the longest that any worker took so far, and at
-    least ten minutes; two hours until the first has finished one."""
+    """Seconds in which a worker that has leases must finish one; else it hangs, is killed and replaced. Where a row is suspected of
+    killing workers and rows are rendered one by one, it is for each of them. None: twenty times the longest that any worker took so
+    far, and at least ten minutes; two hours until the first has finished one."""
 
 
 class Job(Strict):

@@ -121,6 +121,7 @@ class Driver:
         )
         self.grid: Grid | None = None
         self.held = LEASES_IN_FLIGHT
+        self.batch_size = self.slot_groups = 1  # until workers say theirs
         self.stop_at: float | None = None
         self.is_done = bytearray()  # by part of the grid
         self.retries_done: set[PartId] = set()
@@ -329,6 +330,8 @@ class Driver:
         """Kill those that hang, let those go whose nodes do, and end the run if nobody has been there for too long."""
         now = time.monotonic()
         for worker in self.pool.hung(now, self.job.failure.deadline_s):
+            if self.pool.is_further(worker, self._announced(worker), now):
+                continue
             engine.stop_worker(worker)
             self._lost(engine, worker, WorkerLost("it had finished nothing for too long (failure.deadline_s), and was killed"))
         for worker in self.pool.empty_handed():
@@ -342,6 +345,13 @@ class Driver:
             raise Interrupted(
                 f"no worker was ready for {self.job.workers.wait_s:g} s (workers.wait_s); run the same command again when there are nodes"
             )
+
+    def _announced(self, worker: str) -> frozenset[int]:
+        """The rows that a worker says it is at, where it renders row by row."""
+        leases = [held.lease for held in self.pool.members[worker].held]
+        asked = [(part, token) for lease in leases if (token := lease.announce_as) for part in lease.parts]
+        rows = (commit.announced_row(self.store, part, token) for part, token in asked)
+        return frozenset(row for row in rows if row is not None)
 
     def _beat(self) -> None:
         if self.heartbeat.is_due():
@@ -390,13 +400,18 @@ class Driver:
             grid = self.prepared.grid()
             self._use(self._measured_grid(engine, event.info) if grid is None else grid)
         assert self.grid is not None
-        self.held = leases_held(event.info.batch_size, self.grid.part_rows * self.prepared.usual.images_per_row)
+        self.batch_size = event.info.batch_size
+        self._hold()
         self.pool.join(event.worker, event.info, time.monotonic())
         self.start_failures = 0
         shown = self.progress.workers[event.worker]
         shown.state, shown.device, shown.node = "ready", event.info.device, event.info.node
         self.progress.first_ready = self.progress.first_ready or time.time()
         self.progress.state = "RUNNING"
+
+    def _hold(self) -> None:
+        assert self.grid is not None
+        self.held = leases_held(self.batch_size, self.grid.part_rows * self.prepared.usual.images_per_row, self.slot_groups)
 
     def _measured_grid(self, engine: Engine, info: WorkerReady) -> Grid:
         seconds = info.seconds_per_image or UNMEASURED_S
@@ -420,6 +435,9 @@ class Driver:
             else:
                 self.is_done[part.index] = 1
         self.progress.add(event.worker, event.receipt)
+        if event.receipt.slot_groups > self.slot_groups:
+            self.slot_groups = event.receipt.slot_groups
+            self._hold()
         limit = self.job.failure.stop_after
         if limit is not None and self.progress.new_errors >= limit:
             raise Fatal(f"{self.progress.new_errors} images of this run failed (failure.stop_after: {limit}); see `renderfarm errors`")

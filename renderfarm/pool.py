@@ -38,6 +38,8 @@ class Member:
     batch_size: int
     heard: float
     held: list[Held] = field(default_factory=list)
+    at: frozenset[int] = frozenset()
+    """The rows that it was at when somebody last asked."""
     leaving: bool = False
     """Its node goes away: it finishes what it holds, and gets nothing more."""
 
@@ -84,7 +86,15 @@ class Pool:
         """Workers that hold leases and have finished none for too long. `deadline_s` None: judged by the other leases."""
         if deadline_s is None:
             deadline_s = max(HUNG_S, HUNG * self._longest) if self._longest else HUNG_AT_FIRST_S
-        return [name for name, member in self.members.items() if member.held and now - _last_sign(member) > deadline_s * _slowness(member)]
+        return [name for name, member in self.members.items() if member.held and now - _last_sign(member) > deadline_s]
+
+    def is_further(self, name: str, at: frozenset[int], now: float) -> bool:
+        """Whether a worker that seems to hang goes on row by row: it is at other rows than when this was last asked."""
+        member = self.members[name]
+        if at == member.at:
+            return False
+        member.at, member.heard = at, now
+        return True
 
     # ----------------------------------------------------------------------------------------------- leases
 
@@ -133,8 +143,3 @@ class Pool:
 def _last_sign(member: Member) -> float:
     """Leases wait within a worker, so that only silence tells, never one lease's age."""
     return max(member.heard, min(held.since for held in member.held))
-
-
-def _slowness(member: Member) -> int:
-    """Row by row a lease takes up to B times as long."""
-    return member.batch_size if any(held.lease.announce_as for held in member.held) else 1

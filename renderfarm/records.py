@@ -175,7 +175,7 @@ class PartReceipt:
 
 @dataclass(frozen=True)
 class Receipt:
-    """A worker's small answer to a lease."""
+    """A worker's small answer to a lease. The slots are counted since the worker began."""
 
     lease: int
     parts: tuple[PartReceipt, ...]
@@ -183,6 +183,8 @@ class Receipt:
     denoiser_calls: int = 0
     useful_slots: int = 0
     total_slots: int = 0
+    slot_groups: int = 1
+    """The most that had work at once."""
 
 
 @dataclass(frozen=True)

@@ -67,11 +67,12 @@ class Rendered:
 
 @dataclass
 class Counters:
-    """`useful_slots / total_slots` is the share of denoiser work that was not filler."""
+    """`useful_slots / total_slots` is the share of denoiser work that was not filler; `slot_groups`: the most that had work at once."""
 
     denoiser_calls: int = 0
     useful_slots: int = 0
     total_slots: int = 0
+    slot_groups: int = 0
     encoded_texts: int = 0
 
 
@@ -170,6 +171,7 @@ class SlotLoop:
                     self._groups.setdefault(self._model.slot_group(job.sample), _Group()).waiting.append(job)
                 except Exception as error:  # as below, for one sample
                     _fail([job], error)
+            self.counters.slot_groups = max(self.counters.slot_groups, len(self._groups))
         return False
 
     def _advance(self) -> None:

@@ -44,14 +44,17 @@ from renderfarm.storage import open_store
 
 ENCODERS = 2
 LEASES_IN_FLIGHT = 3
-MOST_LEASES = 32  # of small parts
+MOST_LEASES = 64  # of small parts
+MOST_GROUPS = 8  # that leases are held for: what is in flight is what a crash costs
 
 KILLER = "the workers that rendered this row died each time; look at its arguments, or at the device's memory"
 
 
-def leases_held(batch_size: int, images_per_part: float) -> int:
-    """How many leases keep a worker's slots full: while one is published the others must hold a batch and its successor."""
-    return min(MOST_LEASES, max(LEASES_IN_FLIGHT, 1 + math.ceil(2 * batch_size / images_per_part)))
+def leases_held(batch_size: int, images_per_part: float, slot_groups: int = 1) -> int:
+    """How many leases keep a worker's slots full: while one is published the others must hold a batch and its successor of each slot
+    group, beside as many samples that are finished and wait for others of their part."""
+    images = (1 + 2 * min(slot_groups, MOST_GROUPS)) * batch_size
+    return min(MOST_LEASES, max(LEASES_IN_FLIGHT, 1 + math.ceil(images / images_per_part)))
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,7 @@ class Worker:
             denoiser_calls=counters.denoiser_calls - before,
             useful_slots=counters.useful_slots,
             total_slots=counters.total_slots,
+            slot_groups=counters.slot_groups,
         )
 
     def close(self) -> None:

@@ -100,6 +100,7 @@ def test_verify_and_inspect_say_what_is_right_and_exit_3_where_it_is_not(write_m
     assert json.loads(cli("verify", out, "--sample", "0", "--json").stdout)["again"] == []
     assert len(json.loads(cli("verify", out, "--all", "--json").stdout)["again"]) == 8
     assert "'3-' is not a range" in refused("verify", out, "--rows", "3-")
+    assert "give one of them" in refused("verify", out, "--rows", "3", "--all")
 
     shown = cli("inspect", out, "4", "--render", tmp_path / "alone.png")
     assert "a large orange circle on a white background" in shown.stdout

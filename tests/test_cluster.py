@@ -129,7 +129,7 @@ def test_a_run_waits_for_its_first_node_and_grows_when_another_joins(nodes: Node
     run.wait_for(lambda: run.states() == ["starting", "starting"])
     nodes.ask("add")
     run.wait_for_parts(2)
-    assert run.states().count("ready") == 1
+    run.wait_for(lambda: run.states().count("ready") == 1)
     nodes.ask("add")
     run.wait_for(lambda: run.states().count("ready") == 2)
     summary = run.finish_inline()
@@ -186,7 +186,7 @@ def test_when_no_node_comes_the_run_says_so_and_can_be_run_again(nodes: Nodes, b
 def test_one_killer_among_many_rows_costs_itself_and_three_workers(word: str, begin: Callable[..., Run]) -> None:
     rows = 300
     prompts = [f"row {k}" if k != 130 else f"[{word}]" for k in range(rows)]
-    run = begin(prompts, step_s="0", failure={"deadline_s": 4}, output={"part_rows": 20})
+    run = begin(prompts, step_s="0", failure={"deadline_s": 20} if word == "hang" else {}, output={"part_rows": 20})
     summary = run.end()
     check_complete(run.out, every(rows))
     assert [(row["row"], row["error_class"]) for row in error_rows(run.out)] == [(130, "WorkerCrashed")]
@@ -194,16 +194,15 @@ def test_one_killer_among_many_rows_costs_itself_and_three_workers(word: str, be
 
 
 def test_two_runs_of_one_output_share_the_work(begin: Callable[..., Run], tmp_path: Path) -> None:
-    one = begin([f"row {k}" for k in range(90)], step_s="0.1", workers=1)
-    one.wait_for_parts(1)
-    job = tmp_path / "job.yaml"
-    other = Run(job, one.out, RENDERFARM_FAKE_STEP_S="0.1")
+    one = begin([f"row {k}" for k in range(240)], step_s="0.1", workers=1)
+    one.wait_for(lambda: one.states() == ["starting"])
+    other = Run(tmp_path / "job.yaml", one.out, RENDERFARM_FAKE_STEP_S="0.1")
     summaries = [run.end() for run in (one, other)]
     assert [summary["state"] for summary in summaries] == ["SUCCEEDED"] * 2
-    check_complete(one.out, every(90))
+    check_complete(one.out, every(240))
     first, second = (summary["new_images"] for summary in summaries)
     assert min(first, second) > 6, "both have rendered"
-    assert first + second <= 90 + 3 * 2 * 3, "what both had in flight, at most, was rendered twice"
+    assert first + second == 240, "who lost the create has adopted the other's part"
 
 
 def test_a_run_that_is_not_to_share_says_who_is_at_work_and_leaves(begin: Callable[..., Run], tmp_path: Path) -> None:

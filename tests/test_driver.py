@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -170,20 +171,29 @@ def test_a_part_whose_answer_came_too_late_for_the_stop_is_counted(write_manifes
     assert summary.images == read_status(summary.out)["images"] == len(renderfarm.open(summary.out)) > 0
 
 
+@pytest.mark.parametrize("heights", [[64], [64, 72, 80, 88]], ids=["one-size", "four-sizes"])
 @pytest.mark.parametrize("part_rows", [1, 2, 5, 8])
 def test_slots_stay_full_over_parts_that_are_smaller_than_a_batch(
-    part_rows: int, write_manifest: Write, write_job: Write, monkeypatch: pytest.MonkeyPatch
+    part_rows: int, heights: list[int], write_manifest: Write, write_job: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = Fake.step
+    """Each height is a slot group, and steps differ, so that a part waits for its last image while others enter."""
+    step, useful = Fake.step, list[int]()
 
     def slow(model: Fake, states: Sequence[State]) -> list[bool]:
-        time.sleep(0.02)  # else there is nothing to wait for
+        time.sleep(0.03)  # else there is nothing to wait for
+        useful.append(len(states))
         return step(model, states)
 
     monkeypatch.setattr(Fake, "step", slow)
-    manifest = write_manifest({"prompt": [f"number {k}" for k in range(160)]})
-    job = write_job(manifest, workers={"batch_size": 8}, render={"num_inference_steps": 10}, output={"part_rows": part_rows})
+    places = Random(1)
+    columns = {
+        "prompt": [f"number {k}" for k in range(240)],
+        "num_inference_steps": [4 + k % 9 for k in range(240)],
+        "height": [places.choice(heights) for _ in range(240)],
+    }
+    job = write_job(write_manifest(columns), workers={"batch_size": 8}, output={"part_rows": part_rows})
     summary = renderfarm.run(job, engine="inline")
-    assert summary.images == 160
-    assert summary.useful_slots is not None
-    assert summary.useful_slots > 0.8  # 1 but for the beginning and the end
+    assert summary.images == 240
+    assert summary.useful_slots == sum(useful) / len(useful) / 8 > 0.8  # 1 but for the beginning and the end
+    between = useful[len(useful) // 4 : -len(useful) // 4]
+    assert sum(between) / len(between) / 8 > 0.9

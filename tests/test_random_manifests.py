@@ -163,7 +163,8 @@ def keeps_their_pixels(one: Model, examples: int, ray: bool = False) -> None:
         fewer = again({name: rows[name] for name in kept})
         assert set(fewer) == {key for key in first if key[0] in kept}
         for key, record in fewer.items():
-            assert (record["seed"], record["pixel_sha256"]) == (first[key]["seed"], first[key]["pixel_sha256"]), key
+            for name in ("seed", "profile_sha256", "pixel_sha256"):  # the profile, too, is the same through Ray and in this process
+                assert record[name] == first[key][name], (key, name)
 
     try_one()
 

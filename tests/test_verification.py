@@ -349,6 +349,14 @@ def test_a_reader_follows_no_name_that_leads_out_of_the_output(out: Path) -> Non
         original.original()
 
 
+def test_a_profile_that_is_lost_is_not_a_job_that_never_ran(out: Path) -> None:
+    (out / "_renderfarm/profile.json").unlink()
+    lost = r"_renderfarm/profile.json is missing, and parts are committed; restore it from a copy"
+    assert re.search(lost, "".join(verify(str(out), Choice(all=True)).problems))
+    with pytest.raises(Fatal, match=lost):
+        inspect(str(out), 0, 0)
+
+
 def test_the_job_file_decides_nothing_that_the_profile_holds(out: Path) -> None:
     """Its hash is nowhere: where it says another dtype, pictures would be compared only, and one changed by a level would pass."""
     job = json.loads((out / "_renderfarm/job.json").read_text())
