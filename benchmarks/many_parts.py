@@ -10,6 +10,7 @@ interpreter.
 from __future__ import annotations
 
 import argparse
+import resource
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def main() -> None:
         job = write_job(folder, given.parts)
         began = time.perf_counter()
         make_output(job, given.parts - given.missing)
-        print(f"made {given.parts - given.missing:,} committed parts in {time.perf_counter() - began:.0f} s")
+        print(f"made {given.parts - given.missing:,} committed parts in {time.perf_counter() - began:.0f} s", flush=True)
         walk = f"import os; print(sum(len(names) for _, _, names in os.walk({str(folder / 'out' / commit.PARTS)!r})))"
         for title, command in (
             ("os.walk over the index", [sys.executable, "-c", walk]),
@@ -49,9 +50,16 @@ def main() -> None:
             (f"renderfarm run, {given.missing} parts to do", [sys.executable, "-m", "renderfarm", "run", str(job), "--engine", "inline"]),
             ("renderfarm run, nothing to do", [sys.executable, "-m", "renderfarm", "run", str(job), "--engine", "inline"]),
         ):
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), cpu_seconds()
             done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - the commands above
-            print(f"{title}: {time.perf_counter() - began:.1f} s; {done.stdout.strip().splitlines()[0][:90]}")
+            wall, cpu = time.perf_counter() - began, cpu_seconds() - cpu
+            print(f"{title}: {wall:.1f} s, {cpu:.1f} of CPU; {done.stdout.strip().splitlines()[0][:80]}", flush=True)
+
+
+def cpu_seconds() -> float:
+    """Of the commands that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def write_job(folder: Path, rows: int) -> Path:
