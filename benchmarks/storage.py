@@ -4,10 +4,11 @@
 
 Both write the same number of bytes in objects of the same sizes: the layout through its writer and the package's own commit, from
 as many threads as a worker has; the loop by `pipe_file` of fsspec's client with the options that the package gives it, from as many.
-Images are 1024² PNGs, encoded before the clock starts. S3 is moto in a process of its own. Variants take turns, round by round, and
-what they wrote is removed in between. Local files are made durable (fsync) by the package; the column `loop+fsync` does that, too.
+Images are 1024² PNGs, encoded before the clock starts. S3 is moto in a process of its own. Variants take turns, each round begins with
+another one, and before each the disk is left to finish what was removed. Local files are made durable (fsync) by the package; the column
+`loop+fsync` does that, too.
 
-A ratio of 1.00 is the loop's speed. CPU is of this process, by image.
+A ratio of 1.00 is the loop's speed, in the same round; the median round is shown. CPU is of this process, by image.
 """
 
 from __future__ import annotations
@@ -67,19 +68,23 @@ def measure(
 ) -> dict[str, list[tuple[float, float]]]:
     """(MB/s, CPU seconds an image) of each variant in each round."""
     found: dict[str, list[tuple[float, float]]] = {}
-    local = "://" not in place
-    for _ in range(rounds):
-        sizes: dict[str, int] = {}
-        for variant in ("ours", "loop", *(["loop+fsync"] if local else [])):
+    variants = ["ours", "loop", *(["loop+fsync"] if "://" not in place else [])]
+    write(f"{place}/sizes", layout, pictures, images, encoders)  # and what is imported at the first use
+    sizes = {stored.key: stored.size for stored in open_store(f"{place}/sizes").stored("data")}
+    remove(f"{place}/sizes")
+    ballast = b"".join(one.data for one in pictures) * (1 + max(sizes.values()) // sum(len(one.data) for one in pictures))
+    by_size = {size: ballast[:size] for size in set(sizes.values())}
+    objects = {key: by_size[size] for key, size in sizes.items()}
+    for round_ in range(rounds):
+        for variant in (*variants[round_ % len(variants) :], *variants[: round_ % len(variants)]):
             url = f"{place}/{variant}"
+            os.sync()
             wall, cpu = time.perf_counter(), cpu_seconds()
             if variant == "ours":
                 write(url, layout, pictures, images, encoders)
             else:
-                plain(url, sizes, pictures, variant != "loop")
+                plain(url, objects, variant != "loop")
             wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
-            if variant == "ours":
-                sizes = {stored.key: stored.size for stored in open_store(url).stored("data")}
             found.setdefault(variant, []).append((sum(sizes.values()) / 1e6 / wall, cpu / images))
             remove(url)
     return found
@@ -106,23 +111,22 @@ def write(url: str, name: str, pictures: list[EncodedImage], images: int, encode
         list(leases.map(part, range(0, images, PART_IMAGES)))
 
 
-def plain(url: str, sizes: dict[str, int], pictures: list[EncodedImage], sync: bool) -> None:
-    """Objects of those sizes, put one by one."""
+def plain(url: str, objects: dict[str, bytes], sync: bool) -> None:
+    """These objects, put one by one."""
     client, root = make_client(url)
-    bytes_ = b"".join(one.data for one in pictures) * (1 + max(sizes.values()) // sum(len(one.data) for one in pictures))
 
     def put(key: str) -> None:
         path = f"{root}/{key}"
         if "://" not in url:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-        client.pipe_file(path, bytes_[: sizes[key]])
+        client.pipe_file(path, objects[key])
         if sync:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
 
-    small = max(sizes.values()) < 10e6
+    small = max(map(len, objects.values())) < 10e6
     with ThreadPoolExecutor(ENCODERS if small else LEASES_IN_FLIGHT) as pool:
-        list(pool.map(put, sizes))
+        list(pool.map(put, objects))
 
 
 def show(store: str, layout: str, found: dict[str, list[tuple[float, float]]]) -> None:

@@ -546,7 +546,7 @@ class Output(Strict):
     layout: Literal["files", "parquet", "webdataset"] = "files"
     """files: one folder per part, images beside a metadata.parquet (Hugging Face imagefolder). parquet: one file per part, images in
     it (Hugging Face's column `image`). webdataset: one tar per part, each image beside its row as JSON, and the tables in `metadata`.
-    The last two keep a part's images in TMPDIR until it is committed."""
+    The last two keep a part's images in memory and TMPDIR until it is committed."""
     format: Literal["png", "webp", "jpeg", "avif", "jxl"] = "png"
     """Of the image files. jxl (JPEG XL, lossless) needs renderfarm[codecs]."""
     encoding: Encoding = Encoding()

@@ -232,6 +232,13 @@ def test_there_is_no_waiting_for_credentials_that_a_job_begins_without(s3: str, 
         probe(open_store(f"{s3}/out"))
 
 
+def test_azure_without_an_account_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AZURE_STORAGE")]:
+        monkeypatch.delenv(name)
+    with pytest.raises(InvalidJob, match=r"^az://c/out cannot be opened .*account_name.*; set the store's usual variables or profile$"):
+        probe(open_store("az://c/out"))
+
+
 # ---------------------------------------------------------------------------------------------- what no time mends
 
 

@@ -239,6 +239,7 @@ def test_a_disk_without_room_for_a_parts_pictures_stops_the_job_with_what_to_do(
     layout: str, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
+        patch.setattr(base.Spool, "MEMORY", 0)
         patch.setattr(base.tempfile, "TemporaryFile", lambda: FullDisk())
         with pytest.raises(Fatal, match=r"cannot keep a part's pictures in .*spools.*: No space left.*TMPDIR"):
             renderfarm.run(write(layout), engine="inline")
@@ -252,11 +253,13 @@ from test_commit import errors, images
 from renderfarm import commit
 from renderfarm.errors import Fatal
 from renderfarm.layouts import LAYOUTS
+from renderfarm.layouts.base import Spool
 from renderfarm.records import Part
 from renderfarm.storage import open_store
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-store, layout, part = open_store("memory://full"), LAYOUTS[sys.argv[1]], Part(0, 0, 4)
+Spool.MEMORY = int(sys.argv[3])
+store, layout, part = open_store(sys.argv[2]), LAYOUTS[sys.argv[1]], Part(0, 0, 4)
 for limit in (5_000, 25_000, 42_000, 1_000_000):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
@@ -265,17 +268,46 @@ for limit in (5_000, 25_000, 42_000, 1_000_000):
                 writer.add(f"{k}.png", os.urandom(10_000))
             print(commit.publish(store, layout, part, writer, images(*range(4), size=10_000), errors()).images)
     except Fatal as error:
-        print("File too large" in str(error) and "TMPDIR" in str(error), store.list(""))
+        print("File too large" in str(error) and ("TMPDIR" if "TMPDIR" in str(error) else sys.argv[2] in str(error)), store.list(""))
 """
 
 
 @PACKED
-def test_wherever_the_disk_becomes_full_nothing_is_stored(layout: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("url", "memory", "said"), [("memory://full", 0, "TMPDIR"), ("memory://full", 15_000, "TMPDIR"), ("out", 50_000, "True")]
+)
+def test_wherever_the_disk_becomes_full_nothing_is_stored(layout: str, url: str, memory: int, said: str, tmp_path: Path) -> None:
     """While pictures wait, when they are read again, when the commit object is made: a file may not grow beyond a limit."""
-    command = [sys.executable, "-c", FULL, layout]
+    command = [sys.executable, "-c", FULL, layout, url, str(memory)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines() == ["True []"] * 3 + ["4"], done.stderr
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == [f"{said} []"] * 3 + ["4"], done.stderr
+
+
+@PACKED
+def test_what_waits_in_memory_and_on_disk_become_the_same_bytes(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for memory in (0, 250, 10_000):
+        monkeypatch.setattr(base.Spool, "MEMORY", memory)
+        with LAYOUTS[layout].writer(open_store(str(tmp_path / "out")), PART) as writer:
+            for name in ("23.png", "21.png", "22.png", "24.png"):
+                writer.add(name, name.encode() * 16 + b"....")
+            found.append(writer.commit_object(images(21, 22, 23, 24), errors()).read_bytes())
+    assert found[0] == found[1] == found[2]
+    assert b"22.png22.png" in found[0]
+
+
+@PACKED
+def test_on_a_local_disk_the_commit_object_is_written_once(layout: str, tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "out"))
+    with LAYOUTS[layout].writer(store, PART) as writer:
+        writer.add("21.png", b"." * 100)
+        written = writer.commit_object(images(21), errors())
+        store.put_if_absent("data/k", written)
+        assert (tmp_path / "out/data/k").samefile(written)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "out/data/k").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert store.list("") == ["data/k"]
 
 
 class FullDisk(io.BytesIO):
@@ -284,7 +316,7 @@ class FullDisk(io.BytesIO):
 
 
 def test_what_threads_still_bring_when_a_part_has_failed_is_dropped() -> None:
-    spool = base.Spool()
+    spool = base.Spool(open_store("memory://spool"))
     spool.add("a", b"1")
     spool.close()
     spool.add("b", b"2")
@@ -293,12 +325,16 @@ def test_what_threads_still_bring_when_a_part_has_failed_is_dropped() -> None:
 
 
 @PACKED
-def test_pictures_that_wait_have_no_name_that_a_killed_process_could_leave(layout: str, spools: Path, tmp_path: Path) -> None:
-    with LAYOUTS[layout].writer(open_store(str(tmp_path / "out")), PART) as writer:
+def test_pictures_that_wait_have_no_name_that_a_killed_process_could_leave(
+    layout: str, spools: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base.Spool, "MEMORY", 0)
+    with LAYOUTS[layout].writer(open_store("memory://nameless"), PART) as writer:
         writer.add("21.png", b"." * 100)
         assert list(spools.iterdir()) == []
         committed = writer.commit_object(images(21), errors())
         assert list(spools.iterdir()) == [committed]
+    assert list(spools.iterdir()) == []
 
 
 def test_two_workers_that_reach_each_commit_together_make_one_output(

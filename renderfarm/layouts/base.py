@@ -209,55 +209,78 @@ def read_parquet(data: bytes) -> pa.Table:
 
 
 class Spool:
-    """A part's pictures in a file on this machine's disk, since a few parts of them may be more than memory holds.
+    """A part's pictures until its commit object is made of them: in memory as far as MEMORY goes, the others in a file on this machine's
+    disk, since a few parts of them may be more than memory holds.
 
     The file has no name, so that nothing is left of it however the process ends.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    MEMORY = 128 << 20
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._lock, self._closed = store, threading.Lock(), False
+        self._held: dict[str, bytes] = {}
+        self._room = self.MEMORY
+        self._file: IO[bytes] | None = None
         self._at: dict[str, Place] = {}
-        self._object: IO[bytes] | None = None
-        with local_disk():
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
+        self._object: Path | None = None
 
     def add(self, name: str, data: bytes) -> None:
         with self._lock:
-            if self._file.closed:  # the part has failed; what its threads still bring is for nobody
+            if self._closed:  # the part has failed; what its threads still bring is for nobody
+                return
+            if len(data) <= self._room:
+                self._room -= len(data)
+                self._held[name] = data
                 return
             with local_disk():
+                self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115 - closed by `close`
                 self._at[name] = self._file.seek(0, io.SEEK_END), len(data)
                 self._file.write(data)
 
     def size(self, name: str) -> int:
-        return self._at[name][1]
+        return len(self._held[name]) if name in self._held else self._at[name][1]
 
     def read(self, name: str) -> bytes:
+        if name in self._held:
+            return self._held[name]
         offset, size = self._at[name]
+        assert self._file is not None
         with self._lock, local_disk():
             self._file.seek(offset)
             return self._file.read(size)
 
     def commit_object(self, suffix: str) -> Path:
         """A file for the part's commit object, gone when the spool is closed."""
+        self._remove_object()
         with local_disk():
-            self._object = tempfile.NamedTemporaryFile(prefix="renderfarm-", suffix=suffix)  # noqa: SIM115 - closed by `close`
-        return Path(self._object.name)
+            self._object = self._store.scratch(suffix)
+        return self._object
 
     def close(self) -> None:
         with self._lock:
-            with contextlib.suppress(OSError):  # of what a full disk did not take: nobody wants it any more
-                self._file.close()
-            if self._object is not None:
-                self._object.close()
+            self._closed = True
+            self._held.clear()
+            if self._file is not None:
+                with contextlib.suppress(OSError):  # of what a full disk did not take: nobody wants it any more
+                    self._file.close()
+            self._remove_object()
+
+    def _remove_object(self) -> None:
+        if self._object is not None:
+            self._object.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def local_disk() -> Iterator[None]:
+def local_disk(path: Path | None = None) -> Iterator[None]:
+    """`path`: what is written; None: the spool."""
     try:
         yield
     except OSError as error:
+        temporary = Path(tempfile.gettempdir())
+        folder = temporary if path is None else path.parent
+        another = ", or name another folder by TMPDIR," if folder == temporary else ""
         raise Fatal(
-            f"cannot keep a part's pictures in {tempfile.gettempdir()} until it is committed: {error.strerror or error}; free some "
-            "space there, or name another folder by TMPDIR, and run again (nothing committed is lost)"
+            f"cannot keep a part's pictures in {folder} until it is committed: {error.strerror or error}; free some "
+            f"space there{another} and run again (nothing committed is lost)"
         ) from error

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -43,7 +44,7 @@ def commit_key(part: Part) -> str:
 
 @contextlib.contextmanager
 def writer(store: Store, part: Part) -> Iterator[_Writer]:
-    with contextlib.closing(Spool()) as spool:
+    with contextlib.closing(Spool(store)) as spool:
         yield _Writer(spool)
 
 
@@ -60,14 +61,25 @@ class _Writer:
         schema = pa.schema([pa.field(IMAGE, TYPE), *table.schema], HUGGING_FACE | (footer(errors) or {}))
         plain = table.column_names  # a dictionary or statistics of pictures would be a copy of them
         options = {"compression": _codecs(schema), "use_dictionary": plain, "write_statistics": plain}
+        options |= {"write_batch_size": 1}  # else a row group's pictures make one page, which is put together in memory once more
         path = self._spool.commit_object(".parquet")
-        with local_disk(), pq.ParquetWriter(path, schema, **options) as file:
-            for start, stop in _groups([self._spool.size(name) for name in names]):
-                data = pa.array([self._spool.read(name) for name in names[start:stop]], pa.binary())
+        groups = list(_groups(sizes := [self._spool.size(name) for name in names]))
+        # one for all groups: new memory costs as much as a copy
+        buffer = memoryview(bytearray(max(sum(sizes[start:stop]) for start, stop in groups)))
+        with local_disk(path), pq.ParquetWriter(path, schema, **options) as file:
+            for start, stop in groups:
+                data = self._pictures(buffer, names[start:stop], sizes[start:stop])
                 pictures = pa.StructArray.from_arrays([data, pa.array(names[start:stop])], fields=list(TYPE))
                 columns = [pictures, *table.slice(start, stop - start).combine_chunks().columns]
                 file.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=stop - start)
         return path
+
+    def _pictures(self, buffer: memoryview, names: list[str], sizes: list[int]) -> pa.Array:
+        """A column of pictures whose bytes are in `buffer`: true until that is filled again."""
+        places = np.cumsum([0, *sizes], dtype=np.int32)
+        for name, (start, stop) in zip(names, itertools.pairwise(places.tolist()), strict=True):
+            buffer[start:stop] = self._spool.read(name)
+        return pa.Array.from_buffers(pa.binary(), len(names), [None, pa.py_buffer(places), pa.py_buffer(buffer)])
 
 
 def _codecs(schema: pa.Schema) -> dict[str, str]:

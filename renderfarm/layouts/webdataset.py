@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import re
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,7 +69,7 @@ def views(part: Part, images: pa.Table, errors: pa.Table) -> dict[str, bytes]:
 
 @contextlib.contextmanager
 def writer(store: Store, part: Part) -> Iterator[_Writer]:
-    with contextlib.closing(Spool()) as spool:
+    with contextlib.closing(Spool(store)) as spool:
         yield _Writer(part, spool)
 
 
@@ -85,8 +86,8 @@ class _Writer:
             end += member_size(size) + member_size(len(record))
         metadata = (footer(errors) or {}) | {PLACES_KEY: json.dumps(places, separators=(",", ":")).encode()}
         path = self._spool.commit_object(".tar")
-        with local_disk(), tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-            tar.copybufsize = 1 << 20  # type: ignore[attr-defined]  # else pieces of 16 kB
+        with local_disk(path), tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+            tar.copybufsize = sys.maxsize  # type: ignore[attr-defined]  # else pieces of 16 kB, each a copy
             _append(tar, _table_name(self._part), parquet_bytes(images.replace_schema_metadata(metadata)))
             for name, record in rows:
                 _append(tar, name, self._spool.read(name))

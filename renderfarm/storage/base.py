@@ -9,11 +9,13 @@
     exists, list   see every key whose put has returned
 
 Keys are relative, `/`-separated, and lead nowhere else: tables name some of them, and anybody may write a table.
-Bytes may be given as a file on this machine's disk, for what is too large for memory; it is left where it is.
+Bytes may be given as a file on this machine's disk, for what is too large for memory; it is left where it is. Best it is one of
+`scratch`, which need not be copied to be a key of this machine, and is not written any more once it was put.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -37,6 +39,9 @@ class Stored:
 class Store(Protocol):
     url: str
 
+    def scratch(self, suffix: str) -> Path:
+        """A new, empty file of this machine, for bytes that are to be put. Whoever asks for it removes it."""
+
     def put(self, key: str, data: bytes | Path) -> None: ...
     def put_if_absent(self, key: str, data: bytes | Path) -> None: ...
     def read(self, key: str) -> bytes: ...
@@ -57,6 +62,12 @@ class Store(Protocol):
 
     def discard(self, unfinished: Stored) -> None:
         """Remove what is stored of one; its writer, if it lives, fails."""
+
+
+def scratch_file(suffix: str) -> Path:
+    """One where temporary files are kept. Raises OSError."""
+    with tempfile.NamedTemporaryFile(prefix="renderfarm-", suffix=suffix, delete=False) as file:
+        return Path(file.name)
 
 
 def checked(key: str, url: str) -> str:

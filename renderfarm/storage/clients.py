@@ -92,7 +92,11 @@ def make_client(url: str) -> tuple[Any, str]:
         advice = f"pip install 'renderfarm[{EXTRAS[scheme]}]'" if scheme in EXTRAS else str(error)
         raise InvalidJob(f"{scheme}:// needs another package: {advice}") from error
     except ValueError as error:
-        raise InvalidJob(_line(error)) from error
+        if scheme not in EXTRAS:
+            raise InvalidJob(_line(error)) from error
+        raise InvalidJob(  # adlfs asks for an account at once, the others at the first request
+            f"{url} cannot be opened with the settings of this environment ({_line(error)}); set the store's usual variables or profile"
+        ) from error
     client.retries = 1
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it prints a traceback for each error that it also raises
     if scheme in ("s3", "s3a"):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from renderfarm.errors import AlreadyExists, Expired, Fatal, InvalidJob, Transient
-from renderfarm.storage.base import Stored, checked
+from renderfarm.storage.base import Stored, checked, scratch_file
 from renderfarm.storage.clients import make_client, translated
 
 PATIENCE_S = 120.0  # with a store that is busy or away; a lease that fails for it is tried again
@@ -46,6 +46,9 @@ class CloudStore:
 
     def __reduce__(self) -> tuple[Any, ...]:  # a client belongs to its process
         return _again, (self.url, self.single_writer, self.patience_s)
+
+    def scratch(self, suffix: str) -> Path:
+        return scratch_file(suffix)
 
     def put(self, key: str, data: bytes | Path) -> None:
         self._write(key, data)

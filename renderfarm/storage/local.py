@@ -33,6 +33,13 @@ class LocalStore:
         self._unsynced: dict[Path, int] = {}
         self._changes = itertools.count()
 
+    def scratch(self, suffix: str) -> Path:
+        path = self._temporary.with_suffix(suffix)
+        with _translated(f"write to {self.url}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("xb").close()
+        return path
+
     def put(self, key: str, data: bytes | Path) -> None:
         with self._written(key, data) as temporary:
             os.replace(temporary, self._path(key))
@@ -92,19 +99,27 @@ class LocalStore:
     def _path(self, key: str) -> Path:
         return self.root / checked(key, self.url)
 
+    @property
+    def _temporary(self) -> Path:
+        """Another one each time."""
+        return self.root / TEMPORARY / uuid.uuid4().hex
+
     @contextlib.contextmanager
     def _written(self, key: str, data: bytes | Path) -> Iterator[Path]:
         """A temporary file with these bytes, which are on the disk; whatever name it gets is so after the next `_sync_folders`."""
-        target, temporary = self._path(key), self.root / TEMPORARY / uuid.uuid4().hex
+        target, temporary = self._path(key), self._temporary
         with _translated(f"write to {self.url}" if key.startswith(TEMPORARY) else f"write {key} in {self.url}"):
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary.parent.mkdir(parents=True, exist_ok=True)
             try:
-                if isinstance(data, bytes):
-                    temporary.write_bytes(data)
-                else:
+                if isinstance(data, Path) and data.parent == temporary.parent:
+                    os.link(data, temporary)
+                elif isinstance(data, Path):
                     shutil.copyfile(data, temporary)  # within the kernel
-                with temporary.open("rb+") as file:
+                with temporary.open("ab") as file:
+                    if isinstance(data, bytes):
+                        file.write(data)
+                    file.flush()
                     os.fsync(file.fileno())
                 yield temporary
                 with self._lock:

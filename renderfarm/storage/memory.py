@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from renderfarm.errors import AlreadyExists
-from renderfarm.storage.base import Stored
+from renderfarm.storage.base import Stored, scratch_file
 
 _KEYS: dict[str, tuple[bytes, float]] = {}
 _LOCK = threading.Lock()
@@ -21,6 +21,9 @@ class MemoryStore:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
+
+    def scratch(self, suffix: str) -> Path:
+        return scratch_file(suffix)
 
     def put(self, key: str, data: bytes | Path) -> None:
         data = data if isinstance(data, bytes) else data.read_bytes()
