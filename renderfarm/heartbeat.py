@@ -14,7 +14,7 @@ from renderfarm.storage import open_store
 EVERY_S = 5.0
 LAST_S = 10.0
 STALE_S = 60.0  # twelve missed ones
-ALIVE = ("STARTING", "REPAIRING", "RUNNING")
+ALIVE = ("STARTING", "REPAIRING", "RUNNING", "PAUSING", "PAUSED", "CANCELLING")
 
 
 def is_alive(progress: dict[str, Any]) -> bool:
