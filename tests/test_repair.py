@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from checker import lasting
 from typer.testing import CliRunner
 
 import renderfarm
@@ -69,18 +70,12 @@ def run(folder: Path, **options: Any) -> RunSummary:
 
 def contents(out: Path) -> dict[str, bytes]:
     store = LocalStore(str(out))
-    return {key: _lasting(key, store.read(key)) for key in store.list("") if not key.startswith(VOLATILE)}
-
-
-def _lasting(key: str, data: bytes) -> bytes:
-    """An index entry says who committed its part, which is another one each time."""
-    entry = json.loads(data) if key.startswith(commit.PARTS) and data.startswith(b"{") and data.endswith(b"}\n") else None
-    return data if entry is None else commit.to_json({name: entry[name] for name in entry if name not in ("run", "worker", "host")})
+    return {key: lasting(key, store.read(key)) for key in store.list("") if not key.startswith(VOLATILE)}
 
 
 def set_aside(out: Path) -> dict[str, bytes]:
     store = LocalStore(str(out))
-    return {(own := key.split("/", 3)[3]): _lasting(own, store.read(key)) for key in store.list(DAMAGED)}
+    return {(own := key.split("/", 3)[3]): lasting(own, store.read(key)) for key in store.list(DAMAGED)}
 
 
 # ------------------------------------------------------------------------------------------------------------- damage
@@ -421,7 +416,7 @@ def test_an_output_in_a_store_is_mended_there(kind: str, layout: str, write_mani
     store = open_store(out)
 
     def there() -> dict[str, bytes]:
-        return {key: _lasting(key, store.read(key)) for key in store.list("") if not key.startswith(VOLATILE)}
+        return {key: lasting(key, store.read(key)) for key in store.list("") if not key.startswith(VOLATILE)}
 
     before = there()
     sample = next(renderfarm.open(out).samples())
