@@ -12,7 +12,7 @@ from renderfarm import commit, notify
 from renderfarm.config import Job
 from renderfarm.driver import Driver, Observer, RunSummary
 from renderfarm.engines.base import Engine
-from renderfarm.errors import EXIT_INTERNAL, Interrupted, InvalidJob, RenderfarmError
+from renderfarm.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, Interrupted, InvalidJob, RenderfarmError
 from renderfarm.jobfile import load_job
 from renderfarm.preparation import Prepared, prepare
 from renderfarm.reading import Output
@@ -55,7 +55,7 @@ def run(
         if warning := notify.send(told, _ended_by(error, driver, prepared), at_once=isinstance(error, Interrupted)):
             error.add_note(warning)
         raise
-    warning = notify.send(told, summary.to_dict())
+    warning = notify.send(told, summary.to_dict(), at_once=summary.exit_code == EXIT_INTERRUPTED)  # whoever stops us waits
     return replace(summary, warnings=(*summary.warnings, warning)) if warning else summary
 
 

@@ -319,7 +319,7 @@ def retry(out: OutputFolder, classes: Classes = None, rows: Rows = None, all_: A
     if found.waived:
         out_console.print(f"left alone, since they are waived: {found.waived:,} (--rows takes them)")
     if found.samples or found.already:
-        at_work = f"the run {found.alive} takes them up when its other parts are done"
+        at_work = f"the run {found.alive} takes them up when its other parts are done (if it is ending just now, the next one does)"
         out_console.print(at_work if found.alive else "render them: renderfarm run JOB", markup=False)
 
 
