@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from renderfarm import commit
+from renderfarm import commit, notify
 from renderfarm.config import Job
 from renderfarm.driver import GRACE_S, Driver, Observer, RunSummary
 from renderfarm.engines.base import Engine
-from renderfarm.errors import Interrupted, InvalidJob, RenderfarmError
+from renderfarm.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, Interrupted, InvalidJob, RenderfarmError
 from renderfarm.jobfile import load_job
 from renderfarm.preparation import Prepared, prepare
 from renderfarm.reading import Output
@@ -46,7 +47,20 @@ def run(
     if engine == "ray" and prepared.store.url.startswith("memory://"):
         raise InvalidJob("memory:// is this process's memory, which Ray's workers do not share; use --engine inline or a folder")
     driver = Driver(prepared, stop or threading.Event(), observe, grace_s, stop_now, repair)
-    driver.begin()
+    told = prepared.job.notify
+    notify.check(told)
+    try:
+        driver.begin()
+        summary = _run(prepared, driver, engine, address)
+    except Exception as error:  # whatever ended the run, somebody waits to hear of it
+        if warning := notify.send(told, _ended_by(error, driver, prepared), at_once=isinstance(error, Interrupted)):
+            error.add_note(warning)
+        raise
+    warning = notify.send(told, summary.to_dict(), at_once=summary.exit_code == EXIT_INTERRUPTED)  # whoever stops us waits
+    return replace(summary, warnings=(*summary.warnings, warning)) if warning else summary
+
+
+def _run(prepared: Prepared, driver: Driver, engine: EngineName, address: str | None) -> RunSummary:
     _write_card(prepared)  # at the start, so that an interrupted output opens, too
     try:
         summary = driver.run(_engine_maker(prepared, engine, address, driver.progress.run_id))
@@ -58,6 +72,23 @@ def run(
     write_contact_sheet(Output(prepared.store.url))
     _write_card(prepared)
     return summary
+
+
+def _ended_by(error: Exception, driver: Driver, prepared: Prepared) -> dict[str, Any]:
+    """What is told of a run that an error ended: of a summary what is known of it, and the error."""
+    code = error.exit_code if isinstance(error, RenderfarmError) else EXIT_INTERNAL
+    known = driver.progress.snapshot()
+    counts = {name: known[name] for name in ("run_id", "job", "rows", "images", "errors", "waived", "new_images", "new_errors", "bytes")}
+    state = "INTERRUPTED" if isinstance(error, Interrupted) else "FAILED"
+    return counts | {
+        "out": prepared.store.url,
+        "state": state,
+        "exit_code": code,
+        "error_classes": known["error_classes"],
+        "seconds": round(driver.progress.seconds, 2),
+        "error": str(error),
+        "error_class": type(error).__name__,
+    }
 
 
 def _engine_maker(prepared: Prepared, engine: EngineName, address: str | None, run_id: str) -> Callable[[], Engine]:
@@ -75,15 +106,15 @@ def _engine_maker(prepared: Prepared, engine: EngineName, address: str | None, r
 
 
 def _write_card(prepared: Prepared) -> None:
-    totals, grid, output = commit.totals(prepared.store), prepared.grid(), prepared.job.output
+    counts, grid, output = commit.counts(prepared.store), prepared.grid(), prepared.job.output
     write_card(
         prepared.store,
         prepared.frozen(),
         name=prepared.job.name,
         rows=prepared.manifest.rows,
-        images=totals.images,
-        errors=totals.errors,
-        finished=grid is not None and totals.parts_done == grid.count,
+        images=counts.images,
+        errors=counts.errors,
+        finished=grid is not None and counts.parts_done == grid.count,
         sheet=SHEET if prepared.store.exists(SHEET) else None,
         columns=prepared.columns(),
         warnings=prepared.model.warnings,

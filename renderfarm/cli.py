@@ -26,6 +26,7 @@ from renderfarm.errors import (
     EXIT_OK,
     EXIT_ROWS_FAILED,
     EXIT_STOPPED,
+    EXIT_TIMED_OUT,
     EXIT_USAGE,
     InvalidJob,
     RenderfarmError,
@@ -162,7 +163,9 @@ def _print_summary(summary: dict[str, Any]) -> None:
     counts = f"{summary['images']:,} images, {summary['errors']:,} errors, {summary['rows']:,} rows"
     out_console.print(f"{state.lower()}: {counts} in {out}")
     for name, count in summary["error_classes"].items():
-        out_console.print(f"  {name}: {count:,}  (reasons in {out}/errors/)")
+        out_console.print(f"  {name}: {count:,}  (reasons: renderfarm errors {out})", markup=False)
+    if summary["waived"]:
+        out_console.print(f"  of them waived: {summary['waived']:,}")
     for reason, number in summary["workers_left_out"].items():
         out_console.print(f"workers left out: {number}: {reason}", markup=False)
     for warning in summary["warnings"]:
@@ -242,6 +245,158 @@ def status(out: Annotated[str, typer.Argument(help="The output folder.", show_de
         _print_json(found)
     else:
         _print_pairs(found)
+
+
+OutputFolder = Annotated[str, typer.Argument(help="The output folder.", show_default=False)]
+Classes = Annotated[list[str] | None, typer.Option("--class", help="Those of this class. May be repeated.", show_default=False)]
+Rows = Annotated[str | None, typer.Option(help="Those of these rows: 0-5,7.", show_default=False)]
+All = Annotated[bool, typer.Option("--all", help="Every failed sample.")]
+
+
+class GroupChoice(StrEnum):
+    class_ = "class"
+    message = "message"
+    worker = "worker"
+
+
+@app.command()
+def errors(
+    out: OutputFolder,
+    group_by: Annotated[GroupChoice | None, typer.Option(help="Count them by what they have in common.", show_default=False)] = None,
+    limit: Annotated[int, typer.Option(min=0, help="Lines to print; 0: all.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """List the samples that have no image, and why; of those that were rendered again, how they ended last."""
+    from itertools import chain, islice
+
+    from renderfarm.failures import failures, groups
+    from renderfarm.reading import open as open_output
+
+    output = open_output(out)
+    if group_by is not None:
+        found = groups(output, cast(Any, group_by.value))
+        lines, total = [vars(group) for group in found], sum(group.count for group in found)
+        lines = lines[: limit or None]
+        shown = {"count": "count", "waived": "waived", "retryable": "retryable", "value": group_by.value, "example": "for example"}
+    else:
+        every = chain.from_iterable(failed for _, failed, _ in failures(output))
+        lines = [vars(failure) for failure in islice(every, limit or None)]
+        total = len(lines) + sum(1 for _ in every)
+        shown = {"row": "row", "image_index": "image", "row_id": "id", "error_class": "class"}
+        shown |= {"retryable": "retryable", "waived": "waived", "error_message": "message"}
+    if as_json:
+        _print_json({"out": output.store.url, "errors": total, "groups" if group_by else "failures": lines})
+        return
+    table = Table(box=None, padding=(0, 2), header_style="bold")
+    for title in shown.values():
+        table.add_column(title)
+    for line in lines:
+        table.add_row(*(Text(_cell(line[column]), overflow="fold") for column in shown))
+    out_console.print(table if lines else "no errors: every sample that was rendered has its image")
+    if not group_by and total > len(lines):
+        out_console.print(f"… {total:,} in all (--limit 0 prints them)")
+
+
+def _cell(value: Any) -> str:
+    return ("yes" if value else "no") if isinstance(value, bool) else " ".join(_shown_value(value).split())
+
+
+@app.command()
+def retry(out: OutputFolder, classes: Classes = None, rows: Rows = None, all_: All = False, as_json: AsJson = False) -> None:
+    """Ask for failed samples to be rendered again: those that may succeed, or exactly those that are named. A run renders them."""
+    from renderfarm.failures import Choice
+    from renderfarm.failures import retry as ask_again
+
+    found = ask_again(out, Choice(tuple(classes or ()), rows, all_))
+    if as_json:
+        _print_json(vars(found))
+        return
+    if found.samples:
+        out_console.print(f"to be rendered again: {found.samples:,} samples of {len(found.parts):,} parts")
+    if found.already:
+        out_console.print(f"asked for before, and not rendered yet: {found.already:,}")
+    if not found.samples and not found.already:
+        out_console.print("nothing to retry: no failed sample is among those")
+    if found.not_retryable:
+        out_console.print(f"left alone, since the same would come out: {found.not_retryable:,} (--class, --rows or --all take them, too)")
+    if found.waived:
+        out_console.print(f"left alone, since they are waived: {found.waived:,} (--rows takes them)")
+    if found.samples or found.already:
+        at_work = f"the run {found.alive} takes them up when its other parts are done (if it is ending just now, the next one does)"
+        out_console.print(at_work if found.alive else "render them: renderfarm run JOB", markup=False)
+
+
+@app.command()
+def waive(
+    out: OutputFolder,
+    classes: Classes = None,
+    rows: Rows = None,
+    all_: All = False,
+    reason: Annotated[str | None, typer.Option(help="Why, for whoever reads `errors --json`.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say that failed samples may stay errors: they count no more against failure.tolerate."""
+    from renderfarm.failures import Choice
+    from renderfarm.failures import waive as waive_them
+
+    found = waive_them(out, Choice(tuple(classes or ()), rows, all_), reason)
+    if as_json:
+        _print_json(vars(found))
+        return
+    before = f" ({found.already:,} more were before)" if found.already else ""
+    out_console.print(f"waived: {found.samples:,} samples{before}; the next run counts them no more against failure.tolerate")
+
+
+@app.command()
+def wait(
+    out: OutputFolder,
+    timeout: Annotated[str | None, typer.Option(help="At most so long: 30s, 2h. Without it, to the end.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Wait until the run of an output has ended, from any machine that can read it. Exits as that run does, 6 after the timeout."""
+    from renderfarm.report.live import Line
+    from renderfarm.waiting import wait as wait_for_end
+
+    with Line(console, quiet=as_json) as line:
+        found = wait_for_end(out, None if timeout is None else _seconds(timeout, "--timeout"), line)
+    if as_json:
+        _print_json(vars(found))
+    else:
+        late = " (still; --timeout has passed)" if found.exit_code == EXIT_TIMED_OUT else ""
+        out_console.print(f"{found.state.lower()}{late}: {found.images:,} images, {found.errors:,} errors in {found.out}", markup=False)
+    raise typer.Exit(found.exit_code)
+
+
+@app.command()
+def pause(out: OutputFolder, as_json: AsJson = False) -> None:
+    """Let a run finish the parts in flight, let its workers go, and wait for `resume`."""
+    _tell(out, "pause", "is paused when the parts in flight are finished; its workers are let go. `renderfarm resume` goes on", as_json)
+
+
+@app.command()
+def resume(out: OutputFolder, as_json: AsJson = False) -> None:
+    """Let a paused run go on."""
+    _tell(out, "run", "goes on, with new workers", as_json)
+
+
+@app.command()
+def cancel(out: OutputFolder, as_json: AsJson = False) -> None:
+    """End a run when the parts in flight are finished; what is committed stays, and running its job again continues."""
+    _tell(out, "cancel", "ends when the parts in flight are finished; what is committed stays", as_json)
+
+
+def _tell(out: str, wanted: str, what: str, as_json: bool) -> None:
+    from renderfarm.control import ask
+    from renderfarm.reading import open as open_output
+
+    told = ask(open_output(out).store, cast(Any, wanted))
+    if as_json:
+        _print_json(vars(told))
+    elif told.before == told.wanted:
+        already = {"pause": "was told to pause before", "run": "is not paused", "cancel": "was told to end before"}[wanted]
+        out_console.print(f"{told.run_id} {already}; it says {told.state.lower()}", markup=False)
+    else:
+        out_console.print(f"{told.run_id} {what}", markup=False)
 
 
 Models = Annotated[
@@ -475,7 +630,7 @@ def gc(
     from renderfarm.report.live import Line
 
     with Line(console, quiet=as_json) as line:
-        found = collect(out, _seconds(older_than), dry_run=dry_run, say=line)
+        found = collect(out, _seconds(older_than, "--older-than"), dry_run=dry_run, say=line)
     if as_json:
         _print_json({"out": out, **asdict(found)})
         return
@@ -491,11 +646,11 @@ def gc(
         out_console.print(note, markup=False)
 
 
-def _seconds(text: str) -> float:
+def _seconds(text: str, option: str) -> float:
     """30s, 15m, 12h, 1d."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
     if match is None:
-        raise InvalidJob(f"--older-than {text!r}: give a number with its unit, for example 12h or 1d")
+        raise InvalidJob(f"{option} {text!r}: give a number with its unit, for example 12h or 1d")
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
@@ -694,6 +849,8 @@ def main() -> NoReturn:
         app()
     except RenderfarmError as error:
         console.print(f"error: {error}", markup=False, style="red" if console.is_terminal else None)
+        for note in getattr(error, "__notes__", ()):
+            console.print(f"warning: {note}", markup=False)
         if "--json" in sys.argv:
             _print_json({"error": str(error), "error_class": type(error).__name__, "exit_code": error.exit_code})
         _leave(error.exit_code)

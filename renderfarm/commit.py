@@ -467,36 +467,41 @@ def entry_that_counts(keys: Iterable[str]) -> tuple[str, PartReceipt]:
 
 
 @dataclass(frozen=True)
-class Totals:
-    """What an output holds. `errors`, `classes`: of samples that have no image by now; `waived`: how many of them may stay so."""
+class Counts:
+    """What an output holds. `errors`: samples that have no image by now."""
 
     parts_done: int
     images: int
     errors: int
     bytes: int
+
+
+@dataclass(frozen=True)
+class Totals(Counts):
+    """`classes`: of the errors; `waived`: how many of them may stay so."""
+
     classes: dict[str, int]
     waived: int
 
 
-def sums(entries: Mapping[PartId, tuple[str, PartReceipt]]) -> tuple[int, int]:
-    """Images, and errors of samples that have none, as the names of the index entries say."""
-    receipts = [receipt for _, receipt in entries.values()]
-    images = sum(receipt.images for receipt in receipts)
-    return images, sum(-receipt.images if receipt.retry else receipt.errors for receipt in receipts)
+def counts(store: Store) -> Counts:
+    """By the names of the index alone: one listing, no reads."""
+    return Counts(*_counted(index_entries(store)))
 
 
 def totals(store: Store) -> Totals:
-    """By the index: one listing, and the entries that have errors are read; beside that, the parts of which anything is waived."""
+    """The entries that have errors are read, too, and the parts of which anything is waived. Raises Fatal for damaged ones."""
     entries = index_entries(store)
+    return Totals(*_counted(entries), classes=_classes(store, entries), waived=_waived(store, entries))
+
+
+def _counted(entries: Mapping[PartId, tuple[str, PartReceipt]]) -> tuple[int, int, int, int]:
     receipts = [receipt for _, receipt in entries.values()]
-    images, errors = sums(entries)
-    return Totals(
-        parts_done=sum(not receipt.retry for receipt in receipts),
-        images=images,
-        errors=errors,
-        bytes=sum(receipt.bytes for receipt in receipts),
-        classes=_classes(store, entries),
-        waived=_waived(store, entries),
+    return (
+        sum(not receipt.retry for receipt in receipts),
+        sum(receipt.images for receipt in receipts),
+        sum(-receipt.images if receipt.retry else receipt.errors for receipt in receipts),
+        sum(receipt.bytes for receipt in receipts),
     )
 
 

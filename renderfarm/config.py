@@ -597,6 +597,25 @@ class Failure(Strict):
     far, and at least ten minutes; two hours until the first has finished one."""
 
 
+class Notify(Strict):
+    """Who is told of a run's end, by a POST of JSON: how it ended, and its counts. May change freely."""
+
+    url: Annotated[str, Field(min_length=1)]
+    """`https://…`; `${NAME}` stands for an environment variable, as which a URL that is a secret belongs. Never stored or printed."""
+    headers: dict[str, str] = {}
+    """Further headers, in which `${NAME}` may stand, too: `Authorization: "Bearer ${TOKEN}"`."""
+
+    @field_validator("headers")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name) or not text.isprintable():
+                raise ValueError(f"headers: {name!r} is no header with a value of one line")
+            if re.search("auth|token|key|secret|cookie", name, re.IGNORECASE) and "${" not in text:
+                raise ValueError(f"headers: {name} is a secret; put it into an environment variable, and write ${{NAME}} here")
+        return value
+
+
 class Job(Strict):
     """One render job."""
 
@@ -619,6 +638,8 @@ class Job(Strict):
     if_running: Literal["share", "exit"] = "share"
     """What a run does when another one of the same output is at work. share: both render, from different ends; each part is committed
     once. exit: it says who runs, and ends with exit code 75."""
+    notify: Notify | None = None
+    """Who is told of the end of a run; None: nobody."""
 
     @field_validator("manifest", mode="before", json_schema_input_type=ManifestSpec | str | list[str])
     @classmethod
@@ -659,6 +680,8 @@ class Job(Strict):
         ]
         if (c2pa := self.output.c2pa) is not None:
             found += [("output.c2pa.certificate", c2pa.certificate), ("output.c2pa.private_key", c2pa.private_key)]
+        if self.notify is not None:
+            found.append(("notify.url", self.notify.url))
         if link := self.output.card.license_link:
             found.append(("output.card.license_link", link))
         return [*found, *([("inputs.folder", self.inputs.folder)] if self.inputs.folder else [])]

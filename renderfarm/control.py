@@ -1,27 +1,73 @@
-"""control.json: what somebody wants of a run, said through the store, so that nobody has to reach its driver."""
+"""`renderfarm pause`, `resume`, `cancel`: what somebody wants of a run, in a file of the output that the run looks at.
+
+    _renderfarm/control.json    {"run_id": …, "wanted": "pause" | "run" | "cancel", "at": seconds since 1970}
+
+It names the run, so that it says nothing to the next one. Nobody needs to reach the driver.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import time
+from dataclasses import dataclass
+from typing import Literal, cast
 
 from renderfarm import commit
-from renderfarm.errors import Fatal
+from renderfarm.errors import Fatal, InvalidJob
+from renderfarm.heartbeat import is_alive
 from renderfarm.storage import Store
 
 CONTROL = "_renderfarm/control.json"
-Wanted = Literal["run", "pause", "cancel"]
+Wanted = Literal["pause", "run", "cancel"]
+WANTED = ("pause", "run", "cancel")
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a run was told. `before`: what was wanted of it until then; `state`: what it said of itself last."""
+
+    out: str
+    run_id: str
+    wanted: Wanted
+    before: Wanted
+    state: str
 
 
 def read(store: Store, run_id: str) -> Wanted:
-    """What is wanted of a run. A file that is of another run, missing or unreadable asks for nothing."""
+    """What is wanted of that run: to go on, where nothing, something damaged, or something of another run is there.
+
+    Raises Transient for a store that is away, which asks for nothing new.
+    """
     try:
         said = commit.read_json(store, CONTROL)
     except (KeyError, Fatal):
         return "run"
-    wanted: Wanted = said.get("wanted", "run")
-    return wanted if family(str(said.get("run_id"))) == family(run_id) and wanted in get_args(Wanted) else "run"
+    wanted = said.get("wanted")
+    return cast(Wanted, wanted) if family(str(said.get("run_id"))) == family(run_id) and wanted in WANTED else "run"
 
 
 def family(run_id: str) -> str:
-    """Of runs that share an output's work: the name of the first."""
+    """Of runs that share an output's work, the name of the first: what is asked of one of them is asked of all."""
     return run_id.partition("+")[0]
+
+
+def ask(store: Store, wanted: Wanted) -> Told:
+    """Tell the run that is at work. Raises InvalidJob where none is, and where the one that is there is being cancelled."""
+    progress = commit.read_progress(store)
+    run_id = str(progress.get("run_id"))
+    if not is_alive(progress):
+        if not progress:
+            raise InvalidJob(f"{store.url}: no run has begun here, so there is nothing to {_verb(wanted)}")
+        raise InvalidJob(
+            f"{store.url}: no run is at work (the last one, {run_id}, said {progress.get('state')} and nothing since), so there is nothing "
+            f"to {_verb(wanted)}; `renderfarm run JOB` continues"
+        )
+    before = read(store, run_id)
+    if before == "cancel" and wanted != "cancel":
+        raise InvalidJob(f"{store.url}: the run {run_id} is being cancelled; when it has ended, `renderfarm run JOB` continues")
+    if before != wanted:
+        store.put(CONTROL, commit.to_json({"run_id": run_id, "wanted": wanted, "at": round(time.time(), 3)}))
+    return Told(store.url, run_id, wanted, before, str(progress.get("state")))
+
+
+def _verb(wanted: Wanted) -> str:
+    return "resume" if wanted == "run" else wanted

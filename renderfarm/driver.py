@@ -131,7 +131,7 @@ class Driver:
         self.again: deque[tuple[float, Lease]] = deque()  # (not before, lease)
         self.restarts: list[float] = []  # when to try again to start a worker
         self.start_failures = self.worker_number = 0
-        self.heartbeat = Heartbeat(self.store.url, self.progress.run_id)
+        self.heartbeat = Heartbeat(self.store.url, lambda store: control.read(store, self.progress.run_id))
 
     def begin(self) -> None:
         """Check that the output can be written and belongs to this job; the first time, freeze the job in it."""
@@ -163,7 +163,7 @@ class Driver:
                 "counts as dead); run again when it has ended, or share its work: if_running: share"
             )
         # what is asked of one of them (`renderfarm pause`) is asked of both
-        self.progress.run_id = self.heartbeat.run_id = f"{control.family(other['run_id'])}+{uuid.uuid4().hex[:6]}"
+        self.progress.run_id = f"{control.family(other['run_id'])}+{uuid.uuid4().hex[:6]}"
         self.shares = True
 
     def run(self, make_engine: Callable[[], Engine]) -> RunSummary:
@@ -523,11 +523,15 @@ class Driver:
         if not self.progress.images and not self.progress.errors:
             raise InvalidJob("manifest.where selects no row: nothing was rendered; correct it and give another output (--out)")
 
+    def _is_counted_otherwise(self) -> bool:
+        here = commit.counts(self.store)
+        return (here.images, here.errors) != (self.progress.images, self.progress.errors)
+
     def _finish(self) -> RunSummary:
         progress = self.progress
         self._check_that_all_is_here()
         # the grace may have ended before an answer came, and another run may have committed images where this one saw errors
-        if progress.waived or commit.sums(commit.index_entries(self.store)) != (progress.images, progress.errors):
+        if progress.waived or self._is_counted_otherwise():
             progress.recount(commit.totals(self.store))
         failed = (progress.errors - progress.waived) / max(1, progress.errors + progress.images)
         if self.grid is None or self._left() or (self._is_to_end() and commit.open_retries(self.store)):

@@ -19,15 +19,15 @@ def estimate(prepared: Prepared) -> dict[str, Any]:
     committed = prepared.committed()
     if committed:
         commit.check_job(prepared.store, prepared.frozen())
-    totals = commit.totals(prepared.store)
-    images_done, errors_done = totals.images, totals.errors
+    counts = commit.counts(prepared.store)
+    images_done, errors_done = counts.images, counts.errors
     asked_again = sum(len(retry.samples) for retry in commit.open_retries(prepared.store))
     rows_done = _rows(grid.part(index) for index in committed) if grid is not None else 0
     rows_wanted = _rows(grid) if grid is not None else prepared.grid_of(1).count
     per_row = (images_done + errors_done) / rows_done if rows_done and job.manifest.where is None else job.render.num_images_per_prompt or 1
     images_left = round((rows_wanted - rows_done) * per_row) + asked_again
     if images_done:
-        bytes_per_image = totals.bytes / images_done
+        bytes_per_image = counts.bytes / images_done
     else:
         pixels = (job.render.height or model.height) * (job.render.width or model.width)
         kept = 1 if job.output.keep_originals else 0

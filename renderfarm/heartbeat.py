@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from renderfarm import commit, control
+from renderfarm import commit
 from renderfarm.errors import RenderfarmError, Transient
-from renderfarm.storage import open_store
+from renderfarm.storage import Store, open_store
 
 EVERY_S = 5.0
 LAST_S = 10.0
@@ -26,9 +27,9 @@ class Heartbeat:
     """Says every EVERY_S how far a run is, and hears what is wanted of it. Each time is tried once: the next one says more than a
     repetition."""
 
-    def __init__(self, url: str, run_id: str) -> None:
-        self.run_id = run_id
-        self.wanted: control.Wanted = "run"
+    def __init__(self, url: str, hear: Callable[[Store], str]) -> None:
+        """`hear`: reads what is wanted. Raises Transient where it cannot, and then the same is wanted as before."""
+        self.hear, self.wanted = hear, "run"
         self.store = open_store(url, patience_s=0)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="heartbeat")
         self.last, self.put = 0.0, Future[None]()
@@ -46,7 +47,7 @@ class Heartbeat:
 
     def _say_and_hear(self, snapshot: bytes) -> None:
         self.store.put(commit.PROGRESS, snapshot)
-        self.wanted = control.read(self.store, self.run_id)
+        self.wanted = self.hear(self.store)
 
     def close(self, snapshot: dict[str, Any]) -> None:
         """The last one, whatever came before. A store that is away now neither undoes a run nor keeps it from ending."""

@@ -94,7 +94,7 @@ class Output:
         return (self._stored(key, committed, index, record) for index, record in records)
 
     def __len__(self) -> int:
-        return sum(receipt.images for _, receipt in commit.index_entries(self.store).values())
+        return commit.counts(self.store).images
 
     def spread(self, limit: int) -> list[StoredSample]:
         """About `limit` samples spread over the output, from at most `limit` parts of those that the index lists."""

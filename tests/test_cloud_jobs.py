@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from aiohttp import web
+from checker import lasting
 from servers import FaultProxy, lose_reply, s3_error
 
 import renderfarm
@@ -40,7 +41,7 @@ def bucket(request: pytest.FixtureRequest) -> str:
 
 
 def contents(store: Store) -> dict[str, bytes]:
-    return {key: store.read(key) for key in store.list("") if not key.startswith(VOLATILE)}
+    return {key: lasting(key, store.read(key)) for key in store.list("") if not key.startswith(VOLATILE)}
 
 
 def run(job: Path, **options: object) -> RunSummary:

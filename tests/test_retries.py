@@ -443,6 +443,31 @@ def test_datasets_gives_the_rows_of_retries(out: Path, tmp_path: Path) -> None:
     assert {picture.size for picture in pictures} == {(row["width"], row["height"]) for row in image_rows(out)}
 
 
+def test_webdataset_gives_the_rows_of_retries(rendered: Path) -> None:
+    import webdataset
+
+    out = rendered / "retried/out"
+    if not (shards := sorted(map(str, out.glob("data/*.tar")))):
+        assert Output(str(out)).layout is not LAYOUTS["webdataset"]
+        return
+    found = webdataset.WebDataset(shards, shardshuffle=False).decode("pil").to_tuple("png", "json")
+    assert sorted((row["row"], row["image_index"]) for _, row in found) == sorted(PLANNED - {(7, 0)})
+
+
+def test_a_retry_on_every_engine(engine: Any, write_manifest: Callable[..., Path], write_job: Callable[..., Path], tmp_path: Path) -> None:
+    job = write_job(write_manifest({"prompt": ["a", "", "b", "", "c"]}), workers={"max": 2}, output={"part_rows": 2})
+    assert renderfarm.run(job, engine=engine).errors == 2
+    ask_all(tmp_path / "out")
+    summary = renderfarm.run(job, engine=engine)
+    assert (summary.new_images, summary.new_errors, summary.images, summary.errors) == (0, 2, 3, 2)
+    assert summary.error_classes == {"InvalidInput": 2}
+    assert sorted(path.name for path in (tmp_path / "out/errors").iterdir() if ".r1." in path.name) == [
+        "part-00000000.r1.parquet",
+        "part-00000001.r1.parquet",
+    ]
+    check_complete(tmp_path / "out", {(row, 0) for row in range(5)})
+
+
 def test_a_request_that_the_manifest_cannot_fulfil_stops_the_run_with_advice(folder: Path, out: Path) -> None:
     requests.ask(open_store(str(out)), Retry(PartId(2, 3), frozenset({SampleKey(7, 9)})))
     with pytest.raises(

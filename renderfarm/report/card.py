@@ -96,7 +96,8 @@ the table is, and `table_file` below names the table.
 from.{% endif %}
 
 {% else %}
-- `errors/`: the rows that could not be rendered, each with its `error_class` and `error_message`. `_renderfarm/` is renderfarm's own.
+- `errors/`: the rows that could not be rendered, each with its `error_class` and `error_message`; of what was rendered again (`.r1`), the \
+last one counts, and an image more than any. `_renderfarm/` is renderfarm's own.
 {% endif %}
 {% if says %}
 - Each file says of itself: {{ says|join("; ") }}.
