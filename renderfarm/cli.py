@@ -163,7 +163,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     counts = f"{summary['images']:,} images, {summary['errors']:,} errors, {summary['rows']:,} rows"
     out_console.print(f"{state.lower()}: {counts} in {out}")
     for name, count in summary["error_classes"].items():
-        out_console.print(f"  {name}: {count:,}  (reasons: renderfarm errors {out})", markup=False)
+        out_console.print(f"  {name}: {count:,}  (reasons: renderfarm errors {shlex.quote(out)})", markup=False)
     if summary["waived"]:
         out_console.print(f"  of them waived: {summary['waived']:,}")
     for reason, number in summary["workers_left_out"].items():
