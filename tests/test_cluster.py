@@ -188,6 +188,7 @@ def test_one_killer_among_many_rows_costs_itself_and_three_workers(word: str, be
     prompts = [f"row {k}" if k != 130 else f"[{word}]" for k in range(rows)]
     run = begin(prompts, step_s="0", failure={"deadline_s": 20} if word == "hang" else {}, output={"part_rows": 20})
     summary = run.end()
+    assert summary["exit_code"] == 3, summary
     check_complete(run.out, every(rows))
     assert [(row["row"], row["error_class"]) for row in error_rows(run.out)] == [(130, "WorkerCrashed")]
     assert (summary["images"], summary["lost_workers"]) == (rows - 1, 3)
