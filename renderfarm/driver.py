@@ -20,7 +20,7 @@ import random
 import threading
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -46,7 +46,7 @@ from renderfarm.plan import Grid, choose_part_rows, leases, retry_leases
 from renderfarm.pool import NODE_LOSSES, Pool
 from renderfarm.preparation import Prepared
 from renderfarm.progress import Progress, WorkerProgress
-from renderfarm.records import Lease, PartId, WorkerReady
+from renderfarm.records import Lease, Part, PartId, WorkerReady
 from renderfarm.repair import Repaired, refuse_if_alive, repair
 from renderfarm.storage import probe
 from renderfarm.worker import LEASES_IN_FLIGHT, leases_held
@@ -125,6 +125,7 @@ class Driver:
         self.stop_at: float | None = None
         self.is_done = bytearray()  # by part of the grid
         self.retries_done: set[PartId] = set()
+        self.died_before: Counter[tuple[Part, ...]] = Counter()  # workers that had a lease of which there is a copy
         self.shares, self.begin_at = False, 0
         """The part to begin with: another one than a run that is already at work began with."""
         self.pool = Pool()
@@ -458,7 +459,11 @@ class Driver:
         self.progress.lost_workers += 1
         self.progress.workers[worker].state = "lost"
         for lease in self.pool.remove(worker):
-            if not self._is_done(lease):
+            if self._is_done(lease):
+                continue
+            if self.pool.holders(lease):  # the copy that is left goes on, and it counts if that one dies, too
+                self.died_before[lease.parts] += not isinstance(error, NodeLost)
+            else:
                 self.again.append((0.0, self._suspect(lease, error)))
         if not isinstance(error, NodeLost) and self.pool.lost_on(node):
             self.progress.workers[worker].reason = f"{NODE_LOSSES} workers died on node {node}, which gets no more of them: {error}"
@@ -470,7 +475,7 @@ class Driver:
         if token := lease.announce_as:
             rows = {row for part in lease.parts if (row := commit.announced_row(self.store, part, token)) is not None}
             lease = replace(lease, killers=lease.killers | rows)
-        losses = lease.losses + 1
+        losses = lease.losses + self.died_before.pop(lease.parts, 0) + 1
         if losses > self.job.failure.attempts + len(lease.killers):
             rows_text = f"rows {lease.parts[0].start} to {lease.parts[-1].stop - 1}"
             raise Fatal(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 
-from renderfarm.records import Lease, WorkerReady
+from renderfarm.records import Lease, Part, WorkerReady
 
 LATE = 2.0
 """A worker that is silent for so many times the usual is slow: its last lease gets a copy, once another has nothing else to do."""
@@ -50,6 +50,7 @@ class Pool:
         self.starting: set[str] = set()
         self.benched: set[str] = set()
         """Nodes that get no more workers."""
+        self._copied: set[tuple[Part, ...]] = set()
         self._losses = Counter[str]()  # by node
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)
         self._longest = 0.0
@@ -64,9 +65,8 @@ class Pool:
         self.members[name] = Member(info.node, info.batch_size, now)
 
     def remove(self, name: str) -> list[Lease]:
-        """The leases that it held and nobody else does."""
-        member = self.members.pop(name)
-        return [held.lease for held in member.held if not self.holders(held.lease)]
+        """The leases that it held; others may hold copies of them."""
+        return [held.lease for held in self.members.pop(name).held]
 
     def lost_on(self, node: str) -> bool:
         """Count a worker lost on a node; whether that benches it. The last node that works is never benched: what dies
@@ -136,8 +136,12 @@ class Pool:
         limit = max(LATE_S, LATE * median(self._seconds))
         slow = [member for member in self.members.values() if member.held and now - _last_sign(member) > limit]
         out = [held for member in slow for held in member.held if not held.lease.losses and not is_done(held.lease)]
-        alone = [held for held in out if len(self.holders(held.lease)) == 1]
-        return (idle[0], min(alone, key=lambda held: held.since).lease) if alone else None
+        alone = [held for held in out if held.lease.parts not in self._copied]  # one copy: it may be the lease that is slow
+        if not alone:
+            return None
+        lease = min(alone, key=lambda held: held.since).lease
+        self._copied.add(lease.parts)
+        return idle[0], lease
 
 
 def _last_sign(member: Member) -> float:

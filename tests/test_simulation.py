@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from simulation import FAULTS, Fault, Schedule, SimStore, World, simulate
 
 from renderfarm import commit, driver, garbage, pool
-from renderfarm.driver import Driver
 from renderfarm.errors import RenderfarmError
 from renderfarm.jobfile import load_job
 from renderfarm.preparation import Prepared, prepare
@@ -184,9 +183,10 @@ BROKEN = {
     "create is no longer if-absent": (SimStore, "put_if_absent", SimStore.put),
     "nothing is read back": (commit, "find_commit", lambda *_: None),
     "no row is announced": (driver, "LOSSES_BEFORE_ANNOUNCING", 10**9),
-    "a copy counts as another part": (Driver, "_is_done", lambda *_: False),
+    "nobody reads what was announced": (commit, "announced_row", lambda *_: None),
+    "nobody looks for workers that hang": (pool.Pool, "hung", lambda *_: []),
     "gc knows no table": (garbage, "_named", lambda *_: set()),
-    "a lost worker's leases are forgotten": (pool.Pool, "remove", lambda self, name: self.members.pop(name) and []),
+    "a lost worker's leases are forgotten": (pool.Pool, "remove", lambda self, name: self.members.pop(name).held[:0]),
 }
 
 
