@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 import renderfarm
-from renderfarm import commit, control, waiting
+from renderfarm import commit, control, heartbeat, waiting
 from renderfarm.cli import app
 from renderfarm.errors import InvalidJob
 from renderfarm.heartbeat import STALE_S
@@ -150,3 +150,58 @@ def test_wait_sees_a_real_run_to_its_end(
     assert states, "it was at work"
     assert (found.state, found.exit_code, found.images) == ("SUCCEEDED", 0, summaries[0].images)
     assert found.run_id == summaries[0].run_id
+
+
+class Running:
+    """A run in a thread, whose heart beats often."""
+
+    def __init__(self, job: Path, out: Path) -> None:
+        self.store, self.ended = open_store(str(out)), list[Any]()
+        self.thread = threading.Thread(target=lambda: self.ended.append(renderfarm.run(job, engine="inline")))
+        self.thread.start()
+
+    def wait_for(self, state: str) -> dict[str, Any]:
+        deadline = time.monotonic() + 30
+        while (said := commit.read_progress(self.store)).get("state") != state or (state == "RUNNING" and not said["parts_done"]):
+            assert time.monotonic() < deadline, said
+            time.sleep(0.02)
+        return said
+
+    def end(self) -> Any:
+        self.thread.join(60)
+        return self.ended[0]
+
+
+@pytest.fixture
+def running(
+    write_manifest: Callable[..., Path], write_job: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Running:
+    monkeypatch.setattr(heartbeat, "EVERY_S", 0.05)
+    monkeypatch.setenv("RENDERFARM_FAKE_STEP_S", "0.03")
+    one = Running(write_job(write_manifest({"prompt": [f"row {k}" for k in range(60)]})), tmp_path / "out")
+    one.wait_for("RUNNING")
+    return one
+
+
+def test_a_paused_run_finishes_what_is_in_flight_lets_its_workers_go_and_goes_on(running: Running) -> None:
+    control.ask(running.store, "pause")
+    done = running.wait_for("PAUSED")["parts_done"]
+    assert [thread.name for thread in threading.enumerate() if thread.name in ("render", "lease")] == []
+    time.sleep(0.3)
+    assert commit.counts(running.store).parts_done == done < 20, "nothing more is rendered"
+    assert wait(running.store.url).state == "PAUSED"
+    control.ask(running.store, "run")
+    summary = running.end()
+    assert (summary.state, summary.images, summary.new_images) == ("SUCCEEDED", 60, 60)
+
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_cancelled_run_ends_with_5_and_the_next_one_goes_on(paused: bool, running: Running, tmp_path: Path) -> None:
+    if paused:
+        control.ask(running.store, "pause")
+        running.wait_for("PAUSED")
+    control.ask(running.store, "cancel")
+    summary = running.end()
+    assert (summary.state, summary.exit_code) == ("CANCELLED", 5)
+    assert 0 < summary.images < 60
+    assert renderfarm.run(tmp_path / "job.yaml", engine="inline").images == 60
