@@ -233,6 +233,7 @@ class Driver:
     def _loop(self, engine: Engine) -> None:
         """Until every part is done, or the run is to end and what is in flight has ended."""
         self.pool.members.clear()
+        self.pool.starting.clear()
         self.again.clear()
         self.restarts.clear()
         for _ in range(min(engine.max_workers, self._left() or len(commit.open_retries(self.store)))):
@@ -540,8 +541,8 @@ class Driver:
             progress.recount(commit.totals(self.store))
         failed = (progress.errors - progress.waived) / max(1, progress.errors + progress.images)
         if self.grid is None or self._left() or (self._is_to_end() and commit.open_retries(self.store)):
-            ended = {"pause": ("PAUSED", EXIT_STOPPED_BY_USER), "cancel": ("CANCELLED", EXIT_STOPPED_BY_USER)}
-            progress.state, code = ended.get(self.heartbeat.wanted, ("INTERRUPTED", EXIT_INTERRUPTED))
+            cancelled = self.heartbeat.wanted == "cancel"  # who ends a paused run has interrupted it: the next one goes on
+            progress.state, code = ("CANCELLED", EXIT_STOPPED_BY_USER) if cancelled else ("INTERRUPTED", EXIT_INTERRUPTED)
         elif failed > self.job.failure.tolerate:
             progress.state, code = "PARTIAL", EXIT_ROWS_FAILED
         else:

@@ -157,7 +157,8 @@ class Running:
 
     def __init__(self, job: Path, out: Path) -> None:
         self.store, self.ended = open_store(str(out)), list[Any]()
-        self.thread = threading.Thread(target=lambda: self.ended.append(renderfarm.run(job, engine="inline")))
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=lambda: self.ended.append(renderfarm.run(job, engine="inline", stop=self.stop)))
         self.thread.start()
 
     def wait_for(self, state: str) -> dict[str, Any]:
@@ -191,8 +192,18 @@ def test_a_paused_run_finishes_what_is_in_flight_lets_its_workers_go_and_goes_on
     assert commit.counts(running.store).parts_done == done < 20, "nothing more is rendered"
     assert wait(running.store.url).state == "PAUSED"
     control.ask(running.store, "run")
+    running.wait_for("RUNNING")
     summary = running.end()
     assert (summary.state, summary.images, summary.new_images) == ("SUCCEEDED", 60, 60)
+
+
+def test_a_paused_run_that_is_stopped_was_interrupted_and_the_next_one_is_not_paused(running: Running, tmp_path: Path) -> None:
+    control.ask(running.store, "pause")
+    running.wait_for("PAUSED")
+    running.stop.set()
+    summary = running.end()
+    assert (summary.state, summary.exit_code) == ("INTERRUPTED", 75)
+    assert renderfarm.run(tmp_path / "job.yaml", engine="inline").images == 60
 
 
 @pytest.mark.parametrize("paused", [False, True])

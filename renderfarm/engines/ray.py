@@ -134,7 +134,9 @@ class RayEngine:
             time.sleep(timeout_s)
             return []
         done, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
-        return [self._event(ref) for ref in done]
+        events = [self._event(ref) for ref in done]
+        late = [event.worker for event in events if isinstance(event, Ready) and event.info.node in self._leaving]
+        return [*events, *(Leaving(worker) for worker in late)]  # it was on its way when its node's end was said
 
     def _newly_leaving(self) -> list[Event]:
         """Workers whose nodes are being drained. Ray starts nothing new there, and kills them when the node's time is over."""
