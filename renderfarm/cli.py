@@ -105,7 +105,7 @@ def run(
         if repair and not summary.repaired:
             out_console.print("nothing to repair: each committed part is what it was")
         _print_summary(summary.to_dict())
-        if summary.state != "INTERRUPTED":
+        if summary.state not in ("INTERRUPTED", "CANCELLED"):
             changes = [
                 *(f"--set {shlex.quote(item)}" for item in sets or []),
                 *([f"--logical-date {logical_date}"] if logical_date else []),
@@ -152,8 +152,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
     from renderfarm.report.contact_sheet import KEY as SHEET
 
     state, out = summary["state"], _shown(summary["out"])
-    if state == "INTERRUPTED":
-        out_console.print("interrupted: run the same command again to continue")
+    if state in ("INTERRUPTED", "CANCELLED"):
+        out_console.print(f"{state.lower()}: run the same command again to continue")
     elif not summary["new_images"] and not summary["new_errors"]:
         out_console.print("nothing to do: every part is committed")
     else:

@@ -37,12 +37,17 @@ def read(store: Store, run_id: str) -> Wanted:
 
     Raises Transient for a store that is away, which asks for nothing new.
     """
+    return said(store, run_id) or "run"
+
+
+def said(store: Store, run_id: str) -> Wanted | None:
+    """What somebody has said to that run last; None where nobody has. Raises as `read` does."""
     try:
-        said = commit.read_json(store, CONTROL)
+        found = commit.read_json(store, CONTROL)
     except (KeyError, Fatal):
-        return "run"
-    wanted = said.get("wanted")
-    return cast(Wanted, wanted) if family(str(said.get("run_id"))) == family(run_id) and wanted in WANTED else "run"
+        return None
+    wanted = found.get("wanted")
+    return cast(Wanted, wanted) if family(str(found.get("run_id"))) == family(run_id) and wanted in WANTED else None
 
 
 def family(run_id: str) -> str:

@@ -57,6 +57,7 @@ LOSSES_BEFORE_ANNOUNCING = 2
 START_ATTEMPTS = 3
 NODE_LOSSES_A_LEASE = 5  # nodes that go away under one lease before its rows may be to blame
 PAUSED_S = 0.5
+AWAY_S = 5.0  # before a worker is started again whose node went away, or that did not reach the store
 UNMEASURED_S = 1.0  # an image, where the first worker could not measure one
 
 Observer = Callable[[Progress], None]
@@ -123,15 +124,17 @@ class Driver:
         self.held = LEASES_IN_FLIGHT
         self.batch_size = self.slot_groups = 1  # until workers say theirs
         self.stop_at: float | None = None
+        self.paused = False
         self.is_done = bytearray()  # by part of the grid
         self.retries_done: set[PartId] = set()
+        self.retries_open = 0  # when they were last taken up
         self.died_before: Counter[tuple[Part, ...]] = Counter()  # workers that had a lease of which there is a copy
         self.shares, self.begin_at = False, 0
         """The part to begin with: another one than a run that is already at work began with."""
         self.pool = Pool()
         self.again: deque[tuple[float, Lease]] = deque()  # (not before, lease)
         self.restarts: list[float] = []  # when to try again to start a worker
-        self.start_failures = self.worker_number = 0
+        self.start_failures = self.worker_number = self.attempts = 0
         self.heartbeat = Heartbeat(self.store.url, lambda store: control.read(store, self.progress.run_id))
 
     def begin(self) -> None:
@@ -151,6 +154,7 @@ class Driver:
         self.progress.rate_before = float(commit.read_progress(self.store).get("images_per_second") or 0.0)
         for data in (*self.prepared.adapter_files.values(), *self.prepared.after_files.values()):
             commit.keep(self.store, data)
+        self.heartbeat.beat(self.progress.snapshot())  # from now on others see that somebody is at it
 
     def _meet_the_other_run(self) -> None:
         """Two runs of one output are harmless: what both render, the first commits. They share the work, or this one leaves."""
@@ -169,11 +173,11 @@ class Driver:
 
     def run(self, make_engine: Callable[[], Engine]) -> RunSummary:
         """Render what is not done. Starts no worker when all is."""
-        if (grid := self.prepared.grid()) is not None:
-            if self.repair:
-                self._repair()
-            self._use(grid)
         try:
+            if (grid := self.prepared.grid()) is not None:
+                if self.repair:
+                    self._repair()
+                self._use(grid)
             while self.grid is None or self._left() or commit.open_retries(self.store):
                 engine = make_engine()
                 try:
@@ -182,21 +186,23 @@ class Driver:
                     engine.shutdown()
                 if not self._resumed():
                     break
+            return self._finish()
         except BaseException as error:
-            self.progress.state = "INTERRUPTED" if isinstance(error, Interrupted) else "FAILED"
+            self.progress.state = "INTERRUPTED" if isinstance(error, Interrupted | Transient) else "FAILED"
             self.heartbeat.close(self.progress.snapshot())
             raise
-        return self._finish()
 
     def _resumed(self) -> bool:
         """Wait, without any worker, while the run is paused; whether it goes on then."""
+        if not self.paused or not (self.grid is None or self._left() or commit.open_retries(self.store)):
+            return False
         while self.heartbeat.wanted == "pause" and not self.stop.is_set() and not self.stop_now.is_set():
             self.progress.state = "PAUSED"
             if self.heartbeat.is_due():
                 self.progress.trouble = self.heartbeat.beat(self.progress.snapshot())
             self.observe(self.progress)
             time.sleep(PAUSED_S)
-        return not self._is_to_end() and self.progress.state == "PAUSED"
+        return not self._is_to_end()
 
     def _repair(self) -> None:
         """Others see that somebody is at it, and do not begin the same."""
@@ -212,12 +218,7 @@ class Driver:
                 raise Interrupted("stopped while parts were being checked; run the same command again to continue")
 
         self.heartbeat.beat(self.progress.snapshot())
-        try:
-            repair(self.store, self.job.output.layout, self.progress.run_id, each)
-        except BaseException as error:
-            self.progress.state = "INTERRUPTED" if isinstance(error, Interrupted) else "FAILED"
-            self.heartbeat.close(self.progress.snapshot())
-            raise
+        repair(self.store, self.job.output.layout, self.progress.run_id, each)
         self.progress.state, self.progress.parts_done = "STARTING", 0
 
     def _use(self, grid: Grid) -> None:
@@ -241,8 +242,11 @@ class Driver:
         self.source, self.exhausted, self.stop_at = self._leases(), False, None
         self.alone_since = time.monotonic()
         while not self._is_over(engine):
-            for event in engine.next_events(timeout_s=0.5):
-                self._take(engine, event)
+            events = engine.next_events(timeout_s=0.5)
+            while events:  # all that is known, before anybody is judged by their silence
+                for event in events:
+                    self._take(engine, event)
+                events = engine.next_events(timeout_s=0.0)
             self._part_with_workers(engine)
             self._beat()
             self.observe(self.progress)
@@ -254,14 +258,16 @@ class Driver:
             raise Interrupted("stopped at once: run the same command again to continue")
         if self._is_to_end():
             self.stop_at = self.stop_at or now + self.grace_s
+            self.paused = self.heartbeat.wanted == "pause"
             return not self._open_leases() or now > self.stop_at
+        self.stop_at = None
         for due in [at for at in self.restarts if at <= now]:
             self.restarts.remove(due)
             self._start_worker(engine)
         self._hand_out(engine)
         if self.exhausted and not self.again:
             if not self._open_leases():
-                return not self._take_up_retries()
+                return not self._take_up_retries(engine)
             self._copy_what_is_late(engine)
         return False
 
@@ -276,11 +282,14 @@ class Driver:
         assert self.grid is not None
         yield from leases(self.prepared.manifest, self.grid, lambda index: bool(self.is_done[index]), self.begin_at)
 
-    def _take_up_retries(self) -> bool:
+    def _take_up_retries(self, engine: Engine) -> bool:
         """What somebody has asked for since (`renderfarm retry`); whether there is any."""
         assert self.grid is not None
         if retries := commit.open_retries(self.store):
             self.source, self.exhausted = retry_leases(self.prepared.manifest, self.grid, retries), False
+            self.retries_open = len(retries)
+            for _ in range(min(engine.max_workers, len(retries)) - len(self.pool)):
+                self._start_worker(engine)
         return bool(retries)
 
     def _is_done(self, lease: Lease) -> bool:
@@ -317,7 +326,7 @@ class Driver:
 
     def _share(self) -> int:
         """Leases a worker may hold: enough to keep its slots full, few enough to leave work for the others at the end."""
-        left = self.progress.parts - self.progress.parts_done
+        left = (self.progress.parts - self.progress.parts_done) or self.retries_open
         return max(1, min(self.held, -(-left // max(1, len(self.pool)))))
 
     def _due(self) -> Lease | None:
@@ -358,6 +367,8 @@ class Driver:
     def _beat(self) -> None:
         if self.heartbeat.is_due():
             trouble = self.heartbeat.beat(self.progress.snapshot())
+            if trouble:
+                self.pool.excuse(time.monotonic())
             self.progress.trouble = trouble or self._waiting_for()
             self.progress.state = self._state()
 
@@ -389,11 +400,13 @@ class Driver:
                 self._failed(engine, event)
 
     def _start_worker(self, engine: Engine) -> None:
-        if self._is_to_end():  # it would only have to be stopped again
+        if self._is_to_end():  # it would only have to be stopped again, unless a pause is over before it was one
+            self.restarts.append(time.monotonic())
             return
         name = f"w{self.worker_number}"
         self.worker_number += 1
         self.pool.starting.add(name)
+        self.progress.forget()
         self.progress.workers[name] = WorkerProgress()
         engine.start_worker(name, frozenset(self.pool.benched))
 
@@ -427,8 +440,8 @@ class Driver:
     def _done(self, event: Done) -> None:
         """A worker may answer and die, or come second with a copy: what is done is counted once."""
         silent = self.pool.give_back(event.worker, event.lease, time.monotonic())
-        if silent is not None:
-            self.pool.rendered(event.worker, silent)
+        if silent is not None and any(part.images and not part.adopted for part in event.receipt.parts):
+            self.pool.rendered(event.worker, silent)  # what was there already says nothing of how long a lease takes
         if silent is None or self._is_done(event.lease):
             return
         for part in event.lease.parts:
@@ -468,11 +481,13 @@ class Driver:
                 self.again.append((0.0, self._suspect(lease, error)))
         if not isinstance(error, NodeLost) and self.pool.lost_on(node):
             self.progress.workers[worker].reason = f"{NODE_LOSSES} workers died on node {node}, which gets no more of them: {error}"
+        if not self.pool.members:  # else the only node that is left may be one of them
+            self.pool.benched.clear()
         self._start_worker(engine)
 
     def _suspect(self, lease: Lease, error: WorkerLost) -> Lease:
         if isinstance(error, NodeLost) and lease.node_losses < NODE_LOSSES_A_LEASE:
-            return replace(lease, node_losses=lease.node_losses + 1)
+            return self._anew(replace(lease, node_losses=lease.node_losses + 1))
         if token := lease.announce_as:
             rows = {row for part in lease.parts if (row := commit.announced_row(self.store, part, token)) is not None}
             lease = replace(lease, killers=lease.killers | rows)
@@ -483,23 +498,28 @@ class Driver:
                 f"{losses} workers died on {rows_text} and no row could be named ({error}); "
                 "look at the workers' memory and logs, then run again"
             )
-        announce_as = f"{self.progress.run_id}.{losses}" if losses >= LOSSES_BEFORE_ANNOUNCING else None
-        return replace(lease, losses=losses, announce_as=announce_as)
+        return self._anew(replace(lease, losses=losses))
+
+    def _anew(self, lease: Lease) -> Lease:
+        """To be handed out once more. What an attempt announces must never be taken for what a later one did."""
+        self.attempts += 1
+        return replace(lease, announce_as=f"{self.progress.run_id}.{self.attempts}" if lease.losses >= LOSSES_BEFORE_ANNOUNCING else None)
 
     def _start_failed(self, worker: str, error: RenderfarmError) -> None:
         self.pool.starting.discard(worker)
-        self.progress.workers[worker].state, self.progress.workers[worker].reason = "failed to start", str(error)
-        if isinstance(error, NodeLost):  # says nothing of the worker; another one is waited for as long as for the first
-            self.restarts.append(time.monotonic() + 1.0)
+        shown = self.progress.workers[worker]
+        if isinstance(error, NodeLost | Transient):  # says nothing of the worker; another one is waited for as long as for the first
+            shown.state = "lost"
+            self.restarts.append(time.monotonic() + AWAY_S)
             return
+        shown.state, shown.reason = "failed to start", str(error)
         alone = not len(self.pool)
-        if isinstance(error, ProfileMismatch):
-            self.progress.workers[worker].state = "benched"
-            if alone:
-                raise error
-            return
         self.start_failures += 1
-        if alone and (isinstance(error, Fatal) or self.start_failures >= START_ATTEMPTS):
+        if isinstance(error, ProfileMismatch):
+            shown.state = "benched"
+        # those that were asked for may wait for nodes that never come
+        tried_enough = not self.pool.members and self.start_failures >= START_ATTEMPTS
+        if tried_enough or (alone and isinstance(error, Fatal)):
             raise error if isinstance(error, Fatal) else Fatal(f"no worker could be started: {error}")
         if not isinstance(error, Fatal):
             pause = 0.0 if alone else min(60.0, 2.0**self.start_failures)
@@ -512,7 +532,7 @@ class Driver:
         if self.pool.holders(lease) or self._is_done(lease):  # a copy of it is on its way, or was faster
             return
         pause = min(30.0, 0.5 * 2**failures) * random.uniform(0.5, 1.0)
-        self.again.append((time.monotonic() + pause, replace(lease, transient_failures=failures)))
+        self.again.append((time.monotonic() + pause, self._anew(replace(lease, transient_failures=failures))))
 
     # ------------------------------------------------------------------------------------------ records of the run
 
@@ -570,6 +590,6 @@ class Driver:
             warnings=self.prepared.warnings,
             repaired=tuple(self.repaired),
         )
-        self.heartbeat.close(progress.snapshot())
         self.store.put(f"{commit.RUNS}/{progress.run_id}.json", json.dumps(summary.to_dict(), indent=1).encode())
+        self.heartbeat.close(progress.snapshot())
         return summary

@@ -88,6 +88,11 @@ class Pool:
             deadline_s = max(HUNG_S, HUNG * self._longest) if self._longest else HUNG_AT_FIRST_S
         return [name for name, member in self.members.items() if member.held and now - _last_sign(member) > deadline_s]
 
+    def excuse(self, now: float) -> None:
+        """Who waits for a store that is away does not hang."""
+        for member in self.members.values():
+            member.heard = now
+
     def is_further(self, name: str, at: frozenset[int], now: float) -> bool:
         """Whether a worker that seems to hang goes on row by row: it is at other rows than when this was last asked."""
         member = self.members[name]
@@ -125,7 +130,9 @@ class Pool:
 
     def next_to_fill(self, share: int) -> str | None:
         """The worker that holds least, and less than its share."""
-        open_ = [name for name, member in self.members.items() if not member.leaving and len(member.held) < share]
+        open_ = [
+            name for name, member in self.members.items() if not member.leaving and len(member.held) < share and not _is_suspect(member)
+        ]
         return min(open_, key=lambda name: len(self.members[name].held), default=None)
 
     def late(self, now: float, is_done: Callable[[Lease], bool]) -> tuple[str, Lease] | None:
@@ -142,6 +149,11 @@ class Pool:
         lease = min(alone, key=lambda held: held.since).lease
         self._copied.add(lease.parts)
         return idle[0], lease
+
+
+def _is_suspect(member: Member) -> bool:
+    """A suspect runs alone, so that it takes no mates with it."""
+    return any(held.lease.losses for held in member.held)
 
 
 def _last_sign(member: Member) -> float:

@@ -10,6 +10,8 @@ from typing import Any
 from renderfarm.commit import Totals
 from renderfarm.records import PartReceipt, Receipt
 
+REMEMBERED = 100
+
 
 @dataclass
 class WorkerProgress:
@@ -73,6 +75,12 @@ class Progress:
                 self.workers[worker].images += part.images
         self.workers[worker].leases += 1
         self.counters[worker] = (receipt.useful_slots, receipt.total_slots)
+
+    def forget(self) -> None:
+        """All but the last of the workers that are gone: on nodes that come and go there may be thousands."""
+        gone = [name for name, worker in self.workers.items() if worker.state in ("lost", "let go") and not worker.reason]
+        for name in gone[:-REMEMBERED]:
+            del self.workers[name]
 
     @property
     def left_out(self) -> dict[str, int]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from renderfarm import commit
+from renderfarm import commit, control
 from renderfarm.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
@@ -55,6 +55,8 @@ def wait(out: str, timeout_s: float | None = None, say: Callable[[str], None] = 
         waited, progress, trouble = time.monotonic() - began, dict[str, Any](), ""
         try:
             progress = commit.read_progress(store)
+            if progress.get("state") == "PAUSED" and control.said(store, str(progress.get("run_id"))) == "run":
+                progress["state"] = "RUNNING"  # it has been told to go on, and has not said so yet
         except Transient as error:
             trouble = str(error)
         state = _state(progress, waited) if not trouble else "UNKNOWN"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import renderfarm
+from renderfarm import driver as driver_module
 from renderfarm.driver import Driver, RunSummary
 from renderfarm.engines.base import Done, Event, Failed, Ready
 from renderfarm.errors import Fatal, ProfileMismatch, RenderFailed, RenderfarmError, Transient, WorkerLost
@@ -154,7 +155,7 @@ def test_what_the_first_worker_measured_decides_the_grid(write_manifest: Write, 
 
 
 def test_a_part_whose_answer_came_too_late_for_the_stop_is_counted(write_manifest: Write, write_job: Write) -> None:
-    prepared = prepare(load_job(write_job(write_manifest({"prompt": ["", *"abcdefg"]}))))
+    prepared = prepare(load_job(write_job(write_manifest({"prompt": ["", *(f"row {k}" for k in range(60))]}))))
     stop = threading.Event()
 
     class Silent(ScriptedEngine):
@@ -197,3 +198,54 @@ def test_slots_stay_full_over_parts_that_are_smaller_than_a_batch(
     assert summary.useful_slots == sum(useful) / len(useful) / 8 > 0.8  # 1 but for the beginning and the end
     between = useful[len(useful) // 4 : -len(useful) // 4]
     assert sum(between) / len(between) / 8 > 0.9
+
+
+class Pending(ScriptedEngine):
+    """One worker more is asked for than there is ever room for; the others cannot start."""
+
+    def start_worker(self, name: str, avoid: frozenset[str] = frozenset()) -> None:
+        if name != "w0":
+            self.events.append(Failed(name, None, RenderFailed("no memory")))
+
+
+def test_a_broken_model_stops_the_job_though_other_workers_wait_for_room(write_manifest: Write, write_job: Write) -> None:
+    prepared = prepare(load_job(write_job(write_manifest())))
+    driver = Driver(prepared, threading.Event(), lambda progress: None)
+    driver.begin()
+    with pytest.raises(Fatal, match="no worker could be started: no memory"):
+        driver.run(lambda: Pending(prepared, {}, {}))
+    assert driver.worker_number < 10
+    assert read_status(prepared.store.url)["state"] == "FAILED"
+
+
+def test_a_worker_that_did_not_reach_the_store_is_started_again_as_often_as_it_takes(
+    drive: Callable[..., tuple[RunSummary, ScriptedEngine]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver_module, "AWAY_S", 0.0)
+    summary, _ = drive(starts={f"w{k}": Transient("the store is away") for k in range(12)})
+    assert (summary.state, summary.workers_left_out) == ("SUCCEEDED", {})
+
+
+def test_a_worker_lost_while_a_pause_begins_is_replaced_when_the_run_goes_on(write_manifest: Write, write_job: Write) -> None:
+    prepared = prepare(load_job(write_job(write_manifest())))
+    driver = Driver(prepared, threading.Event(), lambda progress: None)
+
+    class Paused(ScriptedEngine):
+        def submit(self, worker: str, lease: Lease) -> None:
+            super().submit(worker, lease)
+            if len(self.submitted) == 1:
+                driver.heartbeat.wanted = "pause"
+
+        def next_events(self, timeout_s: float) -> list[Event]:
+            found = super().next_events(timeout_s)
+            if any(isinstance(event, Failed) for event in found):
+                driver.heartbeat.wanted = "pause"
+            elif not self.events:
+                driver.heartbeat.wanted = "run"
+            return found
+
+    driver.begin()
+    driver.heartbeat.hear = lambda store: driver.heartbeat.wanted
+    engine = Paused(prepared, {"w1": Fatal("x")}, {0: [WorkerLost("gone")]})
+    summary = driver.run(lambda: engine)
+    assert (summary.state, summary.images) == ("SUCCEEDED", 8)

@@ -145,3 +145,10 @@ def test_who_is_gone_leaves_its_leases(name: str) -> None:
     pool.take("b", one, 0.0)
     assert pool.remove(name) == [one]
     assert len(pool.holders(one)) == 1
+
+
+def test_a_suspect_keeps_its_worker_to_itself_and_no_other_waits_for_it() -> None:
+    pool = pool_of("a", "b")
+    pool.take("a", lease(1, losses=1), 0.0)
+    pool.take("b", lease(2), 0.0)
+    assert pool.next_to_fill(3) == "b"

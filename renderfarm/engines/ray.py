@@ -154,7 +154,7 @@ class RayEngine:
             answer = ray.get(ref)
         except (ray.exceptions.RayError, RenderfarmError) as error:
             ours = _ours(error)
-            if isinstance(ours, WorkerLost):
+            if lease is None or isinstance(ours, WorkerLost):  # one that could not start would keep its device from the next
                 self._kill(worker)
             return Failed(worker, lease, ours)
         if lease is not None:
