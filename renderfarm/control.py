@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from renderfarm import commit
 from renderfarm.errors import Fatal, InvalidJob
@@ -32,22 +32,29 @@ class Told:
     state: str
 
 
-def read(store: Store, run_id: str) -> Wanted:
-    """What is wanted of that run: to go on, where nothing, something damaged, or something of another run is there.
+def read(store: Store, run_id: str, but: dict[str, Any] | None = None) -> Wanted:
+    """What is wanted of that run: to go on, where nothing, something damaged, or something of another run is there. `but`: what was
+    `asked` before the run began, which says nothing to it.
 
     Raises Transient for a store that is away, which asks for nothing new.
     """
-    return said(store, run_id) or "run"
+    return said(store, run_id, but) or "run"
 
 
-def said(store: Store, run_id: str) -> Wanted | None:
+def said(store: Store, run_id: str, but: dict[str, Any] | None = None) -> Wanted | None:
     """What somebody has said to that run last; None where nobody has. Raises as `read` does."""
+    found = asked(store)
+    if found is None or found == but or family(str(found.get("run_id"))) != family(run_id) or found.get("wanted") not in WANTED:
+        return None
+    return cast(Wanted, found["wanted"])
+
+
+def asked(store: Store) -> dict[str, Any] | None:
+    """The last request, of whichever run; None where there is none that can be read. Raises as `read` does."""
     try:
-        found = commit.read_json(store, CONTROL)
+        return commit.read_json(store, CONTROL)
     except (KeyError, Fatal):
         return None
-    wanted = found.get("wanted")
-    return cast(Wanted, wanted) if family(str(found.get("run_id"))) == family(run_id) and wanted in WANTED else None
 
 
 def family(run_id: str) -> str:
@@ -69,8 +76,8 @@ def ask(store: Store, wanted: Wanted) -> Told:
     before = read(store, run_id)
     if before == "cancel" and wanted != "cancel":
         raise InvalidJob(f"{store.url}: the run {run_id} is being cancelled; when it has ended, `renderfarm run JOB` continues")
-    if before != wanted:
-        store.put(CONTROL, commit.to_json({"run_id": run_id, "wanted": wanted, "at": round(time.time(), 3)}))
+    # said anew even where the same was said before: a run that joined the work since does not listen to what is older
+    store.put(CONTROL, commit.to_json({"run_id": run_id, "wanted": wanted, "at": round(time.time(), 3)}))
     return Told(store.url, run_id, wanted, before, str(progress.get("state")))
 
 

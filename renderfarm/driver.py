@@ -48,7 +48,7 @@ from renderfarm.preparation import Prepared
 from renderfarm.progress import Progress, WorkerProgress
 from renderfarm.records import Lease, Part, PartId, WorkerReady
 from renderfarm.repair import Repaired, refuse_if_alive, repair
-from renderfarm.storage import probe
+from renderfarm.storage import Store, probe
 from renderfarm.worker import LEASES_IN_FLIGHT, leases_held
 
 GRACE_S = 30.0
@@ -129,13 +129,18 @@ class Driver:
         self.retries_done: set[PartId] = set()
         self.retries_open = 0  # when they were last taken up
         self.died_before: Counter[tuple[Part, ...]] = Counter()  # workers that had a lease of which there is a copy
+        self.asked_before: dict[str, Any] | None = None
         self.shares, self.begin_at = False, 0
         """The part to begin with: another one than a run that is already at work began with."""
         self.pool = Pool()
         self.again: deque[tuple[float, Lease]] = deque()  # (not before, lease)
         self.restarts: list[float] = []  # when to try again to start a worker
         self.start_failures = self.worker_number = self.attempts = 0
-        self.heartbeat = Heartbeat(self.store.url, lambda store: control.read(store, self.progress.run_id))
+        self.heartbeat = Heartbeat(self.store.url, self._wanted)
+
+    def _wanted(self, store: Store) -> str:
+        """What is asked of this run; what was asked before it began was asked of another."""
+        return control.read(store, self.progress.run_id, but=self.asked_before)
 
     def begin(self) -> None:
         """Check that the output can be written and belongs to this job; the first time, freeze the job in it."""
@@ -169,6 +174,7 @@ class Driver:
             )
         # what is asked of one of them (`renderfarm pause`) is asked of both
         self.progress.run_id = f"{control.family(other['run_id'])}+{uuid.uuid4().hex[:6]}"
+        self.asked_before = control.asked(self.store)
         self.shares = True
 
     def run(self, make_engine: Callable[[], Engine]) -> RunSummary:
@@ -188,6 +194,8 @@ class Driver:
                     break
             return self._finish()
         except BaseException as error:
+            if isinstance(error, Transient):  # in the driver's own hands: the store was away for too long
+                error.exit_code = EXIT_INTERRUPTED
             self.progress.state = "INTERRUPTED" if isinstance(error, Interrupted | Transient) else "FAILED"
             self.heartbeat.close(self.progress.snapshot())
             raise

@@ -79,8 +79,6 @@ class RenderFailed(RenderfarmError):
 class Transient(RenderfarmError):
     """May succeed when tried again."""
 
-    exit_code = EXIT_INTERRUPTED
-
 
 class Expired(Transient):
     """The credentials have expired; somebody or something renews them."""

@@ -29,7 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from checker import check_complete, error_rows, image_rows
+from checker import check_complete, error_rows, image_rows, lasting
 from PIL import Image
 from test_commit import errors, images
 from test_commit import publish as publish_part
@@ -191,7 +191,7 @@ def test_after_a_death_before_or_after_each_write_the_next_run_gives_the_same_ou
     layout: str, write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     renderfarm.run(write(layout, str(tmp_path / "whole")), engine="inline")
-    whole = {key: open_store(str(tmp_path / "whole")).read(key) for key in readers_keys(tmp_path / "whole")}
+    whole = what_lasts(tmp_path / "whole")
     for number, late in ((number, late) for number in range(30) for late in (False, True)):
         out = str(tmp_path / f"died-{number}-{late}")
         with monkeypatch.context() as patch:
@@ -206,15 +206,17 @@ def test_after_a_death_before_or_after_each_write_the_next_run_gives_the_same_ou
                 assert number >= 7, "every write was a place to die"
                 return
         renderfarm.run(write(layout, out), engine="inline")
-        stored = open_store(out)
-        assert {key: stored.read(key) for key in readers_keys(Path(out))} == whole, f"died at write {number}"
+        assert what_lasts(Path(out)) == whole, f"died at write {number}"
         assert verify(out, FILES_ONLY).ok
         shutil.rmtree(out)
     pytest.fail("it always died")
 
 
-def readers_keys(out: Path) -> list[str]:
-    return [key for key in open_store(str(out)).list("") if key.partition("/")[0] in ("data", "errors", "metadata") or "/parts/" in key]
+def what_lasts(out: Path) -> dict[str, bytes]:
+    """Parts and what is derived from them."""
+    store = open_store(str(out))
+    keys = [key for key in store.list("") if key.partition("/")[0] in ("data", "errors", "metadata") or "/parts/" in key]
+    return {key: lasting(key, store.read(key)) for key in keys}
 
 
 def dying(write: Callable[..., None], left: Iterator[int], late: bool) -> Callable[..., None]:
