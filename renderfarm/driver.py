@@ -146,6 +146,10 @@ class Driver:
         """Check that the output can be written and belongs to this job; the first time, freeze the job in it."""
         if not self._rows_wanted():
             raise InvalidJob("manifest.where selects no row: its `row` lies outside the manifest; correct it")
+        if not self.store.exists(commit.JOB) and self.store.list(commit.PARTS):
+            raise InvalidJob(
+                f"{self.store.url}/{commit.JOB} is missing, and parts are committed: restore it from a copy, or give a new folder"
+            )
         if not self.store.exists(commit.JOB) and (theirs := commit.not_ours(self.store)):
             raise InvalidJob(
                 f"{self.store.url} is no output of renderfarm, and not empty (it holds {theirs}); give an empty folder, or a new one"
@@ -204,6 +208,8 @@ class Driver:
         """Wait, without any worker, while the run is paused; whether it goes on then."""
         if not self.paused or not (self.grid is None or self._left() or commit.open_retries(self.store)):
             return False
+        for worker in self.progress.workers.values():
+            worker.state = "let go" if worker.state in ("ready", "starting", "leaving") else worker.state
         while self.heartbeat.wanted == "pause" and not self.stop.is_set() and not self.stop_now.is_set():
             self.progress.state = "PAUSED"
             if self.heartbeat.is_due():
@@ -463,7 +469,10 @@ class Driver:
             self._hold()
         limit = self.job.failure.stop_after
         if limit is not None and self.progress.new_errors >= limit:
-            raise Fatal(f"{self.progress.new_errors} images of this run failed (failure.stop_after: {limit}); see `renderfarm errors`")
+            raise Fatal(
+                f"{self.progress.new_errors} images of this run failed (failure.stop_after: {limit}); `renderfarm errors {self.store.url}` "
+                "says why, and the same command goes on with the others"
+            )
 
     def _failed(self, engine: Engine, event: Failed) -> None:
         if event.worker in self.pool.starting:

@@ -15,6 +15,7 @@ from rich.text import Text
 from renderfarm.progress import Progress
 
 LOG_EVERY_S = 30.0
+TOLD = ("PAUSING", "PAUSED", "CANCELLING")  # at once: somebody has asked for it
 
 
 def duration(seconds: float | None) -> str:
@@ -32,6 +33,7 @@ def one_line(progress: Progress) -> str:
         f"{progress.errors} errors, {progress.images_per_second:.1f} images/s, {duration(progress.eta_seconds)} left, "
         f"{sum(w.state == 'ready' for w in progress.workers.values())} workers"
         + (f"; waiting: {progress.trouble}" if progress.trouble else "")
+        + ("; `renderfarm resume` goes on" if progress.state == "PAUSED" else "")
     )
 
 
@@ -57,12 +59,13 @@ class Watcher(_Shown):
 
     def __init__(self, console: Console, quiet: bool = False) -> None:
         super().__init__(console, quiet)
-        self.next_line = time.monotonic()
+        self.next_line, self.state = time.monotonic(), ""
 
     def __call__(self, progress: Progress) -> None:
         if self.live:
             self.live.update(_view(progress))
-        elif not self.quiet and time.monotonic() >= self.next_line:
+        elif not self.quiet and (time.monotonic() >= self.next_line or (progress.state != self.state and progress.state in TOLD)):
+            self.state = progress.state
             self.next_line = time.monotonic() + LOG_EVERY_S
             self.console.print(one_line(progress), highlight=False, soft_wrap=True)
 
