@@ -344,6 +344,9 @@ def waive(
         _print_json(vars(found))
         return
     before = f" ({found.already:,} more were before)" if found.already else ""
+    if not found.samples:
+        out_console.print(f"nothing to waive: no failed sample is among those{before}")
+        return
     out_console.print(f"waived: {found.samples:,} samples{before}; the next run counts them no more against failure.tolerate")
 
 
