@@ -242,6 +242,7 @@ class Driver:
         for index in self.prepared.committed():
             self.is_done[index] = 1
         self.progress.recount(commit.totals(self.store))
+        self.progress.parts_done = self.is_done.count(1)  # another run may have committed one between the two listings
 
     # ------------------------------------------------------------------------------------------ the loop
 
