@@ -197,7 +197,7 @@ def test_one_killer_among_many_rows_costs_itself_and_three_workers(word: str, be
 
 def test_two_runs_of_one_output_share_the_work(begin: Callable[..., Run], tmp_path: Path) -> None:
     one = begin([f"row {k}" for k in range(900)], step_s="0.1", workers=1)
-    one.wait_for(lambda: one.states() == ["starting"])
+    one.wait_for(lambda: bool(one.progress()))
     other = Run(tmp_path / "job.yaml", one.out, RENDERFARM_FAKE_STEP_S="0.1")
     entries = one.out / "_renderfarm/parts"
     other.wait_for(lambda: len({json.loads(entry.read_bytes())["run"] for entry in entries.glob("*.json")}) == 2)
