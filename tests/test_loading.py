@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torchao.quantization import Int8WeightOnlyConfig, PerRow, PerTensor
 
 import renderfarm
-from renderfarm.cli import _model_and_parts
+from renderfarm.cli.outputs import _model_and_parts
 from renderfarm.config import ComponentSpec, ModelSpec, Workers
 from renderfarm.errors import Fatal, InvalidJob, ProfileMismatch
 from renderfarm.jobfile import load_job, model_spec

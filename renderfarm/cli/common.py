@@ -1,0 +1,109 @@
+"""What every command uses: the app, consoles, options that several take, how values are printed and read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from renderfarm.errors import InvalidJob
+
+app = typer.Typer(
+    name="renderfarm",
+    help="A Parquet table of prompts in, a verified image dataset out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+out_console = Console(soft_wrap=True, highlight=False, emoji=False, width=None if sys.stdout.isatty() else 160)
+
+
+console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
+
+
+JobFile = Annotated[Path, typer.Argument(help="The job's YAML file.", show_default=False)]
+
+
+Sets = Annotated[list[str] | None, typer.Option("--set", help="Change a field: render.num_inference_steps=8. May be repeated.")]
+
+
+Out = Annotated[str | None, typer.Option("--out", help="Output folder instead of the job's.")]
+
+
+LogicalDate = Annotated[str | None, typer.Option("--logical-date", help="YYYY-MM-DD for {{ ds }} in the job's paths.")]
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, last.")]
+
+
+OutputFolder = Annotated[str, typer.Argument(help="The output folder.", show_default=False)]
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        from renderfarm import __version__
+
+        out_console.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+def shown_path(path: str) -> str:
+    """A local path below this folder as a person would type it."""
+    relative = os.path.relpath(path) if os.path.isabs(path) else path
+    return path if relative.startswith("..") else relative
+
+
+def size_in_bytes(text: str) -> int:
+    """1GB, 500 MB, 2.5GiB."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)(i?)B", text.strip().replace("K", "k"))
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " kMGT".index(match[2] or " ")) if match else 0
+    if size < 1:
+        raise InvalidJob(f"--max-file-size {text!r}: give a number with its unit, for example 500MB or 2GB")
+    return size
+
+
+def seconds(text: str, option: str) -> float:
+    """30s, 15m, 12h, 1d."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
+    if match is None:
+        raise InvalidJob(f"{option} {text!r}: give a number with its unit, for example 12h or 1d")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+
+
+def print_pairs(pairs: dict[str, Any]) -> None:
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    for name, value in pairs.items():
+        table.add_row(name, Text(shown_value(value), overflow="fold"))  # Text: a prompt may hold what rich takes for markup
+    out_console.print(table)
+
+
+def shown_value(value: Any) -> str:
+    if value is None or value == {}:
+        return "—"
+    if isinstance(value, dict):
+        return "\n".join(f"{name}: {shown_value(of)}" for name, of in value.items())
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    # somebody's text may hold what a terminal obeys
+    return "".join(sign if sign.isprintable() or sign in "\n\t" else "\ufffd" for sign in str(value))

@@ -1,0 +1,216 @@
+"""Commands that take a job file: run, validate, plan, submit."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+from enum import StrEnum
+from functools import partial
+from typing import Annotated, Any
+
+import typer
+
+from renderfarm.cli.common import AsJson, JobFile, LogicalDate, Out, Sets, app, console, out_console, print_json, print_pairs, shown_path
+from renderfarm.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_ROWS_FAILED
+
+command = partial(app.command, rich_help_panel="Jobs")
+
+SAME_SIGNAL_S = 0.3
+
+
+class EngineChoice(StrEnum):
+    ray = "ray"
+    inline = "inline"
+
+
+@command()
+def run(
+    job: JobFile,
+    sets: Sets = None,
+    out: Out = None,
+    engine: Annotated[EngineChoice, typer.Option(help="inline: one worker in this process.")] = EngineChoice.ray,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster to join (auto, or ray://…); else a private local Ray.")] = None,
+    logical_date: LogicalDate = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="First check every committed part; rebuild its views, or set it aside and render it again.")
+    ] = False,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that parts in flight have to finish after Ctrl-C or SIGTERM.")] = 30.0,
+    as_json: AsJson = False,
+) -> None:
+    """Render what the output does not hold yet. Run it again and it continues."""
+    from renderfarm.api import run as run_job
+    from renderfarm.jobfile import load_job
+    from renderfarm.report.live import Watcher
+
+    loaded = load_job(job, sets, out, logical_date)
+    stop, stop_now = _stop_on_signals()
+    with Watcher(console, quiet=as_json) as watcher:
+        signals = {"stop": stop, "stop_now": stop_now}
+        summary = run_job(loaded, engine=engine.value, address=address, observe=watcher, repair=repair, grace_s=grace, **signals)
+    if as_json:
+        print_json(summary.to_dict())
+    else:
+        for repaired in summary.repaired:
+            out_console.print(f"repaired {repaired}", markup=False)
+        if repair and not summary.repaired:
+            out_console.print("nothing to repair: each committed part is what it was")
+        _print_summary(summary.to_dict())
+        if summary.state not in ("INTERRUPTED", "CANCELLED"):
+            changes = [
+                *(f"--set {shlex.quote(item)}" for item in sets or []),
+                *([f"--logical-date {logical_date}"] if logical_date else []),
+            ]
+            _print_next(summary.to_dict(), shlex.join([str(job)]), changes, loaded.model)
+    raise typer.Exit(summary.exit_code)
+
+
+def _stop_on_signals() -> tuple[threading.Event, threading.Event]:
+    """The first Ctrl-C or SIGTERM lets leases in flight finish; the second one ends at once; the third does not even say so in the
+    output, which may be what everything waits for.
+
+    Nothing is raised in the handler: an exception inside one of Ray's own calls becomes another error.
+    """
+    stop, stop_now = threading.Event(), threading.Event()
+    first = second = 0.0
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal first, second
+        if stop.is_set():
+            # `timeout` and service managers signal a process and its group, so one stop may arrive twice
+            if stop_now.is_set() and time.monotonic() - second > SAME_SIGNAL_S:
+                os._exit(EXIT_INTERRUPTED)
+            if time.monotonic() - first > SAME_SIGNAL_S and not stop_now.is_set():
+                second = time.monotonic()
+                stop_now.set()
+            return
+        first = time.monotonic()
+        stop.set()
+        console.print("stopping: parts in flight are being finished (again: stop at once; nothing committed is lost)")
+
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)
+    return stop, stop_now
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    from renderfarm.report.contact_sheet import KEY as SHEET
+
+    state, out = summary["state"], shown_path(summary["out"])
+    if state in ("INTERRUPTED", "CANCELLED"):
+        out_console.print(f"{state.lower()}: run the same command again to continue")
+    elif not summary["new_images"] and not summary["new_errors"]:
+        out_console.print("nothing to do: every part is committed")
+    else:
+        out_console.print(
+            f"{summary['new_images']:,} images in {summary['seconds']:.0f} s ({summary['images_per_second']:.1f} images/s while rendering)"
+        )
+    counts = f"{summary['images']:,} images, {summary['errors']:,} errors, {summary['rows']:,} rows"
+    out_console.print(f"{state.lower()}: {counts} in {out}")
+    for name, count in summary["error_classes"].items():
+        out_console.print(f"  {name}: {count:,}  (reasons: renderfarm errors {shlex.quote(out)})", markup=False)
+    if summary["waived"]:
+        out_console.print(f"  of them waived: {summary['waived']:,}")
+    for reason, number in summary["workers_left_out"].items():
+        out_console.print(f"workers left out: {number}: {reason}", markup=False)
+    for warning in summary["warnings"]:
+        out_console.print(f"warning: {warning}", markup=False)
+    if summary["images"]:
+        out_console.print(f"contact sheet: {out}/{SHEET}")
+
+
+def _print_next(summary: dict[str, Any], job: str, changes: list[str], model: Any) -> None:
+    """Three commands to try, as they would have to be typed after this one. `model`: the job's ModelSpec."""
+    from renderfarm.config import COMPANIONS
+
+    me = "renderfarm" if shutil.which("renderfarm") else sys.argv[0]
+    out, same = shlex.quote(shown_path(summary["out"])), " ".join([job, *changes])
+    folders = {"": model.id, **{f"{name}=": given.id for name in COMPANIONS if (given := getattr(model, name))}}
+    folders |= {f"{name}=": given.id for name, given in model.components.items()}
+    models = "".join(f" --model {shlex.quote(name + shown_path(id_))}" for name, id_ in folders.items() if os.path.isabs(id_))
+    out_console.print("next:")
+    for command in (
+        f"status {out}",
+        f"verify {out} --sample 3{models}" if summary["images"] else f"validate {same}",
+        f"validate {same}" if summary["errors"] else f"run {same} --set render.num_inference_steps=8 --out {out}-8-steps",
+    ):
+        out_console.print(f"  {me} {command}", markup=False, soft_wrap=True)
+
+
+@command()
+def validate(
+    job: JobFile,
+    sets: Sets = None,
+    out: Out = None,
+    logical_date: LogicalDate = None,
+    limit: Annotated[int, typer.Option(help="Problems to print.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Check the job file and every row of its manifest; nothing is rendered or written."""
+    from renderfarm.jobfile import load_job
+    from renderfarm.preparation import prepare
+    from renderfarm.validation import validate_rows
+
+    found = validate_rows(prepare(load_job(job, sets, out, logical_date)))
+    if as_json:
+        print_json({**vars(found), "ok": found.ok})
+    else:
+        for problem in found.problems[:limit]:
+            out_console.print(problem, markup=False)
+        if len(found.problems) > limit:
+            out_console.print(f"… (--limit shows more than {limit})")
+        for hint in found.hints:
+            out_console.print(hint, markup=False)
+        bad = f"{found.bad_rows:,} bad rows, {found.duplicate_ids:,} duplicate ids"
+        out_console.print(f"{found.rows:,} rows, {found.images:,} images, {bad}")
+    raise typer.Exit(EXIT_OK if found.ok else EXIT_ROWS_FAILED)
+
+
+@command()
+def plan(job: JobFile, sets: Sets = None, out: Out = None, logical_date: LogicalDate = None, as_json: AsJson = False) -> None:
+    """Show what `run` would do: rows, parts done and left, images, bytes and time."""
+    from renderfarm.estimate import estimate
+    from renderfarm.jobfile import load_job
+    from renderfarm.preparation import prepare
+
+    found = estimate(prepare(load_job(job, sets, out, logical_date)))
+    if as_json:
+        print_json(found)
+    else:
+        print_pairs(found)
+
+
+@command()
+def submit(
+    job: JobFile,
+    address: Annotated[str, typer.Option(help="The Ray head's dashboard, http://HOST:8265.", show_default=False)],
+    sets: Sets = None,
+    out: Out = None,
+    logical_date: LogicalDate = None,
+    wait: Annotated[bool, typer.Option(help="Wait for the end; exit 0 only if the job succeeded.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a job on a running Ray cluster; the same job twice is one submission."""
+    from renderfarm.jobfile import load_job
+    from renderfarm.submit import submit_job, wait_for
+
+    loaded = load_job(job, sets, out, logical_date)
+    id_, new = submit_job(loaded, address)
+    ended = wait_for(id_, address) if wait else None
+    if as_json:
+        print_json(
+            {"submission_id": id_, "new": new, "status": ended and ended[0], "log_tail": ended and ended[1], "out": loaded.output.path}
+        )
+    else:
+        out_console.print(f"{'submitted' if new else 'already running, attached'}: {id_}")
+        out_console.print(f"renderfarm status {loaded.output.path}")
+        if ended:
+            out_console.print(f"ended: {ended[0]}")
+            if ended[0] != "SUCCEEDED":
+                out_console.print(ended[1], markup=False)
+    if ended is not None and ended[0] != "SUCCEEDED":
+        raise typer.Exit(EXIT_ROWS_FAILED)
