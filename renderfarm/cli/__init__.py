@@ -1,4 +1,8 @@
-"""The command line. Nothing heavy is imported before a command needs it."""
+"""The command line. Nothing heavy is imported before a command needs it.
+
+Each module adds its commands when it is imported; their order is that of `--help`.
+"""
+# ruff: noqa: I001, F401
 
 from __future__ import annotations
 
@@ -6,14 +10,7 @@ import os
 import sys
 from typing import NoReturn
 
-import renderfarm.cli.about
-
-# isort: off - each adds its commands, in this order
-import renderfarm.cli.jobs
-import renderfarm.cli.outputs
-import renderfarm.cli.runs
-
-# isort: on
+from renderfarm.cli import jobs, runs, outputs, about
 from renderfarm.cli.common import app, console, print_json
 from renderfarm.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE, RenderfarmError
 
