@@ -106,7 +106,8 @@ def _engine_maker(prepared: Prepared, engine: EngineName, address: str | None, r
 
 
 def _write_card(prepared: Prepared) -> None:
-    counts, grid, output = commit.counts(prepared.store), prepared.grid(), prepared.job.output
+    grid, output, entries = prepared.grid(), prepared.job.output, commit.index_entries(prepared.store)
+    counts = commit.counts(entries)
     write_card(
         prepared.store,
         prepared.frozen(),
@@ -119,5 +120,5 @@ def _write_card(prepared: Prepared) -> None:
         columns=prepared.columns(),
         warnings=prepared.model.warnings,
         card=output.card,
-        figures=figures(prepared.store, output.layout),
+        figures=figures(prepared.store, output.layout, entries),
     )

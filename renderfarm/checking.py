@@ -135,21 +135,21 @@ class Checker:
             return
         assert stored.committed is not None
         advice = f"restore it from a copy, or {REPAIR} mends it"
-        entry, receipt = commit.entry_that_counts(entries)
+        entry = commit.entry_that_counts(entries)
         try:
-            if not commit.is_as_committed(self.output.store, entry, stored.committed.sha256):
+            if not commit.is_as_committed(self.output.store, entry.key, stored.committed.sha256):
                 line = f"part {part.id}: its table is not the one that was committed (SHA-256 differs); {advice}"
-                if (receipt.images, receipt.errors) != (len(stored.samples), len(stored.errors)):
+                if (entry.images, entry.errors) != (len(stored.samples), len(stored.errors)):
                     line = (
-                        f"part {part.id}: was committed with {receipt.images} images and {receipt.errors} errors, "
+                        f"part {part.id}: was committed with {entry.images} images and {entry.errors} errors, "
                         f"and its table has {len(stored.samples)} and {len(stored.errors)}; {advice}"
                     )
                 yield Problem(line, "damage")
                 return
             if list(entries) != [commit.entry_key(part, stored.committed)]:
                 yield Problem(f"part {part.id}: its index entries count otherwise than its table; {REPAIR} mends them", "derived")
-            elif not commit.counts_errors(self.output.store, entry, part, stored.committed, superseded):
-                yield Problem(f"part {part.id}: {entry} counts other errors than its table; {REPAIR} mends it", "derived")
+            elif not commit.counts_errors(self.output.store, entry.key, part, stored.committed, superseded):
+                yield Problem(f"part {part.id}: {entry.key} counts other errors than its table; {REPAIR} mends it", "derived")
         except (KeyError, RenderfarmError) as error:
             yield Problem(f"part {part.id}: {error}", _kind(error, "derived"))
 

@@ -32,8 +32,9 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -430,21 +431,36 @@ def _mend_views(store: Store, layout: Layout, part: Part, images: pa.Table, erro
 _ENTRY = re.compile(r"part-(\d+)(?:\.r([1-9]\d*))?\.i(\d+)\.e(\d+)\.b(\d+)\.json$")
 
 
-def committed_parts(store: Store) -> dict[int, PartReceipt]:
-    """The parts of the grid whose first rendering the index lists: one listing, no reads."""
-    return {part.index: receipt for part, (_, receipt) in index_entries(store).items() if not part.retry}
+class Entry(NamedTuple):
+    """What the name of an index entry says of its part."""
+
+    key: str
+    images: int
+    errors: int
+    bytes: int
 
 
-def index_entries(store: Store) -> dict[PartId, tuple[str, PartReceipt]]:
-    """The index entry of each part, ascending, retries included, as `entry_that_counts` says; in one pass, since a run asks several times
-    and there may be a million."""
-    found: dict[PartId, tuple[str, PartReceipt]] = {}
+Entries = Mapping[PartId, Entry]
+
+
+def index_entries(store: Store) -> dict[PartId, Entry]:
+    """The index entry of each part, ascending, retries included, as `entry_that_counts` says: one listing, no reads.
+
+    There may be a million: who asks several things of one moment lists once, and gives the entries to each function.
+    """
+    found: dict[PartId, Entry] = {}
     for key in store.list(PARTS):
         if match := _ENTRY.search(key):
-            part, retry, images, errors, size = (int(text or 0) for text in match.groups())
-            if images or PartId(part, retry) not in found:
-                found[PartId(part, retry)] = key, PartReceipt(part, images, errors, size, adopted=True, retry=retry)
-    return dict(sorted(found.items()))
+            part, retry, images, errors, size = match.groups()
+            id_, entry = PartId(int(part), int(retry or 0)), Entry(key, int(images), int(errors), int(size))
+            if entry.images or id_ not in found:
+                found[id_] = entry
+    return {part: found[part] for part in sorted(found, key=attrgetter("index", "retry"))}
+
+
+def parts_of_the_grid(entries: Entries) -> list[int]:
+    """Those whose first rendering is committed."""
+    return [part.index for part in entries if not part.retry]
 
 
 def entries_by_part(store: Store) -> dict[PartId, list[str]]:
@@ -455,15 +471,14 @@ def entries_by_part(store: Store) -> dict[PartId, list[str]]:
     return found
 
 
-def entry_that_counts(keys: Iterable[str]) -> tuple[str, PartReceipt]:
+def entry_that_counts(keys: Iterable[str]) -> Entry:
     """Of several entries of one part the one with images: the other is of a worker that lost to it."""
     found = []
     for key in keys:
         match = _ENTRY.search(key)
         assert match is not None
-        part, retry, images, errors, size = (int(text or 0) for text in match.groups())
-        found.append((key, PartReceipt(part, images, errors, size, adopted=True, retry=retry)))
-    return next((pair for pair in reversed(found) if pair[1].images), found[0])
+        found.append(Entry(key, *(int(text) for text in match.groups()[2:])))
+    return next((entry for entry in reversed(found) if entry.images), found[0])
 
 
 @dataclass(frozen=True)
@@ -484,24 +499,22 @@ class Totals(Counts):
     waived: int
 
 
-def counts(store: Store) -> Counts:
-    """By the names of the index alone: one listing, no reads."""
-    return Counts(*_counted(index_entries(store)))
+def counts(entries: Entries) -> Counts:
+    """By the names of the index alone."""
+    return Counts(*_counted(entries))
 
 
-def totals(store: Store) -> Totals:
+def totals(store: Store, entries: Entries) -> Totals:
     """The entries that have errors are read, too, and the parts of which anything is waived. Raises Fatal for damaged ones."""
-    entries = index_entries(store)
-    return Totals(*_counted(entries), classes=_classes(store, entries), waived=_waived(store, entries))
+    return Totals(*_counted(entries), classes=error_classes(store, entries), waived=_waived(store, entries))
 
 
-def _counted(entries: Mapping[PartId, tuple[str, PartReceipt]]) -> tuple[int, int, int, int]:
-    receipts = [receipt for _, receipt in entries.values()]
+def _counted(entries: Entries) -> tuple[int, int, int, int]:
     return (
-        sum(not receipt.retry for receipt in receipts),
-        sum(receipt.images for receipt in receipts),
-        sum(-receipt.images if receipt.retry else receipt.errors for receipt in receipts),
-        sum(receipt.bytes for receipt in receipts),
+        sum(not part.retry for part in entries),
+        sum(entry.images for entry in entries.values()),
+        sum(-entry.images if part.retry else entry.errors for part, entry in entries.items()),
+        sum(entry.bytes for entry in entries.values()),
     )
 
 
@@ -519,14 +532,15 @@ def _waived(store: Store, entries: Iterable[PartId]) -> int:
     )
 
 
-def open_retries(store: Store) -> list[Retry]:
+def open_retries(store: Store, entries: Entries | None = None) -> list[Retry]:
     """Requests that wait to be rendered, ascending; of each part the first one, and only where its rendering before is committed.
 
-    Raises Fatal for a damaged one.
+    `entries`: else the index is listed if there is any request. Raises Fatal for a damaged one.
     """
     waiting: dict[int, PartId] = {}
     asked = requests.asked(store)
-    entries = index_entries(store) if asked else {}
+    if entries is None:
+        entries = index_entries(store) if asked else {}
     for part in asked:
         if part not in entries and PartId(part.index) in entries:
             waiting.setdefault(part.index, part)
@@ -556,18 +570,14 @@ def committed_by(store: Store, entry: str) -> dict[str, Any]:
     return {name: said[name] for name in ("run", "worker", "host") if name in said}
 
 
-def error_classes(store: Store) -> dict[str, int]:
+def error_classes(store: Store, entries: Entries) -> dict[str, int]:
     """How many samples have ended as an error of each class; reads the index entries that have any."""
-    return _classes(store, index_entries(store))
-
-
-def _classes(store: Store, entries: Mapping[PartId, tuple[str, PartReceipt]]) -> dict[str, int]:
     counts: Counter[str] = Counter()
-    for part, (key, receipt) in entries.items():
-        if receipt.errors:
-            counts.update(_counts(store, key, "error_classes"))
-        if part.retry and (receipt.errors or receipt.images):
-            counts.subtract(_counts(store, key, "superseded"))
+    for part, entry in entries.items():
+        if entry.errors:
+            counts.update(_counts(store, entry.key, "error_classes"))
+        if part.retry and (entry.errors or entry.images):
+            counts.subtract(_counts(store, entry.key, "superseded"))
     return {name: count for name, count in counts.items() if count}
 
 

@@ -239,10 +239,10 @@ class Driver:
         """Take over what is committed of it."""
         self.grid, self.is_done, self.progress.parts = grid, bytearray(grid.total), grid.count
         self.begin_at = random.randrange(grid.total) if self.shares else 0
-        for index in self.prepared.committed():
+        entries = commit.index_entries(self.store)
+        for index in commit.parts_of_the_grid(entries):
             self.is_done[index] = 1
-        self.progress.recount(commit.totals(self.store))
-        self.progress.parts_done = self.is_done.count(1)  # another run may have committed one between the two listings
+        self.progress.recount(commit.totals(self.store, entries))
 
     # ------------------------------------------------------------------------------------------ the loop
 
@@ -554,11 +554,11 @@ class Driver:
 
     # ------------------------------------------------------------------------------------------ records of the run
 
-    def _check_that_all_is_here(self) -> None:
+    def _check_that_all_is_here(self, entries: commit.Entries) -> None:
         """What workers say they committed must be in the store that this process sees."""
         if self.grid is None or self.progress.parts_done < self.progress.parts:
             return
-        here = len(self.prepared.committed())
+        here = len(commit.parts_of_the_grid(entries))
         if here < self.progress.parts:
             raise Fatal(
                 f"the workers committed {self.progress.parts} parts, but {self.store.url} holds {here}: "
@@ -567,18 +567,18 @@ class Driver:
         if not self.progress.images and not self.progress.errors:
             raise InvalidJob("manifest.where selects no row: nothing was rendered; correct it and give another output (--out)")
 
-    def _is_counted_otherwise(self) -> bool:
-        here = commit.counts(self.store)
+    def _is_counted_otherwise(self, entries: commit.Entries) -> bool:
+        here = commit.counts(entries)
         return (here.images, here.errors) != (self.progress.images, self.progress.errors)
 
     def _finish(self) -> RunSummary:
-        progress = self.progress
-        self._check_that_all_is_here()
+        progress, entries = self.progress, commit.index_entries(self.store)
+        self._check_that_all_is_here(entries)
         # the grace may have ended before an answer came, and another run may have committed images where this one saw errors
-        if progress.waived or self._is_counted_otherwise():
-            progress.recount(commit.totals(self.store))
+        if progress.waived or self._is_counted_otherwise(entries):
+            progress.recount(commit.totals(self.store, entries))
         failed = (progress.errors - progress.waived) / max(1, progress.errors + progress.images)
-        if self.grid is None or self._left() or (self._is_to_end() and commit.open_retries(self.store)):
+        if self.grid is None or self._left() or (self._is_to_end() and commit.open_retries(self.store, entries)):
             cancelled = self.heartbeat.wanted == "cancel"  # who ends a paused run has interrupted it: the next one goes on
             progress.state, code = ("CANCELLED", EXIT_STOPPED_BY_USER) if cancelled else ("INTERRUPTED", EXIT_INTERRUPTED)
         elif failed > self.job.failure.tolerate:

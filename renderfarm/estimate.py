@@ -16,12 +16,13 @@ from renderfarm.report.live import duration
 def estimate(prepared: Prepared) -> dict[str, Any]:
     """Rows and parts exactly; images exactly unless rows say how many; bytes and time from what was rendered already."""
     job, model, grid = prepared.job, prepared.model, prepared.grid()
-    committed = prepared.committed()
+    entries = commit.index_entries(prepared.store)
+    committed = commit.parts_of_the_grid(entries)
     if committed:
         commit.check_job(prepared.store, prepared.frozen())
-    counts = commit.counts(prepared.store)
+    counts = commit.counts(entries)
     images_done, errors_done = counts.images, counts.errors
-    asked_again = sum(len(retry.samples) for retry in commit.open_retries(prepared.store))
+    asked_again = sum(len(retry.samples) for retry in commit.open_retries(prepared.store, entries))
     rows_done = _rows(grid.part(index) for index in committed) if grid is not None else 0
     rows_wanted = _rows(grid) if grid is not None else prepared.grid_of(1).count
     per_row = (images_done + errors_done) / rows_done if rows_done and job.manifest.where is None else job.render.num_images_per_prompt or 1

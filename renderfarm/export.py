@@ -28,7 +28,7 @@ from renderfarm import commit
 from renderfarm.errors import AlreadyExists, Fatal, InvalidJob
 from renderfarm.layouts import LAYOUTS, webdataset
 from renderfarm.layouts.base import Committed, Place, table_bytes
-from renderfarm.reading import Entries, Output
+from renderfarm.reading import Output
 from renderfarm.reading import open as open_output
 from renderfarm.records import Part, PartId
 from renderfarm.report.card import KEY as CARD
@@ -295,7 +295,7 @@ class _Writer:
 
     def _take(self, part: PartId, places: np.ndarray, add: Callable[[str, bytes], None]) -> pa.Table:
         """Those rows of a part; their pictures are added."""
-        found = self.output.as_committed(part, Entries())
+        found = self.output.as_committed(part, {})
         if found is None or found[1].sha256 != self.source.parts[part]:
             raise Fatal(f"part {part} of {self.output.store.url} was changed or removed meanwhile; export it to another place")
         key, committed = found
@@ -352,6 +352,6 @@ def _write_card(output: Output, store: Store, source: _Source, options: Options,
         columns=source.columns,
         warnings=warnings,
         card=card,
-        figures=figures(output.store, output.job["output"]["layout"]),
+        figures=figures(output.store, output.job["output"]["layout"], commit.index_entries(output.store)),
         exported=read_as or store.url,
     )

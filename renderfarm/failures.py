@@ -87,7 +87,7 @@ def _worker_of(output: Output) -> Callable[[PartId], str]:
     def name(part: PartId) -> str:
         if part not in names:
             try:
-                said = commit.committed_by(output.store, entries[part][0])
+                said = commit.committed_by(output.store, entries[part].key)
                 names[part] = f"{said['worker']} on {said['host']} in run {said['run']}"
             except (KeyError, Fatal):  # an entry that was mended, or is to be
                 names[part] = UNKNOWN

@@ -25,7 +25,7 @@ from renderfarm import commit
 from renderfarm.errors import Fatal
 from renderfarm.heartbeat import is_alive
 from renderfarm.layouts.base import Committed
-from renderfarm.reading import Entries, Output
+from renderfarm.reading import Output
 from renderfarm.reading import open as open_output
 from renderfarm.records import PartId
 from renderfarm.storage import TEMPORARY, Stored
@@ -78,7 +78,7 @@ def _pictures(output: Output, before: float) -> dict[PartId, dict[str, Stored]]:
     return found
 
 
-def _collect_part(output: Output, entries: Entries, part: PartId, old: dict[str, Stored], found: Collected) -> None:
+def _collect_part(output: Output, entries: commit.Entries, part: PartId, old: dict[str, Stored], found: Collected) -> None:
     try:
         committed = output.as_committed(part, entries)
     except Fatal as error:

@@ -18,7 +18,6 @@ from renderfarm.models.catalog import ModelInfo, describe, for_task, shown_name,
 from renderfarm.models.families import DISPATCHED
 from renderfarm.models.networks import MAX_PIXELS
 from renderfarm.plan import Grid, where_row
-from renderfarm.records import PartReceipt
 from renderfarm.samplers import find_sampler
 from renderfarm.samples import Usual, check_side, given_names, instead, usual
 from renderfarm.schema import image_columns, output_name
@@ -82,9 +81,6 @@ class Prepared:
 
     def grid_of(self, part_rows: int) -> Grid:
         return Grid(self.manifest.rows, part_rows, where_row(self.job.manifest.where))
-
-    def committed(self) -> dict[int, PartReceipt]:
-        return commit.committed_parts(self.store)
 
     def columns(self) -> pa.Schema:
         """Of the image table."""

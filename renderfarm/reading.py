@@ -20,12 +20,9 @@ from renderfarm.errors import Fatal, InvalidJob
 from renderfarm.layouts import LAYOUTS
 from renderfarm.layouts.base import Committed, damage_named, errors_key, part_of, read_errors, read_table, table_bytes
 from renderfarm.plan import Grid
-from renderfarm.records import Part, PartId, PartReceipt, SampleKey
+from renderfarm.records import Part, PartId, SampleKey
 from renderfarm.schema import ERROR_COLUMNS, IMAGE_COLUMNS
 from renderfarm.storage import Store, open_store
-
-Entries = dict[PartId, tuple[str, PartReceipt]]
-"""`commit.index_entries`."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +91,11 @@ class Output:
         return (self._stored(key, committed, index, record) for index, record in records)
 
     def __len__(self) -> int:
-        return commit.counts(self.store).images
+        return commit.counts(commit.index_entries(self.store)).images
 
     def spread(self, limit: int) -> list[StoredSample]:
         """About `limit` samples spread over the output, from at most `limit` parts of those that the index lists."""
-        parts = [part for part, (_, receipt) in commit.index_entries(self.store).items() if receipt.images]
+        parts = [part for part, entry in commit.index_entries(self.store).items() if entry.images]
         parts = parts[:: -(-len(parts) // limit)] if parts else []
         chosen: list[StoredSample] = []
         for index, part in enumerate(parts):
@@ -157,21 +154,21 @@ class Output:
             samples = [self._stored(key, committed, place, record) for place, record in enumerate(records)]
             return StoredPart(samples, committed.errors.to_pylist(), key, committed)
 
-    def as_committed(self, part: PartId, entries: Entries) -> tuple[str, Committed] | None:
+    def as_committed(self, part: PartId, entries: commit.Entries) -> tuple[str, Committed] | None:
         """A part's commit object, by its key, held against the index of parts; None where the part was never committed.
 
         `entries`: of an index that was read before, so that whatever it names is there. Raises Fatal for a table that is damaged,
         another one than was committed, or gone.
         """
-        entry, receipt = entries.get(part, ("", None))
+        entry = entries.get(part)
         try:
             key, committed = commit.read_part(self.store, self.layout, Part(part.index, 0, 0, part.retry))
-            if receipt is None:
+            if entry is None:
                 return key, committed
-            if commit.is_as_committed(self.store, entry, committed.sha256):
+            if commit.is_as_committed(self.store, entry.key, committed.sha256):
                 return key, committed
         except KeyError:
-            if receipt is None:
+            if entry is None:
                 return None
             raise Fatal(f"part {part}: was committed, and its table or index entry is missing; restore it from a copy") from None
         except Fatal as error:

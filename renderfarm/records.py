@@ -90,7 +90,7 @@ class RowError:
     prompt_sha256: str | None
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class PartId:
     """Which part of the grid, and which rendering of it. `retry`: 0 for the first one, of all its rows; each later one is a part of its
     own, of samples that had ended as errors (`Retry`)."""

@@ -15,13 +15,16 @@ from renderfarm.reading import open as open_output
 def read_status(out: str) -> dict[str, Any]:
     """Counts come from the parts' index, so they are right even if no driver lives; the rest from its last heartbeat."""
     output: Output = open_output(out)
-    totals = commit.totals(output.store)
+    entries = commit.index_entries(output.store)
+    totals = commit.totals(output.store, entries)
     progress = commit.read_progress(output.store)
     grid = commit.frozen_grid(output.store, output.job)
     running, age = is_alive(progress), time.time() - progress.get("updated", 0)
     state = progress.get("state", "PLANNED")
     if state in ALIVE and not running:
         state = "INTERRUPTED"
+    if state in ("SUCCEEDED", "PARTIAL") and grid is not None and totals.parts_done < grid.count:
+        state = "INTERRUPTED"  # it had ended, and the index has lost entries since: a run finds or renders those parts
     return {
         "out": output.store.url,
         "job": progress.get("job"),
@@ -33,7 +36,7 @@ def read_status(out: str) -> dict[str, Any]:
         "errors": totals.errors,
         "error classes": totals.classes,
         "errors waived": totals.waived,
-        "errors to be rendered again": sum(len(retry.samples) for retry in commit.open_retries(output.store)),
+        "errors to be rendered again": sum(len(retry.samples) for retry in commit.open_retries(output.store, entries)),
         "bytes": totals.bytes,
         "images/s": progress.get("images_per_second"),
         "seconds left": progress.get("eta_seconds") if running else None,

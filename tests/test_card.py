@@ -20,6 +20,7 @@ from PIL import Image
 from test_readers import LAYOUTS, code_of, interrupt, pixels, run_code
 
 import renderfarm
+from renderfarm import commit
 from renderfarm.api import _write_card
 from renderfarm.config import Card
 from renderfarm.errors import InvalidJob
@@ -254,7 +255,8 @@ def test_an_output_of_many_parts_costs_a_bounded_number_of_reads(
     monkeypatch.setattr(figures_module, "ENTRIES_READ", 1)
     job = write_job(write_manifest(ROWS), output={"part_rows": 2})
     renderfarm.run(job, engine="inline")
-    found = figures(open_store(str(tmp_path / "out")), "files")
+    store = open_store(str(tmp_path / "out"))
+    found = figures(store, "files", commit.index_entries(store))
     assert (found.counted, found.error_classes, sum(found.kinds["samplers"].values())) == (3, {}, 3)
     assert "| samplers (of 3 images) | euler: 3 |" in card(str(tmp_path / "out"))
 
@@ -268,7 +270,8 @@ def test_a_damaged_or_missing_table_does_not_keep_the_card_from_being_written(
     tables[1].unlink()
     (tmp_path / "out/_renderfarm/profile.json").write_text("{")
     (tmp_path / "out/_renderfarm/parts/part-00000009.i1.e0.b1.json").write_text("{}")  # of a part whose table is gone, too
-    found = figures(open_store(str(tmp_path / "out")), "files")
+    store = open_store(str(tmp_path / "out"))
+    found = figures(store, "files", commit.index_entries(store))
     assert (found.counted, found.profile) == (1, None)
 
 

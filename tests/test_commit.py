@@ -27,12 +27,17 @@ from renderfarm.jobfile import load_job
 from renderfarm.layouts import LAYOUTS, base
 from renderfarm.layouts.base import Layout
 from renderfarm.preparation import prepare
-from renderfarm.records import Part, PartReceipt
+from renderfarm.records import Part, PartId, PartReceipt
 from renderfarm.schema import ERROR_COLUMNS, ERRORS_KEY, IMAGE_COLUMNS, errors_from_json, errors_to_json, output_name
 from renderfarm.storage import LocalStore, Store, open_store
 
 PART = Part(7, 21, 24)
 ENTRIES = "_renderfarm/parts"
+
+
+def indexed(store: Store) -> dict[PartId, tuple[int, int, int]]:
+    """Images, errors and bytes of each part, as the index says."""
+    return {part: entry[1:] for part, entry in commit.index_entries(store).items()}
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -202,8 +207,8 @@ def test_a_part_is_committed_with_its_view_and_its_index_entry(store: Store, lay
     assert commit.is_as_committed(store, entry, committed.sha256)
     if layout is LAYOUTS["files"]:
         assert committed.sha256 == hashlib.sha256(store.read(layout.commit_key(PART))).hexdigest()
-    assert commit.committed_parts(store) == {7: PartReceipt(7, 2, 1, 100, adopted=True)}
-    assert commit.error_classes(store) == {"InvalidInput": 1}
+    assert indexed(store) == {PartId(7): (2, 1, 100)}
+    assert commit.error_classes(store, commit.index_entries(store)) == {"InvalidInput": 1}
 
 
 def test_a_part_of_errors_alone_is_committed_by_its_error_table(store: Store, layout: Layout) -> None:
@@ -227,7 +232,7 @@ def test_a_part_of_which_nothing_was_wanted_is_done_too(store: Store, layout: La
     receipt = publish(store, layout, PART, images(), errors())
     assert (receipt.images, receipt.errors) == (0, 0)
     assert commit.find_commit(store, layout, PART) == PartReceipt(7, 0, 0, 0, adopted=True)
-    assert 7 in commit.committed_parts(store)
+    assert PartId(7) in indexed(store)
 
 
 def test_whoever_comes_second_adopts_what_is_stored_and_changes_no_byte(store: Store, layout: Layout) -> None:
@@ -248,7 +253,7 @@ def test_a_writer_whose_reply_was_lost_adopts_its_own_part(store: Store, layout:
     assert entry == f"{ENTRIES}/part-00000007.i1.e1.b100.json"
     assert commit.is_as_committed(store, entry, commit.read_part(store, layout, PART)[1].sha256)
     assert error_view(store).equals(errors(22))
-    assert 7 in commit.committed_parts(store)
+    assert PartId(7) in indexed(store)
 
 
 def test_a_missing_view_and_a_missing_index_entry_are_mended_when_the_part_is_found(layout: Layout, tmp_path: Path) -> None:
@@ -274,7 +279,7 @@ def test_of_sixteen_workers_with_one_part_one_commits_and_all_report_the_same(st
             receipts = list(pool.map(race, range(16)))
             assert sum(not receipt.adopted for receipt in receipts) == 1
             assert len({(receipt.images, receipt.errors) for receipt in receipts}) == 1
-            assert commit.committed_parts(store)[round_].images == receipts[0].images
+            assert indexed(store)[PartId(round_)][0] == receipts[0].images
 
 
 def stale_errors(store: Store, layout: Layout) -> None:
@@ -298,8 +303,8 @@ def test_images_beat_errors_that_came_first(store: Store, layout: Layout) -> Non
     receipt = publish(store, layout, PART, images(21, 22), errors(23))
     assert (receipt.images, receipt.errors, receipt.adopted) == (2, 1, False)
     assert commit.find_commit(store, layout, PART) == PartReceipt(7, 2, 1, 200, True, {"InvalidInput": 1})
-    assert commit.committed_parts(store) == {7: PartReceipt(7, 2, 1, 200, adopted=True)}
-    assert commit.error_classes(store) == {"InvalidInput": 1}
+    assert indexed(store) == {PartId(7): (2, 1, 200)}
+    assert commit.error_classes(store, commit.index_entries(store)) == {"InvalidInput": 1}
     assert error_view(store).equals(errors(23))
 
 
@@ -307,7 +312,7 @@ def test_images_without_any_error_empty_the_error_view_that_came_first(store: St
     stale_errors(store, layout)
     publish(store, layout, PART, images(21, 22, 23), errors())
     assert len(error_view(store)) == 0
-    assert commit.error_classes(store) == {}
+    assert commit.error_classes(store, commit.index_entries(store)) == {}
 
 
 def test_images_beat_errors_that_come_after(store: Store, layout: Layout) -> None:
@@ -315,8 +320,8 @@ def test_images_beat_errors_that_come_after(store: Store, layout: Layout) -> Non
     receipt = publish(store, layout, PART, images(), errors(21, 22, 23, kind="OutOfMemory"))
     assert receipt == PartReceipt(7, 3, 0, 300, adopted=True)
     assert store.list("errors") == [] or len(error_view(store)) == 0
-    assert commit.committed_parts(store) == {7: PartReceipt(7, 3, 0, 300, adopted=True)}
-    assert commit.error_classes(store) == {}
+    assert indexed(store) == {PartId(7): (3, 0, 300)}
+    assert commit.error_classes(store, commit.index_entries(store)) == {}
 
 
 def test_images_and_errors_racing_for_a_part_always_end_as_the_images(store: Store, layout: Layout) -> None:
@@ -332,7 +337,7 @@ def test_images_and_errors_racing_for_a_part_always_end_as_the_images(store: Sto
             found = commit.find_commit(store, layout, part)
             assert found is not None
             assert (found.images, found.errors) == (2, 1)
-            assert commit.committed_parts(store)[round_].images == 2
+            assert indexed(store)[PartId(round_)][0] == 2
             view = base.read_errors(store.read(base.errors_key(part)))
             assert view.column("row").to_pylist() == [2]
 
@@ -341,15 +346,15 @@ def test_error_classes_are_counted_over_all_parts(store: Store, layout: Layout) 
     publish(store, layout, Part(0, 0, 3), images(0), errors(1, 2))
     publish(store, layout, Part(1, 3, 6), images(), pa.concat_tables([errors(3, 4), errors(5, kind="OutOfMemory")]))
     publish(store, layout, Part(2, 6, 9), images(6, 7, 8), errors())
-    assert commit.error_classes(store) == {"InvalidInput": 4, "OutOfMemory": 1}
-    assert list(commit.committed_parts(store)) == [0, 1, 2]
+    assert commit.error_classes(store, commit.index_entries(store)) == {"InvalidInput": 4, "OutOfMemory": 1}
+    assert commit.parts_of_the_grid(commit.index_entries(store)) == [0, 1, 2]
 
 
 def test_foreign_keys_in_the_index_are_passed_over(store: Store) -> None:
     store.put(f"{ENTRIES}/.DS_Store", b"")
     store.put(f"{ENTRIES}/part-1.json", b"{}")
-    assert commit.committed_parts(store) == {}
-    assert commit.error_classes(store) == {}
+    assert indexed(store) == {}
+    assert commit.error_classes(store, commit.index_entries(store)) == {}
 
 
 def test_the_row_that_is_rendered_next_is_announced_and_read_back(store: Store) -> None:

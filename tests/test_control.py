@@ -189,7 +189,7 @@ def test_a_paused_run_finishes_what_is_in_flight_lets_its_workers_go_and_goes_on
     done = running.wait_for("PAUSED")["parts_done"]
     assert [thread.name for thread in threading.enumerate() if thread.name in ("render", "lease")] == []
     time.sleep(0.3)
-    assert commit.counts(running.store).parts_done == done < 20, "nothing more is rendered"
+    assert commit.counts(commit.index_entries(running.store)).parts_done == done < 20, "nothing more is rendered"
     assert wait(running.store.url).state == "PAUSED"
     control.ask(running.store, "run")
     running.wait_for("RUNNING")

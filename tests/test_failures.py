@@ -168,7 +168,8 @@ def test_many_who_ask_at_once_ask_for_each_sample_once(folder: Path, out: str) -
     run(folder)
     run(folder)
     check_complete(Path(out), PLANNED)
-    assert commit.totals(open_store(out)).classes == {"InvalidInput": 2}
+    store = open_store(out)
+    assert commit.totals(store, commit.index_entries(store)).classes == {"InvalidInput": 2}
 
 
 def test_what_is_waived_stays_an_error_that_nobody_counts(folder: Path, say: Say, out: str) -> None:

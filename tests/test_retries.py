@@ -64,16 +64,16 @@ def ask(store: Store, retry: int, *rows: int) -> None:
 def test_a_retry_is_counted_by_the_index_and_changes_nothing_that_was_committed(store: Store, layout: Layout) -> None:
     publish(store, layout, part(), images(21), pa.concat_tables([errors(22), errors(23, kind="OutOfMemory")]))
     before = {key: store.read(key) for key in store.list("")}
-    assert commit.totals(store) == commit.Totals(1, 1, 2, 100, {"InvalidInput": 1, "OutOfMemory": 1}, 0)
+    assert commit.totals(store, commit.index_entries(store)) == commit.Totals(1, 1, 2, 100, {"InvalidInput": 1, "OutOfMemory": 1}, 0)
     ask(store, 1, 22, 23)
     assert commit.open_retries(store) == [Retry(PartId(7, 1), keys(22, 23))]
     assert publish(store, layout, part(1), images(23), errors(22, kind="RenderFailed")).superseded == {"InvalidInput": 1, "OutOfMemory": 1}
-    assert commit.totals(store) == commit.Totals(1, 2, 1, 200, {"RenderFailed": 1}, 0)
-    assert list(commit.committed_parts(store)) == [7]
+    assert commit.totals(store, commit.index_entries(store)) == commit.Totals(1, 2, 1, 200, {"RenderFailed": 1}, 0)
+    assert commit.parts_of_the_grid(commit.index_entries(store)) == [7]
     assert commit.open_retries(store) == []
     ask(store, 2, 22)
     publish(store, layout, part(2), images(22), errors())
-    assert commit.totals(store) == commit.Totals(1, 3, 0, 300, {}, 0)
+    assert commit.totals(store, commit.index_entries(store)) == commit.Totals(1, 3, 0, 300, {}, 0)
     assert {key: store.read(key) for key in before} == before
 
 
@@ -112,7 +112,7 @@ def test_images_that_come_when_a_retry_has_begun_are_too_late(store: Store, layo
     assert (late.images, late.errors, late.adopted) == (0, 3, True)
     publish(store, layout, part(1), images(21), errors())
     assert not store.exists(layout.commit_key(part()))
-    assert commit.totals(store).images == 1
+    assert commit.totals(store, commit.index_entries(store)).images == 1
 
 
 def test_an_adopted_part_is_still_said_to_be_whose_it_is(store: Store, layout: Layout) -> None:
@@ -124,7 +124,7 @@ def test_an_adopted_part_is_still_said_to_be_whose_it_is(store: Store, layout: L
     store.put(entry, b"damaged")
     commit.find_commit(store, layout, part())
     assert commit.committed_by(store, entry) == {}
-    assert commit.error_classes(store) == {"InvalidInput": 1}
+    assert commit.error_classes(store, commit.index_entries(store)) == {"InvalidInput": 1}
 
 
 def test_requests_are_open_one_after_the_other_and_once_their_part_is_committed(store: Store, layout: Layout) -> None:
@@ -173,7 +173,7 @@ def test_a_damaged_request_or_waiver_says_what_to_do(damage: str, store: Store, 
     (waiver,) = store.list(requests.WAIVED)
     store.put(waiver, damage.encode())
     with pytest.raises(Fatal, match=r"waived/part-00000007\..*\.json is damaged \(.*\); remove it, and waive again"):
-        commit.totals(store)
+        commit.totals(store, commit.index_entries(store))
 
 
 def test_what_is_waived_is_counted_while_it_is_an_error(store: Store, layout: Layout) -> None:
@@ -182,11 +182,11 @@ def test_what_is_waived_is_counted_while_it_is_an_error(store: Store, layout: La
         requests.waive(store, 7, keys(21, 22), "these show people")
     requests.waive(store, 7, keys(22, 23), None)  # twice, and one that has an image
     assert len(store.list(requests.WAIVED)) == 2
-    assert commit.totals(store).waived == 2
+    assert commit.totals(store, commit.index_entries(store)).waived == 2
     publish(store, layout, part(1), images(21), errors())
-    assert commit.totals(store).waived == 1
+    assert commit.totals(store, commit.index_entries(store)).waived == 1
     requests.waive(store, 8, keys(24), "of a part that is not rendered")
-    assert commit.totals(store).waived == 1
+    assert commit.totals(store, commit.index_entries(store)).waived == 1
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 from renderfarm import commit
 from renderfarm.errors import RenderfarmError
 from renderfarm.layouts import LAYOUTS
-from renderfarm.records import PartId, PartReceipt
 from renderfarm.storage import Store
 
 TABLES_READ = 64
@@ -39,14 +38,13 @@ class Figures:
     profiles: int
 
 
-def figures(store: Store, layout: str) -> Figures:
-    committed = {part: receipt for part, (_, receipt) in commit.index_entries(store).items()}
-    tables = list(_tables(store, layout, committed))
+def figures(store: Store, layout: str, entries: commit.Entries) -> Figures:
+    tables = list(_tables(store, layout, entries))
     table = pa.concat_tables(tables) if tables else None
     profile, profiles = _profile(store)
     return Figures(
-        bytes=sum(receipt.bytes for receipt in committed.values()),
-        error_classes=_error_classes(store, committed),
+        bytes=commit.counts(entries).bytes,
+        error_classes=_error_classes(store, entries),
         counted=0 if table is None else len(table),
         kinds={} if table is None else {name: _count(table, columns) for name, columns in COUNTED.items()},
         truncated=0 if table is None else pc.sum(table.column("prompt_truncated")).as_py() or 0,
@@ -55,8 +53,8 @@ def figures(store: Store, layout: str) -> Figures:
     )
 
 
-def _tables(store: Store, layout: str, committed: dict[PartId, PartReceipt]) -> Iterator[pa.Table]:
-    parts = [part for part, receipt in committed.items() if receipt.images]
+def _tables(store: Store, layout: str, entries: commit.Entries) -> Iterator[pa.Table]:
+    parts = [part for part, entry in entries.items() if entry.images]
     columns = [*(name for names in COUNTED.values() for name in names), "prompt_truncated"]
     for part in parts[:: -(-len(parts) // TABLES_READ)] if parts else []:
         key = LAYOUTS[layout].TABLES.replace("*", part.name)
@@ -70,11 +68,11 @@ def _count(table: pa.Table, columns: tuple[str, ...]) -> dict[str, int]:
     return {"×".join(str(row[name]) for name in columns): row["count_all"] for row in counts}
 
 
-def _error_classes(store: Store, committed: dict[PartId, PartReceipt]) -> dict[str, int]:
+def _error_classes(store: Store, entries: commit.Entries) -> dict[str, int]:
     """None named where that would take too many reads."""
     with contextlib.suppress(*_GONE):
-        if sum(receipt.errors > 0 or receipt.retry > 0 for receipt in committed.values()) <= ENTRIES_READ:
-            return dict(sorted(commit.error_classes(store).items()))
+        if sum(entry.errors > 0 or part.retry > 0 for part, entry in entries.items()) <= ENTRIES_READ:
+            return dict(sorted(commit.error_classes(store, entries).items()))
     return {}
 
 
