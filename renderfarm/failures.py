@@ -117,8 +117,11 @@ class Choice:
     def given(self) -> bool:
         return bool(self.all or self.classes or self.rows is not None)
 
-    def chooser(self) -> Callable[[Failure], bool]:
+    def chooser(self, rows: int) -> Callable[[Failure], bool]:
+        """`rows`: of the manifest. Raises InvalidJob for ranges that lie outside."""
         ranges = None if self.rows is None else parse_ranges(self.rows, "--rows")
+        if outside := next((wanted for wanted in ranges or () if wanted.start >= rows), None):
+            raise InvalidJob(f"--rows {outside.start}: there is no such row; the manifest has rows 0 to {rows - 1}")
 
         def chosen(failure: Failure) -> bool:
             named = not self.classes or failure.error_class in self.classes
@@ -158,9 +161,11 @@ class Asked:
 def retry(out: str, choice: Choice) -> Asked:
     """Ask for failed samples to be rendered again: those that may succeed, or exactly those that `choice` names. What is waived is left
     alone unless its row is named."""
-    output, chosen = open_output(out), choice.chooser()
+    output = open_output(out)
+    chosen = choice.chooser(output.grid.rows)
     progress, found, classes = commit.read_progress(output.store), Asked(output.store.url), Counter[str]()
     found.alive = str(progress.get("run_id")) if is_alive(progress) else None
+    renderings = _renderings(output)
     for index, failed, _ in failures(output):
         classes.update(failure.error_class for failure in failed)
         wanted = set()
@@ -172,24 +177,37 @@ def retry(out: str, choice: Choice) -> Asked:
             else:
                 wanted.add(failure.key)
         if wanted:
-            _ask(output, index, wanted, found)
+            _ask(output, index, wanted, found, renderings)
     choice.check_classes(classes)
     return found
 
 
-def _ask(output: Output, index: int, wanted: set[SampleKey], found: Asked) -> None:
+Renderings = dict[int, tuple[list[PartId], list[PartId]]]
+"""Of each part of the grid: which retries were asked for, and which renderings are committed."""
+
+
+def _renderings(output: Output) -> Renderings:
+    found: Renderings = {}
+    for part in requests.asked(output.store):
+        found.setdefault(part.index, ([], []))[0].append(part)
+    for part in commit.index_entries(output.store):
+        found.setdefault(part.index, ([], []))[1].append(part)
+    return found
+
+
+def _ask(output: Output, index: int, wanted: set[SampleKey], found: Asked, renderings: Renderings) -> None:
     """Under the part's next number. Who asks at the same time may have it first."""
     while True:
-        asked = [part for part in requests.asked(output.store) if part.index == index]
-        committed = [part for part in commit.index_entries(output.store) if part.index == index]
+        asked, committed = renderings.get(index, ([], []))
         waiting = {sample for part in asked if part not in committed for sample in requests.read(output.store, part).samples}
         left = wanted - waiting
         if not left:
             break
-        number = 1 + max(part.retry for part in (*asked, *committed))
+        number = 1 + max((part.retry for part in (*asked, *committed)), default=0)
         try:
             requests.ask(output.store, Retry(PartId(index, number), frozenset(left)))
         except AlreadyExists:
+            renderings.update(_renderings(output))
             continue
         found.parts.append(PartId(index, number).name)
         break
@@ -210,7 +228,8 @@ def waive(out: str, choice: Choice, reason: str | None) -> Waived:
     """Say that failed samples may stay errors. Raises InvalidJob where `choice` names none."""
     if not choice.given:
         raise InvalidJob("say which failed samples may stay errors: --class, --rows, or --all")
-    output, chosen = open_output(out), choice.chooser()
+    output = open_output(out)
+    chosen = choice.chooser(output.grid.rows)
     found, classes = Waived(output.store.url), Counter[str]()
     for index, failed, _ in failures(output):
         classes.update(failure.error_class for failure in failed)

@@ -198,6 +198,7 @@ def test_an_image_ends_a_waiver(folder: Path, say: Say, out: str) -> None:
     [
         ("retry", ["--class", "OutofMemory"], "no error is called that, did you mean OutOfMemory? the output has: InvalidInput (2)"),
         ("retry", ["--rows", "3-1"], "--rows: '3-1' is not a range"),
+        ("retry", ["--rows", "500-600"], "--rows 500: there is no such row; the manifest has rows 0 to"),
         ("retry", ["--all", "--rows", "1"], "--all is every failed sample"),
         ("waive", [], "say which failed samples may stay errors: --class, --rows, or --all"),
         ("waive", ["--class", "x"], "no error is called that; the output has:"),

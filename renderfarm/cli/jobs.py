@@ -59,13 +59,10 @@ def run(
             out_console.print(f"repaired {repaired}", markup=False)
         if repair and not summary.repaired:
             out_console.print("nothing to repair: each committed part is what it was")
-        _print_summary(summary.to_dict())
+        _print_summary(summary.to_dict(), some_rows=loaded.manifest.where is not None)
         if summary.state not in ("INTERRUPTED", "CANCELLED"):
-            changes = [
-                *(f"--set {shlex.quote(item)}" for item in sets or []),
-                *([f"--logical-date {logical_date}"] if logical_date else []),
-            ]
-            _print_next(summary.to_dict(), shlex.join([str(job)]), changes, loaded.model)
+            how = " --engine inline" if engine is EngineChoice.inline else f" --address {shlex.quote(address)}" if address else ""
+            _print_next(summary.to_dict(), shlex.join([str(job), *_changes(sets, logical_date)]), how, loaded.model)
     raise typer.Exit(summary.exit_code)
 
 
@@ -97,7 +94,7 @@ def _stop_on_signals() -> tuple[threading.Event, threading.Event]:
     return stop, stop_now
 
 
-def _print_summary(summary: dict[str, Any]) -> None:
+def _print_summary(summary: dict[str, Any], some_rows: bool) -> None:
     from renderfarm.report.contact_sheet import KEY as SHEET
 
     state, out = summary["state"], shown_path(summary["out"])
@@ -109,7 +106,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
         out_console.print(
             f"{summary['new_images']:,} images in {summary['seconds']:.0f} s ({summary['images_per_second']:.1f} images/s while rendering)"
         )
-    counts = f"{summary['images']:,} images, {summary['errors']:,} errors, {summary['rows']:,} rows"
+    rows = f"of those that `where` selects from {summary['rows']:,} rows" if some_rows else f"{summary['rows']:,} rows"
+    counts = f"{summary['images']:,} images, {summary['errors']:,} errors, {rows}"
     out_console.print(f"{state.lower()}: {counts} in {out}")
     for name, count in summary["error_classes"].items():
         out_console.print(f"  {name}: {count:,}  (reasons: renderfarm errors {shlex.quote(out)})", markup=False)
@@ -123,20 +121,26 @@ def _print_summary(summary: dict[str, Any]) -> None:
         out_console.print(f"contact sheet: {out}/{SHEET}")
 
 
-def _print_next(summary: dict[str, Any], job: str, changes: list[str], model: Any) -> None:
-    """Three commands to try, as they would have to be typed after this one. `model`: the job's ModelSpec."""
+def _changes(sets: list[str] | None, logical_date: str | None) -> list[str]:
+    return [*(word for item in sets or [] for word in ("--set", item)), *(["--logical-date", logical_date] if logical_date else [])]
+
+
+def _print_next(summary: dict[str, Any], job: str, how: str, model: Any) -> None:
+    """Three commands to try, as they would have to be typed after this one. `job`: its file and what was changed in it; `how`: it was run;
+    `model`: the job's ModelSpec."""
     from renderfarm.config import COMPANIONS
 
-    me = "renderfarm" if shutil.which("renderfarm") else sys.argv[0]
-    out, same = shlex.quote(shown_path(summary["out"])), " ".join([job, *changes])
+    called = "python -m renderfarm" if sys.argv[0].endswith("__main__.py") else sys.argv[0]
+    me = "renderfarm" if shutil.which("renderfarm") else called
+    out = shlex.quote(shown_path(summary["out"]))
     folders = {"": model.id, **{f"{name}=": given.id for name in COMPANIONS if (given := getattr(model, name))}}
     folders |= {f"{name}=": given.id for name, given in model.components.items()}
     models = "".join(f" --model {shlex.quote(name + shown_path(id_))}" for name, id_ in folders.items() if os.path.isabs(id_))
     out_console.print("next:")
     for command in (
         f"status {out}",
-        f"verify {out} --sample 3{models}" if summary["images"] else f"validate {same}",
-        f"validate {same}" if summary["errors"] else f"run {same} --set render.num_inference_steps=8 --out {out}-8-steps",
+        f"verify {out} --sample 3{models}" if summary["images"] else f"validate {job}",
+        f"validate {job}" if summary["errors"] else f"run {job}{how} --set render.num_inference_steps=8 --out {out}-8-steps",
     ):
         out_console.print(f"  {me} {command}", markup=False, soft_wrap=True)
 
