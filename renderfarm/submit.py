@@ -55,6 +55,14 @@ def submit_job(job: Job, address: str) -> tuple[str, bool]:
     return id_, True
 
 
+def check_address(address: str) -> None:
+    """Raises Fatal where no head answers there, or it does not take this environment's token."""
+    try:
+        _client(address).list_jobs()
+    except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise Fatal(f"cannot use {address}: {_reason(error)}") from error
+
+
 def _client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 

@@ -13,8 +13,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from renderfarm.cli.common import AsJson, LogicalDate, Sets, app, out_console, print_json, print_pairs, print_version
-from renderfarm.errors import InvalidJob
+from renderfarm.cli.common import AsJson, LogicalDate, Out, Sets, app, out_console, print_json, print_pairs, print_version
+from renderfarm.errors import EXIT_OK, EXIT_USAGE, InvalidJob
 
 command = partial(app.command, rich_help_panel="What there is")
 
@@ -112,6 +112,37 @@ def samplers(
     for row in rows:
         if row.get("refused"):
             out_console.print(f"refused: {row['refused']}", markup=False)
+
+
+@command()
+def doctor(
+    job: Annotated[Path | None, typer.Argument(help="Look at this job's model, memory and output, too.", show_default=False)] = None,
+    sets: Sets = None,
+    out: Out = None,
+    logical_date: LogicalDate = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of a Ray cluster: http://HOST:8265, or ray://HOST:10001.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether this machine is ready to render, line by line, and what to do where it is not. Exits 2 if anything is wrong."""
+    from renderfarm.doctor import Finding, examine
+    from renderfarm.jobfile import load_job
+
+    if job is None and (sets or out or logical_date):
+        raise InvalidJob("--set, --out and --logical-date change a job; name it, or leave them out")
+    findings: list[Finding] = []
+    for finding in examine(load_job(job, sets, out, logical_date) if job else None, address):
+        findings.append(finding)
+        if not as_json:
+            word = {"ok": "OK  ", "note": "note", "wrong": "FIX "}[finding.state]
+            out_console.print(f"{word}  {finding.what}: {finding.said}" + (f"\n      → {finding.fix}" if finding.fix else ""), markup=False)
+    wrong = [finding for finding in findings if finding.state == "wrong"]
+    if as_json:
+        print_json({"ok": not wrong, "findings": [vars(finding) for finding in findings]})
+    else:
+        out_console.print(f"{len(wrong)} of {len(findings)} to fix" if wrong else "ready")
+    raise typer.Exit(EXIT_USAGE if wrong else EXIT_OK)
 
 
 class SchemaChoice(StrEnum):

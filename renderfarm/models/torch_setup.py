@@ -93,7 +93,7 @@ def _flags(device: str) -> dict[str, Any]:
 
 def prepare_torch(workers: Workers) -> str:
     """Set every flag that exactness needs, one by one, and return the device ("cuda", "mps" or "cpu")."""
-    device = _find_device(workers)
+    device = find_device(workers)
     torch.set_num_threads(workers.threads)
     torch.set_default_dtype(torch.float32)  # tables of timesteps and sigmas are made with it
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -124,7 +124,7 @@ def _turn_tuning_off() -> None:
         )
 
 
-def _find_device(workers: Workers) -> str:
+def find_device(workers: Workers) -> str:
     """The device that the job asks for, or the best there is. Raises Fatal where torch does not find it."""
     is_there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     device = next(name for name, there in is_there.items() if there) if workers.device == "auto" else workers.device
@@ -137,6 +137,28 @@ def _find_device(workers: Workers) -> str:
     if devices is not None and torch.cuda.device_count() < devices:
         raise Fatal(f"workers.devices_per_worker is {devices}, but torch finds {torch.cuda.device_count()} of them here; lower it")
     return device
+
+
+def name_devices() -> list[str]:
+    """The accelerators that torch finds, with their memory."""
+    if torch.backends.mps.is_available():
+        return [_device_model("mps")]
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [f"{device.name} ({device.total_memory / 2**30:.0f} GiB)" for device in found]
+
+
+def free_memory(workers: Workers) -> tuple[str, int | None]:
+    """The kind of device that a job uses here, and the bytes that are free on the first one; None where nobody says."""
+    device = find_device(workers)
+    if device == "cuda":
+        return device, int(torch.cuda.mem_get_info()[0])
+    if device == "mps":
+        return device, None
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return device, None
+    return device, next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def describe_profile(info: ModelInfo, workers: Workers, device: str) -> dict[str, Any]:
