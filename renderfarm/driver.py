@@ -41,7 +41,7 @@ from renderfarm.errors import (
     Transient,
     WorkerLost,
 )
-from renderfarm.heartbeat import STALE_S, Heartbeat, is_alive
+from renderfarm.heartbeat import STALE_S, Heartbeat, is_alive, run_key
 from renderfarm.plan import Grid, choose_part_rows, leases, retry_leases
 from renderfarm.pool import NODE_LOSSES, Pool
 from renderfarm.preparation import Prepared
@@ -201,7 +201,9 @@ class Driver:
             if isinstance(error, Transient):  # in the driver's own hands: the store was away for too long
                 error.exit_code = EXIT_INTERRUPTED
             self.progress.state = "INTERRUPTED" if isinstance(error, Interrupted | Transient) else "FAILED"
-            self.heartbeat.close(self.progress.snapshot())
+            said = self.progress.snapshot()
+            ended = {name: said[name] for name in ("run_id", "job", "state", "new_images", "new_errors")}
+            self.heartbeat.close(said, ended | {"error": str(error), "error_class": type(error).__name__})
             raise
 
     def _resumed(self) -> bool:
@@ -608,6 +610,6 @@ class Driver:
             warnings=self.prepared.warnings,
             repaired=tuple(self.repaired),
         )
-        self.store.put(f"{commit.RUNS}/{progress.run_id}.json", json.dumps(summary.to_dict(), indent=1).encode())
+        self.store.put(run_key(progress.run_id), json.dumps(summary.to_dict(), indent=1).encode())
         self.heartbeat.close(progress.snapshot())
         return summary

@@ -18,6 +18,7 @@ import pytest
 from checker import check_complete, error_rows, tables
 
 import renderfarm
+from renderfarm.heartbeat import is_alive
 
 Write = Callable[..., Path]
 pytestmark = pytest.mark.chaos
@@ -202,7 +203,10 @@ def test_two_runs_of_one_output_share_the_work(begin: Callable[..., Run], tmp_pa
     entries = one.out / "_renderfarm/parts"
     other.wait_for(lambda: len({json.loads(entry.read_bytes())["run"] for entry in entries.glob("*.json")}) == 2)
     other.process.send_signal(signal.SIGTERM)
-    summaries = [one.finish_inline(), other.end()]
+    ended = other.end()
+    assert one.progress()["run_id"] != ended["run_id"], "who ends does not hide who is at work"
+    assert is_alive(one.progress())
+    summaries = [one.finish_inline(), ended]
     assert [summary["state"] for summary in summaries] == ["INTERRUPTED"] * 2
     check_complete(one.out, every(900))
 
