@@ -43,6 +43,8 @@ class Heartbeat:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="heartbeat")
         self.last, self.put = 0.0, Future[None]()
         self.put.set_result(None)
+        self.away_since: float | None = None
+        """When the store was first away, of late."""
         self.other: dict[str, Any] | None = None
         """What another run said here last, if it was at work then."""
 
@@ -52,6 +54,7 @@ class Heartbeat:
     def beat(self, snapshot: dict[str, Any]) -> str | None:
         """Why the store could not be written the last time, if it could not. Raises what no time will mend."""
         trouble = self._trouble()
+        self.away_since = (self.away_since or self.last) if trouble else None
         self.last = time.monotonic()
         self.put = self.thread.submit(self._say_and_hear, snapshot)
         return trouble

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from typing import Any, BinaryIO
 from unittest.mock import patch
 
-from renderfarm import commit, control, driver, garbage, heartbeat, progress, reading, requests, worker
+from renderfarm import commit, control, driver, garbage, heartbeat, outage, progress, reading, requests, worker
 from renderfarm.driver import Driver, RunSummary
 from renderfarm.engines.base import Done, Event, Failed, Leaving, Ready
 from renderfarm.errors import AlreadyExists, Fatal, Interrupted, NodeLost, NonFiniteOutput, RenderfarmError, Transient, WorkerLost
@@ -61,6 +61,7 @@ FAULTS = (
     "drain node",
     "lose reply",
     "store busy",
+    "store away",  # for minutes, whoever asks
     "stop",
     "pause",
     "cancel",
@@ -83,6 +84,8 @@ class Schedule:
     """Rows whose picture is not finite the first time."""
     die_at: tuple[str, int] | None = None
     """The process dies that comes to this point of `World.points` for the n-th time."""
+    away_s: float | None = None
+    """For how long a store is away; None: drawn."""
     slow: str = ""
     """A worker that takes thirty times as long as the others."""
 
@@ -113,6 +116,7 @@ class World:
         """How often each of these points was reached."""
         self.struck: Counter[str] = Counter()
         self.armed: set[str] = set()  # what the next request to the store suffers
+        self.away_until = 0.0
         self.store = SimStore(self)
         self.prepared = replace(prepared, store=self.store)
         self.engines: list[SimEngine] = []
@@ -191,6 +195,8 @@ class World:
         match kind:
             case "lose reply" | "store busy":
                 self.armed.add(kind)
+            case "store away":
+                self.away_until = self.now + (self.schedule.away_s or self.random.choice([5, 60, 600]))
             case "second driver" if engines and len(engines) < 3:
                 self.spawn("second driver", self.second_driver)
             case "gc":
@@ -340,6 +346,8 @@ class SimStore:
         except Killed:
             world.died_at[f"before {where}"] += 1
             raise
+        if world.now < world.away_until:
+            raise Transient("the store is away")
         if "store busy" in world.armed:
             world.armed.discard("store busy")
             raise Transient("the store is busy")
@@ -594,11 +602,11 @@ def simulate(schedule: Schedule, prepared: Prepared) -> World:
         gmtime=lambda: None,
     )
     with ExitStack() as stack:
-        for module in (driver, heartbeat, progress, worker, garbage):
+        for module in (driver, heartbeat, outage, progress, worker, garbage):
             stack.enter_context(patch.object(module, "time", clock))
         for module in (heartbeat, worker, garbage):
             stack.enter_context(patch.object(module, "ThreadPoolExecutor", Here))
-        for module in (heartbeat, worker, reading):
+        for module in (driver, heartbeat, worker, reading):
             stack.enter_context(patch.object(module, "open_store", lambda *_, **__: world.store))
         stack.enter_context(patch.object(worker, "SlotLoop", type("Slots", (SimSlots,), {"world": world})))
         stack.enter_context(patch.object(worker, "wait", lambda _: None))

@@ -47,6 +47,7 @@ COSTS_WORK = (
     "cancel",
     "second driver",
     "store busy",
+    "store away",
     "lose reply",
 )
 POINTS = ("put data/part/*.png", "create data/part/metadata.parquet", "put errors/part.parquet", "put _renderfarm/parts/part.json")
@@ -179,6 +180,17 @@ def test_a_process_may_die_before_and_after_each_of_its_requests(
         world = live(replace(quiet, die_at=point), prepared, undisturbed, tmp_path / str(number))
         assert world.died_at[point[0]] >= 1, point
     record_property("schedules", {"deaths at a named point": len(points)})
+
+
+@pytest.mark.parametrize("at", range(60, 220, 10))
+def test_a_run_outlives_a_store_that_is_away_for_ten_minutes(
+    at: int, prepared: Prepared, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    """In whatever it is doing then; also where a row kills its workers, so that somebody must read what was announced."""
+    schedule = Schedule(at, (Fault(at, "store away"),), killers=frozenset({9}), away_s=600)
+    world = live(schedule, prepared, undisturbed, tmp_path)
+    assert [summary.state for summary in world.summaries] == ["PARTIAL"], "one run, which nobody had to start again"
+    assert world.struck["store away"] == 1
 
 
 BROKEN = {
