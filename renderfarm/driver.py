@@ -3,6 +3,7 @@
 a lease fails with     then
 WorkerLost             it goes to another worker, alone; after two losses row by row, announced, so that the next
                        death names the row, which becomes an error; a node that loses several workers gets no more
+DeviceLost             as above; a device whose context breaks again gets no more work
 NodeLost               it goes to another worker; no row is suspected of what takes a node away
 silence                a worker that finishes nothing for too long is killed, and lost as above
 Transient              again after a jittered pause, eight times; while the driver does not reach the store either, it counts for nothing
@@ -11,7 +12,7 @@ Fatal, anything else   the job stops with the reason; what is committed stays, a
 
 The driver asks the store a little at a time (`outage`): while it is away, what needs it waits, and everything else goes on.
 At the end a worker without work gets a copy of a slow one's lease. Workers come and go with their nodes; a run waits
-for the first, and for new ones when all are gone, as long as `workers.wait_s` says.
+for the first, and for new ones when fewer than `workers.min` are left, as long as `workers.wait_s` says.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from renderfarm.errors import (
     EXIT_OK,
     EXIT_ROWS_FAILED,
     EXIT_STOPPED_BY_USER,
+    DeviceLost,
     Fatal,
     Interrupted,
     InvalidJob,
@@ -46,7 +48,7 @@ from renderfarm.errors import (
 from renderfarm.heartbeat import STALE_S, Heartbeat, is_alive, run_key
 from renderfarm.outage import ASKED_S, Outage, given_up, is_given_up
 from renderfarm.plan import Grid, choose_part_rows, leases, retry_leases
-from renderfarm.pool import NODE_LOSSES, Pool
+from renderfarm.pool import DEVICE_LOSSES, NODE_LOSSES, Pool
 from renderfarm.preparation import Prepared
 from renderfarm.progress import Progress, WorkerProgress
 from renderfarm.records import Lease, Part, PartId, WorkerReady
@@ -144,6 +146,9 @@ class Driver:
         self.shares, self.begin_at = False, 0
         """The part to begin with: another one than a run that is already at work began with."""
         self.pool = Pool()
+        self.parked = dict[str, Ready]()
+        """Workers on benched devices, which nobody else is given for as long as they hold them."""
+        self.warnings = list(prepared.warnings)
         self.again: deque[tuple[float, Lease]] = deque()  # (not before, lease)
         self.untaken: list[Event] = []  # until the store can be asked
         self.restarts: list[float] = []  # when to try again to start a worker
@@ -280,6 +285,7 @@ class Driver:
         """Until every part is done, or the run is to end and what is in flight has ended."""
         self.pool.members.clear()
         self.pool.starting.clear()
+        self.parked.clear()
         self.again.clear()
         self.restarts.clear()
         self.untaken.clear()
@@ -415,12 +421,21 @@ class Driver:
             self.pool.remove(worker)
             self.progress.workers[worker].state = "let go"
             self._start_worker(engine)
-        if self.pool.members:
+        self._see_who_is_there(engine, now)
+
+    def _see_who_is_there(self, engine: Engine, now: float) -> None:
+        """End a run that has had too few workers for too long; what is in flight is finished first."""
+        workers = self.job.workers
+        wanted = max(1, min(workers.min, engine.max_workers, self._left() or self.retries_open))
+        if len(self.pool.members) >= wanted or (self.pool.members and self._is_to_end()):
             self.alone_since = now
-        elif now - self.alone_since > self.job.workers.wait_s:
-            raise Interrupted(
-                f"no worker was ready for {self.job.workers.wait_s:g} s (workers.wait_s); run the same command again when there are nodes"
-            )
+        elif now - self.alone_since > workers.wait_s:
+            few = "no worker was" if wanted == 1 else f"fewer than {wanted} workers were"
+            why = f"{few} ready for {workers.wait_s:g} s (workers.wait_s); run the same command again when there are nodes"
+            if not self.pool.members:
+                raise Interrupted(why)
+            self.warnings.append(why)
+            self.stop.set()
 
     def _announced(self, worker: str) -> frozenset[int]:
         """The rows that a worker says it is at, where it renders row by row. Raises Transient."""
@@ -492,6 +507,8 @@ class Driver:
     def _ready(self, engine: Engine, event: Ready) -> None:
         if self.grid is None:
             self.outage.ask(lambda: self._use(self._measured_grid(engine, event.info)))
+        if self._is_turned_away(engine, event):
+            return
         self.batch_size = event.info.batch_size
         self._hold()
         self.pool.join(event.worker, event.info, time.monotonic())
@@ -500,6 +517,22 @@ class Driver:
         shown.state, shown.device, shown.node = "ready", event.info.device, event.info.node
         self.progress.first_ready = self.progress.first_ready or time.time()
         self.progress.state = "RUNNING"
+
+    def _is_turned_away(self, engine: Engine, event: Ready) -> bool:
+        """A worker that was asked for before its node was benched, or that was given a benched device; unless nobody else works."""
+        if not self.pool.members:
+            self.pool.pardon()
+        if not self.pool.is_benched(event.info):
+            return False
+        self.pool.starting.discard(event.worker)
+        shown = self.progress.workers[event.worker]
+        if self.pool.is_on_benched_device(event.info):
+            shown.state, self.parked[event.worker] = "benched", event
+        else:
+            shown.state = "let go"
+            engine.stop_worker(event.worker)
+        self._start_worker(engine)
+        return True
 
     def _hold(self) -> None:
         assert self.grid is not None
@@ -554,7 +587,7 @@ class Driver:
         if worker not in self.pool.members:
             return
         announced = self._announced(worker) if announced is None else announced
-        node = self.pool.members[worker].node
+        node, devices = self.pool.members[worker].place
         self.progress.lost_workers += 1
         self.progress.workers[worker].state = "lost"
         for lease in self.pool.remove(worker):
@@ -566,9 +599,16 @@ class Driver:
                 self.again.append((0.0, self._suspect(lease, error, announced)))
         if not isinstance(error, NodeLost) and self.pool.lost_on(node):
             self.progress.workers[worker].reason = f"{NODE_LOSSES} workers died on node {node}, which gets no more of them: {error}"
-        if not self.pool.members:  # else the only node that is left may be one of them
-            self.pool.benched.clear()
-        self._start_worker(engine)
+        if isinstance(error, DeviceLost) and self.pool.broke_on(node, devices):
+            where = f"device {', '.join(devices)} of node {node}"
+            self.progress.workers[worker].reason = f"{DEVICE_LOSSES} contexts broke on {where}, which gets no more work: {error}"
+        if not self.pool.members:
+            self.pool.pardon()
+            parked, self.parked = self.parked, {}
+            for event in parked.values():
+                self._ready(engine, event)
+        if len(self.pool) < engine.max_workers:
+            self._start_worker(engine)
 
     def _suspect(self, lease: Lease, error: WorkerLost, announced: frozenset[int]) -> Lease:
         if isinstance(error, NodeLost) and lease.node_losses < NODE_LOSSES_A_LEASE:
@@ -674,7 +714,7 @@ class Driver:
             bytes=progress.bytes,
             lost_workers=progress.lost_workers,
             copies=progress.copies,
-            warnings=self.prepared.warnings,
+            warnings=tuple(self.warnings),
             repaired=tuple(self.repaired),
         )
         self._surely(lambda: self.quick.put(run_key(progress.run_id), json.dumps(summary.to_dict(), indent=1).encode()))

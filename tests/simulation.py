@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,6 +117,8 @@ class World:
         self.struck: Counter[str] = Counter()
         self.armed: set[str] = set()  # what the next request to the store suffers
         self.away_until = 0.0
+        self.dies_next = ""
+        """The process dies that comes to this point first."""
         self.store = SimStore(self)
         self.prepared = replace(prepared, store=self.store)
         self.engines: list[SimEngine] = []
@@ -175,6 +177,13 @@ class World:
         if self.failure is not None:
             raise self.failure
 
+    def let(self, steps: int, until: Actor) -> None:
+        """So many steps of the world's, if there is so much left to do."""
+        for _ in range(steps):
+            if until.done or self.failure is not None:
+                return
+            self._step()
+
     def _step(self) -> None:
         self.steps += 1
         if self.steps > MOST_STEPS and self.failure is None:
@@ -186,9 +195,9 @@ class World:
         self._back.acquire()
         self._actors = [actor for actor in self._actors if not actor.done]
         while self.faults and self.faults[-1].at <= self.steps and self.failure is None:
-            self._strike(self.faults.pop().kind)
+            self.strike(self.faults.pop().kind)
 
-    def _strike(self, kind: str) -> None:
+    def strike(self, kind: str) -> None:
         """Does nothing where there is nobody to suffer it."""
         engines = [engine for engine in self.engines if engine.open]
         engine = self.random.choice(engines) if engines else None
@@ -219,7 +228,9 @@ class World:
         if not re.match(r"driver|w\d", self.me().name):  # a person's commands are tried again
             return
         self.points[point] += 1
-        if self.schedule.die_at == (point, self.points[point]):
+        if self.schedule.die_at == (point, self.points[point]) or self.dies_next == point:
+            self.dies_next = ""
+            self.struck["death at a point"] += 1
             self.die()
 
     def die(self) -> None:
@@ -593,6 +604,14 @@ class Here:
 
 def simulate(schedule: Schedule, prepared: Prepared) -> World:
     """The world after the job's last run."""
+    with world_of(schedule, prepared) as world:
+        world.run(world.spawn("person", world.person))
+    return world
+
+
+@contextmanager
+def world_of(schedule: Schedule, prepared: Prepared) -> Iterator[World]:
+    """A world in which nobody lives yet; within it, the package's clock and store are the world's."""
     world = World(schedule, prepared)
     clock = SimpleNamespace(
         time=lambda: world.now,
@@ -611,5 +630,4 @@ def simulate(schedule: Schedule, prepared: Prepared) -> World:
         stack.enter_context(patch.object(worker, "SlotLoop", type("Slots", (SimSlots,), {"world": world})))
         stack.enter_context(patch.object(worker, "wait", lambda _: None))
         stack.enter_context(patch.object(driver, "random", world.random))
-        world.run(world.spawn("person", world.person))
-    return world
+        yield world
