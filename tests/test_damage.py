@@ -1,9 +1,9 @@
 """Any byte of what is published: where one changes, `verify` says so, or nobody who reads the dataset can tell.
 
-Every byte is under a hash of a loose picture, an original, the tables of `files`, a table of errors that is a commit, and in `parquet` and
-`webdataset` of the table and each picture. Not under one, so that a byte may change there without a word, are: the headers of pages between
-the pictures of a Parquet file, a tar's headers (owner, date) and the zeros that fill its blocks, and views (`errors/` of parts with
-pictures, `metadata/`), which are held against what they say and can be rebuilt. Not looked at here: README.md, contact sheet, `_renderfarm/`
+Every byte of loose pictures, originals, tables and tables of errors alone is under a hash, and in `parquet` and `webdataset` every byte of
+the table and of each picture. Not under one, so that a byte may change there without a word, are: headers of pages between the pictures of a
+Parquet file, what a tar's headers say beside names and sizes, the bytes that fill its blocks, and views (`errors/` of parts with pictures,
+`metadata/`), which are held against what they say and can be rebuilt. Not looked at here: README.md, the contact sheet, `_renderfarm/`
 (`job.json` and `profile.json` are held against what rows and job say, an index entry's counts and hash against its part; who committed it,
 the run's records, progress.json and control.json against nothing).
 """
