@@ -238,7 +238,10 @@ class Driver:
         return not self._is_to_end()
 
     def _has_work(self) -> bool:
-        return self.grid is None or bool(self._left()) or bool(self._surely(lambda: commit.open_retries(self.quick)))
+        return self.grid is None or self._left() > 0 or self._open_retries()
+
+    def _open_retries(self, entries: commit.Entries | None = None) -> bool:
+        return bool(self._surely(lambda: commit.open_retries(self.quick, entries)))
 
     def _surely(self, do: Callable[[], T]) -> T:
         """What `do` asks of the store, where there is nothing else to do until it answers."""
@@ -687,7 +690,7 @@ class Driver:
         if progress.waived or self._is_counted_otherwise(entries):
             progress.recount(self._surely(lambda: commit.totals(self.quick, entries)))
         failed = (progress.errors - progress.waived) / max(1, progress.errors + progress.images)
-        if self.grid is None or self._left() or (self._is_to_end() and self._has_work()):
+        if self.grid is None or self._left() or (self._is_to_end() and self._open_retries(entries)):
             cancelled = self.heartbeat.wanted == "cancel"  # who ends a paused run has interrupted it: the next one goes on
             progress.state, code = ("CANCELLED", EXIT_STOPPED_BY_USER) if cancelled else ("INTERRUPTED", EXIT_INTERRUPTED)
         elif failed > self.job.failure.tolerate:
