@@ -314,6 +314,7 @@ class World:
 
 def _open(world: World) -> bool:
     world.armed.clear()
+    world.away_until = 0.0
     return bool(commit.open_retries(world.store))
 
 
