@@ -341,7 +341,8 @@ AttentionBackend = Literal[
 
 class Workers(Strict):
     min: Annotated[int, Field(ge=1)] = 1
-    """The job starts with the first worker ready, and asks for at least so many."""
+    """A run begins with the first worker ready. Where fewer than `min` have been ready for `wait_s` (or fewer than there are parts left, if
+    that is less), it finishes what is in flight and ends with exit code 75, to be run again when there are nodes."""
     max: Annotated[int, Field(ge=1)] = 1
     """Never more workers than this."""
     batch_size: Annotated[int, Field(ge=1, le=512)] | Literal["auto"] = 8
@@ -370,8 +371,8 @@ class Workers(Strict):
     with any. Then a sample's pixels would depend on its slot: use more workers instead."""
 
     wait_s: Annotated[float, Field(gt=0)] = 3600
-    """Seconds that a run waits while no worker is ready (nodes that are to come or were taken away, a model that loads) before it ends
-    with exit code 75."""
+    """Seconds that a run waits while fewer than `min` workers are ready (nodes that are to come or were taken away, a model that loads)
+    before it ends with exit code 75."""
     other_profiles: Literal["refuse", "record"] = "refuse"
     """A worker whose render profile is not the output's (another CPU, another version) would render other bits. refuse:
     it is benched. record: it renders, and its rows name its own profile; the same row on another worker may differ."""

@@ -3,14 +3,16 @@
 a lease fails with     then
 WorkerLost             it goes to another worker, alone; after two losses row by row, announced, so that the next
                        death names the row, which becomes an error; a node that loses several workers gets no more
+DeviceLost             as above; a device whose context breaks again gets no more work
 NodeLost               it goes to another worker; no row is suspected of what takes a node away
 silence                a worker that finishes nothing for too long is killed, and lost as above
-Transient              again after a jittered pause, eight times
+Transient              again after a jittered pause, eight times; while the driver does not reach the store either, it counts for nothing
 ProfileMismatch        that worker is benched; the job stops if none is left
 Fatal, anything else   the job stops with the reason; what is committed stays, and `run` continues
 
+The driver asks the store a little at a time (`outage`): while it is away, what needs it waits, and everything else goes on.
 At the end a worker without work gets a copy of a slow one's lease. Workers come and go with their nodes; a run waits
-for the first, and for new ones when all are gone, as long as `workers.wait_s` says.
+for the first, and for new ones when fewer than `workers.min` are left, as long as `workers.wait_s` says.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from renderfarm import commit, control
 from renderfarm.engines.base import Done, Engine, Event, Failed, Leaving, Ready
@@ -32,6 +35,7 @@ from renderfarm.errors import (
     EXIT_OK,
     EXIT_ROWS_FAILED,
     EXIT_STOPPED_BY_USER,
+    DeviceLost,
     Fatal,
     Interrupted,
     InvalidJob,
@@ -41,14 +45,15 @@ from renderfarm.errors import (
     Transient,
     WorkerLost,
 )
-from renderfarm.heartbeat import STALE_S, Heartbeat, is_alive
+from renderfarm.heartbeat import STALE_S, Heartbeat, is_alive, run_key
+from renderfarm.outage import ASKED_S, Outage, given_up, is_given_up
 from renderfarm.plan import Grid, choose_part_rows, leases, retry_leases
-from renderfarm.pool import NODE_LOSSES, Pool
+from renderfarm.pool import DEVICE_LOSSES, NODE_LOSSES, Pool
 from renderfarm.preparation import Prepared
 from renderfarm.progress import Progress, WorkerProgress
 from renderfarm.records import Lease, Part, PartId, WorkerReady
 from renderfarm.repair import Repaired, refuse_if_alive, repair
-from renderfarm.storage import Store, probe
+from renderfarm.storage import Store, open_store, probe
 from renderfarm.worker import LEASES_IN_FLIGHT, leases_held
 
 GRACE_S = 30.0
@@ -59,8 +64,10 @@ NODE_LOSSES_A_LEASE = 5  # nodes that go away under one lease before its rows ma
 PAUSED_S = 0.5
 AWAY_S = 5.0  # before a worker is started again whose node went away, or that did not reach the store
 UNMEASURED_S = 1.0  # an image, where the first worker could not measure one
+LAST_S = 10.0  # for a store that is away when a run is to end
 
 Observer = Callable[[Progress], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -114,6 +121,10 @@ class Driver:
         self.repair, self.repaired = repair, list[Repaired]()
         self.stop_now = stop_now or threading.Event()
         self.prepared, self.job, self.store = prepared, prepared.job, prepared.store
+        # for the loop, which goes on while the store is away
+        self.quick = open_store(self.store.url, single_writer=self.job.output.single_writer, patience_s=ASKED_S)
+        self.manifest = replace(prepared.manifest, patience_s=ASKED_S)
+        self.outage, self.manifest_outage = Outage(), Outage()
         self.stop, self.observe, self.grace_s = stop, observe, grace_s
         self.progress = Progress(
             run_id=time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()) + "-" + uuid.uuid4().hex[:6],
@@ -125,6 +136,8 @@ class Driver:
         self.batch_size = self.slot_groups = 1  # until workers say theirs
         self.stop_at: float | None = None
         self.paused = False
+        self.source: Iterator[Lease] | None = None  # None: to be begun anew, with what nobody has
+        self.exhausted = False
         self.is_done = bytearray()  # by part of the grid
         self.retries_done: set[PartId] = set()
         self.retries_open = 0  # when they were last taken up
@@ -133,7 +146,11 @@ class Driver:
         self.shares, self.begin_at = False, 0
         """The part to begin with: another one than a run that is already at work began with."""
         self.pool = Pool()
+        self.parked = dict[str, Ready]()
+        """Workers on benched devices, which nobody else is given for as long as they hold them."""
+        self.warnings = list(prepared.warnings)
         self.again: deque[tuple[float, Lease]] = deque()  # (not before, lease)
+        self.untaken: list[Event] = []  # until the store can be asked
         self.restarts: list[float] = []  # when to try again to start a worker
         self.start_failures = self.worker_number = self.attempts = 0
         self.heartbeat = Heartbeat(self.store.url, self._wanted)
@@ -187,8 +204,8 @@ class Driver:
             if (grid := self.prepared.grid()) is not None:
                 if self.repair:
                     self._repair()
-                self._use(grid)
-            while self.grid is None or self._left() or commit.open_retries(self.store):
+                self._surely(lambda: self._use(grid))
+            while self._has_work():
                 engine = make_engine()
                 try:
                     self._loop(engine)
@@ -201,12 +218,14 @@ class Driver:
             if isinstance(error, Transient):  # in the driver's own hands: the store was away for too long
                 error.exit_code = EXIT_INTERRUPTED
             self.progress.state = "INTERRUPTED" if isinstance(error, Interrupted | Transient) else "FAILED"
-            self.heartbeat.close(self.progress.snapshot())
+            said = self.progress.snapshot()
+            ended = {name: said[name] for name in ("run_id", "job", "state", "new_images", "new_errors")}
+            self.heartbeat.close(said, ended | {"error": str(error), "error_class": type(error).__name__})
             raise
 
     def _resumed(self) -> bool:
         """Wait, without any worker, while the run is paused; whether it goes on then."""
-        if not self.paused or not (self.grid is None or self._left() or commit.open_retries(self.store)):
+        if not self.paused or not self._has_work():
             return False
         for worker in self.progress.workers.values():
             worker.state = "let go" if worker.state in ("ready", "starting", "leaving") else worker.state
@@ -217,6 +236,24 @@ class Driver:
             self.observe(self.progress)
             time.sleep(PAUSED_S)
         return not self._is_to_end()
+
+    def _has_work(self) -> bool:
+        return self.grid is None or self._left() > 0 or self._open_retries()
+
+    def _open_retries(self, entries: commit.Entries | None = None) -> bool:
+        return bool(self._surely(lambda: commit.open_retries(self.quick, entries)))
+
+    def _surely(self, do: Callable[[], T]) -> T:
+        """What `do` asks of the store, where there is nothing else to do until it answers."""
+        while True:
+            try:
+                return self.outage.ask(do)
+            except Transient:
+                if self.stop_now.is_set() or (self._is_to_end() and time.monotonic() - self.outage.since > LAST_S):
+                    raise
+            self._beat()
+            self.observe(self.progress)
+            time.sleep(PAUSED_S)
 
     def _repair(self) -> None:
         """Others see that somebody is at it, and do not begin the same."""
@@ -236,13 +273,14 @@ class Driver:
         self.progress.state, self.progress.parts_done = "STARTING", 0
 
     def _use(self, grid: Grid) -> None:
-        """Take over what is committed of it."""
+        """Take over what is committed of it. Raises Transient, and then nothing has changed."""
+        entries = commit.index_entries(self.quick)
+        totals = commit.totals(self.quick, entries)
         self.grid, self.is_done, self.progress.parts = grid, bytearray(grid.total), grid.count
         self.begin_at = random.randrange(grid.total) if self.shares else 0
-        entries = commit.index_entries(self.store)
         for index in commit.parts_of_the_grid(entries):
             self.is_done[index] = 1
-        self.progress.recount(commit.totals(self.store, entries))
+        self.progress.recount(totals)
 
     # ------------------------------------------------------------------------------------------ the loop
 
@@ -250,18 +288,19 @@ class Driver:
         """Until every part is done, or the run is to end and what is in flight has ended."""
         self.pool.members.clear()
         self.pool.starting.clear()
+        self.parked.clear()
         self.again.clear()
         self.restarts.clear()
+        self.untaken.clear()
         for _ in range(min(engine.max_workers, self._left() or len(commit.open_retries(self.store)))):
             self._start_worker(engine)
-        self.source, self.exhausted, self.stop_at = self._leases(), False, None
+        self.source, self.exhausted, self.stop_at = None, False, None
         self.alone_since = time.monotonic()
         while not self._is_over(engine):
             events = engine.next_events(timeout_s=0.5)
-            while events:  # all that is known, before anybody is judged by their silence
-                for event in events:
-                    self._take(engine, event)
-                events = engine.next_events(timeout_s=0.0)
+            self._take_all(engine, self.untaken + events)
+            while events := engine.next_events(timeout_s=0.0):  # all that is known, before anybody is judged by their silence
+                self._take_all(engine, self.untaken + events)
             self._part_with_workers(engine)
             self._beat()
             self.observe(self.progress)
@@ -292,16 +331,34 @@ class Driver:
     def _left(self) -> int:
         return self.progress.parts - self.progress.parts_done if self.grid is not None else self._rows_wanted()
 
+    def _next_lease(self) -> Lease | None:
+        """None: there is none, and the source is exhausted, or the manifest's store is away."""
+        if self.exhausted:
+            return None
+        source = self.source = self.source or self._leases()
+        try:
+            lease = self.manifest_outage.ask(lambda: next(source, None))
+        except Transient:
+            self.source = None  # a generator that has raised gives nothing more
+            return None
+        self.exhausted = lease is None
+        return lease
+
     def _leases(self) -> Iterator[Lease]:
-        """Asked for once a worker is ready; by then the grid is known."""
+        """What nobody has. Asked for once a worker is ready; by then the grid is known."""
         assert self.grid is not None
-        yield from leases(self.prepared.manifest, self.grid, lambda index: bool(self.is_done[index]), self.begin_at)
+        out = {part.index for lease in (*self.pool.in_flight(), *(lease for _, lease in self.again)) for part in lease.parts}
+        return leases(self.manifest, self.grid, lambda index: bool(self.is_done[index] or index in out), self.begin_at)
 
     def _take_up_retries(self, engine: Engine) -> bool:
         """What somebody has asked for since (`renderfarm retry`); whether there is any."""
         assert self.grid is not None
-        if retries := commit.open_retries(self.store):
-            self.source, self.exhausted = retry_leases(self.prepared.manifest, self.grid, retries), False
+        try:
+            retries = self.outage.ask(lambda: commit.open_retries(self.quick))
+        except Transient:
+            return True  # for all that is known
+        if retries:
+            self.source, self.exhausted = retry_leases(self.manifest, self.grid, retries), False
             self.retries_open = len(retries)
             for _ in range(min(engine.max_workers, len(retries)) - len(self.pool)):
                 self._start_worker(engine)
@@ -317,11 +374,7 @@ class Driver:
     def _hand_out(self, engine: Engine) -> None:
         """Fill ready workers up to their share."""
         while (worker := self.pool.next_to_fill(self._share())) is not None:
-            lease = self._due()
-            if lease is None and not self.exhausted:
-                lease = next(self.source, None)
-                self.exhausted = lease is None
-            if lease is None:
+            if (lease := self._due() or self._next_lease()) is None:
                 return
             others = [held.lease for held in self.pool.members[worker].held]
             if others and (lease.losses or any(other.losses for other in others)):
@@ -356,27 +409,42 @@ class Driver:
         """Kill those that hang, let those go whose nodes do, and end the run if nobody has been there for too long."""
         now = time.monotonic()
         for worker in self.pool.hung(now, self.job.failure.deadline_s):
-            if self.pool.is_further(worker, self._announced(worker), now):
+            try:
+                announced = self._announced(worker)
+            except Transient:
+                self.pool.excuse(now)
+                break
+            if self.pool.is_further(worker, announced, now):
                 continue
             engine.stop_worker(worker)
-            self._lost(engine, worker, WorkerLost("it had finished nothing for too long (failure.deadline_s), and was killed"))
+            error = WorkerLost("it had finished nothing for too long (failure.deadline_s), and was killed")
+            self._lost(engine, worker, error, announced)
         for worker in self.pool.empty_handed():
             engine.stop_worker(worker)
             self.pool.remove(worker)
             self.progress.workers[worker].state = "let go"
             self._start_worker(engine)
-        if self.pool.members:
+        self._see_who_is_there(engine, now)
+
+    def _see_who_is_there(self, engine: Engine, now: float) -> None:
+        """End a run that has had too few workers for too long; what is in flight is finished first."""
+        workers = self.job.workers
+        wanted = max(1, min(workers.min, engine.max_workers, self._left() or self.retries_open))
+        if len(self.pool.members) >= wanted or (self.pool.members and self._is_to_end()):
             self.alone_since = now
-        elif now - self.alone_since > self.job.workers.wait_s:
-            raise Interrupted(
-                f"no worker was ready for {self.job.workers.wait_s:g} s (workers.wait_s); run the same command again when there are nodes"
-            )
+        elif now - self.alone_since > workers.wait_s:
+            few = "no worker was" if wanted == 1 else f"fewer than {wanted} workers were"
+            why = f"{few} ready for {workers.wait_s:g} s (workers.wait_s); run the same command again when there are nodes"
+            if not self.pool.members:
+                raise Interrupted(why)
+            self.warnings.append(why)
+            self.stop.set()
 
     def _announced(self, worker: str) -> frozenset[int]:
-        """The rows that a worker says it is at, where it renders row by row."""
+        """The rows that a worker says it is at, where it renders row by row. Raises Transient."""
         leases = [held.lease for held in self.pool.members[worker].held]
         asked = [(part, token) for lease in leases if (token := lease.announce_as) for part in lease.parts]
-        rows = (commit.announced_row(self.store, part, token) for part, token in asked)
+        rows = [self.outage.ask(partial(commit.announced_row, self.quick, part, token)) for part, token in asked]
         return frozenset(row for row in rows if row is not None)
 
     def _beat(self) -> None:
@@ -384,7 +452,8 @@ class Driver:
             trouble = self.heartbeat.beat(self.progress.snapshot())
             if trouble:
                 self.pool.excuse(time.monotonic())
-            self.progress.trouble = trouble or self._waiting_for()
+            away = trouble or self.outage.trouble or self.manifest_outage.trouble
+            self.progress.trouble = str(away) if away else self._waiting_for()
             self.progress.state = self._state()
 
     def _waiting_for(self) -> str | None:
@@ -399,7 +468,20 @@ class Driver:
 
     # ------------------------------------------------------------------------------------------ events
 
+    def _take_all(self, engine: Engine, events: list[Event]) -> None:
+        """What needs a store that is away waits, and so does what the same worker says later."""
+        self.untaken = []
+        for event in events:
+            if any(event.worker == other.worker for other in self.untaken):
+                self.untaken.append(event)
+                continue
+            try:
+                self._take(engine, event)
+            except Transient:
+                self.untaken.append(event)
+
     def _take(self, engine: Engine, event: Event) -> None:
+        """Raises Transient where the store is away, and then nothing has changed."""
         match event:
             case Ready():
                 self._ready(engine, event)
@@ -427,9 +509,9 @@ class Driver:
 
     def _ready(self, engine: Engine, event: Ready) -> None:
         if self.grid is None:
-            grid = self.prepared.grid()
-            self._use(self._measured_grid(engine, event.info) if grid is None else grid)
-        assert self.grid is not None
+            self.outage.ask(lambda: self._use(self._measured_grid(engine, event.info)))
+        if self._is_turned_away(engine, event):
+            return
         self.batch_size = event.info.batch_size
         self._hold()
         self.pool.join(event.worker, event.info, time.monotonic())
@@ -439,15 +521,34 @@ class Driver:
         self.progress.first_ready = self.progress.first_ready or time.time()
         self.progress.state = "RUNNING"
 
+    def _is_turned_away(self, engine: Engine, event: Ready) -> bool:
+        """A worker that was asked for before its node was benched, or that was given a benched device; unless nobody else works."""
+        if not self.pool.members:
+            self.pool.pardon()
+        if not self.pool.is_benched(event.info):
+            return False
+        self.pool.starting.discard(event.worker)
+        shown = self.progress.workers[event.worker]
+        if self.pool.is_on_benched_device(event.info):
+            shown.state, self.parked[event.worker] = "benched", event
+        else:
+            shown.state = "let go"
+            engine.stop_worker(event.worker)
+        self._start_worker(engine)
+        return True
+
     def _hold(self) -> None:
         assert self.grid is not None
         self.held = leases_held(self.batch_size, self.grid.part_rows * self.prepared.usual.images_per_row, self.slot_groups)
 
     def _measured_grid(self, engine: Engine, info: WorkerReady) -> Grid:
+        """Where another run has not frozen one meanwhile."""
+        if (grid := commit.frozen_grid(self.quick, self.prepared.frozen())) is not None:
+            return grid
         seconds = info.seconds_per_image or UNMEASURED_S
         images_per_row = self.prepared.usual.images_per_row
         part_rows = choose_part_rows(self._rows_wanted(), images_per_row, seconds, info.batch_size, engine.max_workers)
-        return self.prepared.grid_of(commit.freeze_part_rows(self.store, part_rows, seconds))
+        return self.prepared.grid_of(commit.freeze_part_rows(self.quick, part_rows, seconds))
 
     def _rows_wanted(self) -> int:
         return self.prepared.grid_of(1).count
@@ -483,11 +584,13 @@ class Driver:
         elif event.lease is not None and self.pool.give_back(event.worker, event.lease, time.monotonic()) is not None:
             self._retry(event.lease, event.error)
 
-    def _lost(self, engine: Engine, worker: str, error: WorkerLost) -> None:
-        """The worker is gone; the first of its leases to say so speaks for all."""
+    def _lost(self, engine: Engine, worker: str, error: WorkerLost, announced: frozenset[int] | None = None) -> None:
+        """The worker is gone; the first of its leases to say so speaks for all. `announced`: the rows that it was at, if somebody has
+        looked. Raises Transient where nobody can, and then nothing has changed."""
         if worker not in self.pool.members:
             return
-        node = self.pool.members[worker].node
+        announced = self._announced(worker) if announced is None else announced
+        node, devices = self.pool.members[worker].place
         self.progress.lost_workers += 1
         self.progress.workers[worker].state = "lost"
         for lease in self.pool.remove(worker):
@@ -496,19 +599,25 @@ class Driver:
             if self.pool.holders(lease):  # the copy that is left goes on, and it counts if that one dies, too
                 self.died_before[lease.parts] += not isinstance(error, NodeLost)
             else:
-                self.again.append((0.0, self._suspect(lease, error)))
+                self.again.append((0.0, self._suspect(lease, error, announced)))
         if not isinstance(error, NodeLost) and self.pool.lost_on(node):
             self.progress.workers[worker].reason = f"{NODE_LOSSES} workers died on node {node}, which gets no more of them: {error}"
-        if not self.pool.members:  # else the only node that is left may be one of them
-            self.pool.benched.clear()
-        self._start_worker(engine)
+        if isinstance(error, DeviceLost) and self.pool.broke_on(node, devices):
+            where = f"device {', '.join(devices)} of node {node}"
+            self.progress.workers[worker].reason = f"{DEVICE_LOSSES} contexts broke on {where}, which gets no more work: {error}"
+        if not self.pool.members:
+            self.pool.pardon()
+            parked, self.parked = self.parked, {}
+            for event in parked.values():
+                self._ready(engine, event)
+        if len(self.pool) < engine.max_workers:
+            self._start_worker(engine)
 
-    def _suspect(self, lease: Lease, error: WorkerLost) -> Lease:
+    def _suspect(self, lease: Lease, error: WorkerLost, announced: frozenset[int]) -> Lease:
         if isinstance(error, NodeLost) and lease.node_losses < NODE_LOSSES_A_LEASE:
             return self._anew(replace(lease, node_losses=lease.node_losses + 1))
-        if token := lease.announce_as:
-            rows = {row for part in lease.parts if (row := commit.announced_row(self.store, part, token)) is not None}
-            lease = replace(lease, killers=lease.killers | rows)
+        rows = {row for row in announced if any(part.start <= row < part.stop for part in lease.parts)}
+        lease = replace(lease, killers=lease.killers | rows)
         losses = lease.losses + self.died_before.pop(lease.parts, 0) + 1
         if losses > self.job.failure.attempts + len(lease.killers):
             rows_text = f"rows {lease.parts[0].start} to {lease.parts[-1].stop - 1}"
@@ -544,12 +653,15 @@ class Driver:
             self.restarts.append(time.monotonic() + pause)
 
     def _retry(self, lease: Lease, error: RenderfarmError) -> None:
-        failures = lease.transient_failures + 1
+        away_since = self.heartbeat.away_since if isinstance(error, Transient) else None
+        if isinstance(error, Transient) and away_since is not None and is_given_up(error, away_since):
+            raise given_up(error, away_since) from error
+        failures = lease.transient_failures + (away_since is None)
         if not isinstance(error, Transient) or failures >= TRANSIENT_ATTEMPTS:
             raise error if isinstance(error, Fatal) else Fatal(f"{lease.parts[0].name}: {error}")
         if self.pool.holders(lease) or self._is_done(lease):  # a copy of it is on its way, or was faster
             return
-        pause = min(30.0, 0.5 * 2**failures) * random.uniform(0.5, 1.0)
+        pause = (min(30.0, 0.5 * 2**failures) if away_since is None else 30.0) * random.uniform(0.5, 1.0)
         self.again.append((time.monotonic() + pause, self._anew(replace(lease, transient_failures=failures))))
 
     # ------------------------------------------------------------------------------------------ records of the run
@@ -572,13 +684,13 @@ class Driver:
         return (here.images, here.errors) != (self.progress.images, self.progress.errors)
 
     def _finish(self) -> RunSummary:
-        progress, entries = self.progress, commit.index_entries(self.store)
+        progress, entries = self.progress, self._surely(lambda: commit.index_entries(self.quick))
         self._check_that_all_is_here(entries)
         # the grace may have ended before an answer came, and another run may have committed images where this one saw errors
         if progress.waived or self._is_counted_otherwise(entries):
-            progress.recount(commit.totals(self.store, entries))
+            progress.recount(self._surely(lambda: commit.totals(self.quick, entries)))
         failed = (progress.errors - progress.waived) / max(1, progress.errors + progress.images)
-        if self.grid is None or self._left() or (self._is_to_end() and commit.open_retries(self.store, entries)):
+        if self.grid is None or self._left() or (self._is_to_end() and self._open_retries(entries)):
             cancelled = self.heartbeat.wanted == "cancel"  # who ends a paused run has interrupted it: the next one goes on
             progress.state, code = ("CANCELLED", EXIT_STOPPED_BY_USER) if cancelled else ("INTERRUPTED", EXIT_INTERRUPTED)
         elif failed > self.job.failure.tolerate:
@@ -605,9 +717,9 @@ class Driver:
             bytes=progress.bytes,
             lost_workers=progress.lost_workers,
             copies=progress.copies,
-            warnings=self.prepared.warnings,
+            warnings=tuple(self.warnings),
             repaired=tuple(self.repaired),
         )
-        self.store.put(f"{commit.RUNS}/{progress.run_id}.json", json.dumps(summary.to_dict(), indent=1).encode())
+        self._surely(lambda: self.quick.put(run_key(progress.run_id), json.dumps(summary.to_dict(), indent=1).encode()))
         self.heartbeat.close(progress.snapshot())
         return summary

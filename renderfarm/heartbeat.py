@@ -1,4 +1,8 @@
-"""progress.json, put beside the driver's loop: a store that is away must not keep the loop from its workers."""
+"""progress.json, put beside the driver's loop: a store that is away must not keep the loop from its workers.
+
+Runs that share an output write it in turns, so each of them sees the others there. One that ends while another lives leaves the file to
+that one: its own end is in `_renderfarm/runs/ID.json`, which is written before, so that of two that end together one sees the other's.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,11 @@ def is_alive(progress: dict[str, Any]) -> bool:
     return progress.get("state") in ALIVE and time.time() - progress.get("updated", 0) <= STALE_S
 
 
+def run_key(run_id: str) -> str:
+    """Where a run that has ended says how."""
+    return f"{commit.RUNS}/{run_id}.json"
+
+
 class Heartbeat:
     """Says every EVERY_S how far a run is, and hears what is wanted of it. Each time is tried once: the next one says more than a
     repetition."""
@@ -34,6 +43,10 @@ class Heartbeat:
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="heartbeat")
         self.last, self.put = 0.0, Future[None]()
         self.put.set_result(None)
+        self.away_since: float | None = None
+        """When the store was first away, of late."""
+        self.other: dict[str, Any] | None = None
+        """What another run said here last, if it was at work then."""
 
     def is_due(self) -> bool:
         return self.put.done() and time.monotonic() >= self.last + EVERY_S
@@ -41,20 +54,39 @@ class Heartbeat:
     def beat(self, snapshot: dict[str, Any]) -> str | None:
         """Why the store could not be written the last time, if it could not. Raises what no time will mend."""
         trouble = self._trouble()
+        self.away_since = (self.away_since or self.last) if trouble else None
         self.last = time.monotonic()
-        self.put = self.thread.submit(self._say_and_hear, commit.to_json(snapshot))
+        self.put = self.thread.submit(self._say_and_hear, snapshot)
         return trouble
 
-    def _say_and_hear(self, snapshot: bytes) -> None:
-        self.store.put(commit.PROGRESS, snapshot)
+    def _say_and_hear(self, snapshot: dict[str, Any]) -> None:
+        self._see_others(snapshot["run_id"])
+        self.store.put(commit.PROGRESS, commit.to_json(snapshot))
         self.wanted = self.hear(self.store)
 
-    def close(self, snapshot: dict[str, Any]) -> None:
-        """The last one, whatever came before. A store that is away now neither undoes a run nor keeps it from ending."""
-        last = self.thread.submit(self.store.put, commit.PROGRESS, commit.to_json(snapshot))
+    def _see_others(self, own: str) -> dict[str, Any]:
+        there = commit.read_progress(self.store)
+        if there.get("run_id") not in (own, None):
+            self.other = there if is_alive(there) else None
+        return there
+
+    def close(self, snapshot: dict[str, Any], record: dict[str, Any] | None = None) -> None:
+        """The last one, whatever came before. A store that is away now neither undoes a run nor keeps it from ending. `record`: for
+        `runs/`, where that does not say yet how the run ended."""
+        last = self.thread.submit(self._end, snapshot, record)
         self.thread.shutdown(wait=False)
         with contextlib.suppress(RenderfarmError, TimeoutError):
             last.result(LAST_S)
+
+    def _end(self, snapshot: dict[str, Any], record: dict[str, Any] | None) -> None:
+        own = snapshot["run_id"]
+        if record is not None:
+            self.store.put(run_key(own), commit.to_json(record))
+        there, other = self._see_others(own), self.other
+        if other is None or not is_alive(other) or self.store.exists(run_key(other["run_id"])):
+            self.store.put(commit.PROGRESS, commit.to_json(snapshot))
+        elif there.get("run_id") in (own, None):
+            self.store.put(commit.PROGRESS, commit.to_json(other))  # until it says more
 
     def _trouble(self) -> str | None:
         try:

@@ -25,7 +25,7 @@ from renderfarm.arguments import ARGUMENTS, IMAGE, OUR_OWN, PRESETS, accepts
 from renderfarm.config import ManifestSpec, expand_env
 from renderfarm.errors import Fatal, InvalidJob, Transient
 from renderfarm.schema import OUR_COLUMNS, output_name
-from renderfarm.storage import find_files, open_file
+from renderfarm.storage import PATIENCE_S, find_files, open_file
 
 ROW = "row"
 EXTRA = "input:"
@@ -62,6 +62,8 @@ class Manifest:
     columns: dict[str, str]
     extras: pa.Schema
     where: dict[str, Any] | None = None
+    patience_s: float = PATIENCE_S
+    """With the store of files that are streamed."""
 
     @property
     def rows(self) -> int:
@@ -219,7 +221,7 @@ class _Cursor:
             self.file_index += 1
             self.parquet = self.batches = None
         if self.parquet is None:
-            self.parquet = _open_parquet(files[self.file_index].path)
+            self.parquet = _open_parquet(files[self.file_index].path, self.manifest.patience_s)
             metadata = self.parquet.metadata
             self.group_starts = [0]
             for group in range(metadata.num_row_groups):
@@ -317,9 +319,9 @@ def _find_files(spec: ManifestSpec) -> list[str]:
     return found
 
 
-def _open_parquet(path: str) -> pq.ParquetFile:
+def _open_parquet(path: str, patience_s: float = PATIENCE_S) -> pq.ParquetFile:
     try:
-        file = open_file(path)
+        file = open_file(path, patience_s)
         # streaming settings: a row group of millions of rows must not be buffered whole
         parquet = pq.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
     except KeyError:

@@ -22,6 +22,11 @@ HUNG_S = 600.0  # at least
 HUNG_AT_FIRST_S = 7200.0  # while nobody knows how long a lease takes
 NODE_LOSSES = 3
 """Workers lost on a node, with no lease finished there in between, before it gets no more of them."""
+DEVICE_LOSSES = 2
+"""Contexts that broke on a device, with no lease finished there in between, before it gets no more work."""
+
+Place = tuple[str, tuple[str, ...]]
+"""A node and the devices of it that a worker has."""
 
 
 @dataclass
@@ -42,6 +47,11 @@ class Member:
     """The rows that it was at when somebody last asked."""
     leaving: bool = False
     """Its node goes away: it finishes what it holds, and gets nothing more."""
+    devices: tuple[str, ...] = ()
+
+    @property
+    def place(self) -> Place:
+        return self.node, self.devices
 
 
 class Pool:
@@ -50,8 +60,10 @@ class Pool:
         self.starting: set[str] = set()
         self.benched: set[str] = set()
         """Nodes that get no more workers."""
+        self.benched_devices: set[Place] = set()
         self._copied: set[tuple[Part, ...]] = set()
         self._losses = Counter[str]()  # by node
+        self._broken = Counter[Place]()
         self._seconds: deque[float] = deque(maxlen=REMEMBERED)
         self._longest = 0.0
 
@@ -62,7 +74,7 @@ class Pool:
 
     def join(self, name: str, info: WorkerReady, now: float) -> None:
         self.starting.discard(name)
-        self.members[name] = Member(info.node, info.batch_size, now)
+        self.members[name] = Member(info.node, info.batch_size, now, devices=info.accelerators)
 
     def remove(self, name: str) -> list[Lease]:
         """The leases that it held; others may hold copies of them."""
@@ -77,6 +89,28 @@ class Pool:
             return False
         self.benched.add(node)
         return True
+
+    def broke_on(self, node: str, devices: tuple[str, ...]) -> bool:
+        """Count a context that broke on a worker's devices, if it has any; whether that benches them. As with nodes, the last ones that
+        work never are."""
+        place = node, devices
+        self._broken[place] += 1
+        others = {member.place for member in self.members.values()} - {place}
+        if not devices or self._broken[place] < DEVICE_LOSSES or place in self.benched_devices or not others:
+            return False
+        self.benched_devices.add(place)
+        return True
+
+    def is_benched(self, info: WorkerReady) -> bool:
+        return info.node in self.benched or self.is_on_benched_device(info)
+
+    def is_on_benched_device(self, info: WorkerReady) -> bool:
+        return (info.node, info.accelerators) in self.benched_devices
+
+    def pardon(self) -> None:
+        """Where nobody is left, the only one who can work may be among those that were benched."""
+        self.benched.clear()
+        self.benched_devices.clear()
 
     def empty_handed(self) -> list[str]:
         """Workers on nodes that go away, with nothing left to finish."""
@@ -120,7 +154,8 @@ class Pool:
         """A lease was finished, so many seconds after its worker's last sign of life: the others waited behind it."""
         self._seconds.append(silent)
         self._longest = max(self._longest, silent)
-        self._losses[self.members[name].node] = 0
+        member = self.members[name]
+        self._losses[member.node] = self._broken[member.place] = 0
 
     def in_flight(self) -> list[Lease]:
         return [held.lease for member in self.members.values() for held in member.held]

@@ -198,5 +198,7 @@ class WorkerReady:
     batch_size: int
     node: str = ""
     """Where it runs; empty in one process."""
+    accelerators: tuple[str, ...] = ()
+    """The devices of its node that it was given, as Ray names them; none where it computes on the CPU, or takes what it sees."""
     seconds_per_image: float | None = None
     """Measured where `part_rows: auto` is not frozen yet; None, too, where the device has no room for the usual sample."""

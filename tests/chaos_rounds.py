@@ -1,6 +1,6 @@
 """Real kills, round after round: `make chaos`, or
 
-    python tests/chaos_rounds.py --rounds 100 --seed 0
+    python tests/chaos_rounds.py --rounds 100 --seed 0 [--store any|folder|s3]
 
 A round is one small output. Its run's processes (driver, workers, raylet) are killed, stopped and told to end at drawn moments, on local
 disk or on S3 (moto) behind a proxy that loses replies, answers 503 and resets; then the same command is run until it says that all is
@@ -39,6 +39,7 @@ ROWS, PART_ROWS, LEASES = 60, 3, 3
 BAD = {7, 31}
 KINDS = ("kill driver", "stop run", "kill worker", "freeze worker", "kill raylet", "freeze raylet")
 MOST_RUNS = 8
+ON_S3 = {"any": 0.3, "folder": 0.0, "s3": 1.0}
 
 
 @dataclass
@@ -116,10 +117,11 @@ class Run:
 
 
 class Round:
-    def __init__(self, number: int, seed: int, root: Path, proxy: FaultProxy | None) -> None:
+    def __init__(self, number: int, seed: int, root: Path, proxy: FaultProxy | None, on_s3: float = 0.3) -> None:
+        """`on_s3`: how likely the output is behind the proxy."""
         self.random = random.Random(f"{seed}.{number}")
         self.engine = self.random.choice(["inline", "inline", "ray"])
-        self.proxy = proxy if self.random.random() < 0.3 else None
+        self.proxy = proxy if self.random.random() < on_s3 else None
         self.folder = root / f"round-{number}"
         self.folder.mkdir()
         self.executed = self.folder / "executed"
@@ -257,11 +259,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--store", choices=ON_S3, default="any", help="where outputs are: on S3 three times in ten, never, or always")
     options = parser.parse_args()
     figures, root, began = Figures(), Path(tempfile.mkdtemp(prefix="chaos-")), time.monotonic()
     with store(root, options.seed) as proxy:
         for number in range(options.rounds):
-            one = Round(number, options.seed, root, proxy)
+            one = Round(number, options.seed, root, proxy, ON_S3[options.store])
             print(f"round {number}: {one.live(figures)}", flush=True)
             shutil.rmtree(one.folder)
     shutil.rmtree(root, ignore_errors=True)

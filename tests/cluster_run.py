@@ -2,13 +2,15 @@
 
     RAY_TMPDIR=FOLDER python tests/cluster_run.py FOLDER NODES
 
-prints one JSON line with the address, then takes lines of words: `add`, `remove K` (the node dies), `drain K`, `end`. It answers each
-with one line.
+prints one JSON line with the address, then takes lines of words: `add`, `remove K` (the node dies), `drain K`, `head` (its GCS server
+dies), `end`. It answers each with one line.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -36,6 +38,10 @@ def _do(cluster: Cluster, added: list[Any], word: str, rest: list[str]) -> Any:
     if word == "add":
         added.append(cluster.add_node(num_cpus=1))
         return added[-1].node_id
+    if word == "head":
+        pid = cluster.head_node.all_processes["gcs_server"][0].process.pid
+        os.kill(pid, signal.SIGKILL)
+        return [pid]
     node = added[int(rest[0])]
     if word == "remove":
         cluster.remove_node(node, allow_graceful=False)

@@ -14,14 +14,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 from unittest.mock import patch
 
-from renderfarm import commit, control, driver, garbage, heartbeat, progress, reading, requests, worker
+from renderfarm import commit, control, driver, garbage, heartbeat, outage, progress, reading, requests, worker
 from renderfarm.driver import Driver, RunSummary
 from renderfarm.engines.base import Done, Event, Failed, Leaving, Ready
 from renderfarm.errors import AlreadyExists, Fatal, Interrupted, NodeLost, NonFiniteOutput, RenderfarmError, Transient, WorkerLost
@@ -61,6 +61,7 @@ FAULTS = (
     "drain node",
     "lose reply",
     "store busy",
+    "store away",  # for minutes, whoever asks
     "stop",
     "pause",
     "cancel",
@@ -83,6 +84,8 @@ class Schedule:
     """Rows whose picture is not finite the first time."""
     die_at: tuple[str, int] | None = None
     """The process dies that comes to this point of `World.points` for the n-th time."""
+    away_s: float | None = None
+    """For how long a store is away; None: drawn."""
     slow: str = ""
     """A worker that takes thirty times as long as the others."""
 
@@ -113,6 +116,9 @@ class World:
         """How often each of these points was reached."""
         self.struck: Counter[str] = Counter()
         self.armed: set[str] = set()  # what the next request to the store suffers
+        self.away_until = 0.0
+        self.dies_next = ""
+        """The process dies that comes to this point first."""
         self.store = SimStore(self)
         self.prepared = replace(prepared, store=self.store)
         self.engines: list[SimEngine] = []
@@ -171,6 +177,13 @@ class World:
         if self.failure is not None:
             raise self.failure
 
+    def let(self, steps: int, until: Actor) -> None:
+        """So many steps of the world's, if there is so much left to do."""
+        for _ in range(steps):
+            if until.done or self.failure is not None:
+                return
+            self._step()
+
     def _step(self) -> None:
         self.steps += 1
         if self.steps > MOST_STEPS and self.failure is None:
@@ -182,15 +195,17 @@ class World:
         self._back.acquire()
         self._actors = [actor for actor in self._actors if not actor.done]
         while self.faults and self.faults[-1].at <= self.steps and self.failure is None:
-            self._strike(self.faults.pop().kind)
+            self.strike(self.faults.pop().kind)
 
-    def _strike(self, kind: str) -> None:
+    def strike(self, kind: str) -> None:
         """Does nothing where there is nobody to suffer it."""
         engines = [engine for engine in self.engines if engine.open]
         engine = self.random.choice(engines) if engines else None
         match kind:
             case "lose reply" | "store busy":
                 self.armed.add(kind)
+            case "store away":
+                self.away_until = self.now + (self.schedule.away_s or self.random.choice([5, 60, 600]))
             case "second driver" if engines and len(engines) < 3:
                 self.spawn("second driver", self.second_driver)
             case "gc":
@@ -213,7 +228,9 @@ class World:
         if not re.match(r"driver|w\d", self.me().name):  # a person's commands are tried again
             return
         self.points[point] += 1
-        if self.schedule.die_at == (point, self.points[point]):
+        if self.schedule.die_at == (point, self.points[point]) or self.dies_next == point:
+            self.dies_next = ""
+            self.struck["death at a point"] += 1
             self.die()
 
     def die(self) -> None:
@@ -297,6 +314,7 @@ class World:
 
 def _open(world: World) -> bool:
     world.armed.clear()
+    world.away_until = 0.0
     return bool(commit.open_retries(world.store))
 
 
@@ -340,6 +358,8 @@ class SimStore:
         except Killed:
             world.died_at[f"before {where}"] += 1
             raise
+        if world.now < world.away_until:
+            raise Transient("the store is away")
         if "store busy" in world.armed:
             world.armed.discard("store busy")
             raise Transient("the store is busy")
@@ -585,6 +605,14 @@ class Here:
 
 def simulate(schedule: Schedule, prepared: Prepared) -> World:
     """The world after the job's last run."""
+    with world_of(schedule, prepared) as world:
+        world.run(world.spawn("person", world.person))
+    return world
+
+
+@contextmanager
+def world_of(schedule: Schedule, prepared: Prepared) -> Iterator[World]:
+    """A world in which nobody lives yet; within it, the package's clock and store are the world's."""
     world = World(schedule, prepared)
     clock = SimpleNamespace(
         time=lambda: world.now,
@@ -594,14 +622,13 @@ def simulate(schedule: Schedule, prepared: Prepared) -> World:
         gmtime=lambda: None,
     )
     with ExitStack() as stack:
-        for module in (driver, heartbeat, progress, worker, garbage):
+        for module in (driver, heartbeat, outage, progress, worker, garbage):
             stack.enter_context(patch.object(module, "time", clock))
         for module in (heartbeat, worker, garbage):
             stack.enter_context(patch.object(module, "ThreadPoolExecutor", Here))
-        for module in (heartbeat, worker, reading):
+        for module in (driver, heartbeat, worker, reading):
             stack.enter_context(patch.object(module, "open_store", lambda *_, **__: world.store))
         stack.enter_context(patch.object(worker, "SlotLoop", type("Slots", (SimSlots,), {"world": world})))
         stack.enter_context(patch.object(worker, "wait", lambda _: None))
         stack.enter_context(patch.object(driver, "random", world.random))
-        world.run(world.spawn("person", world.person))
-    return world
+        yield world

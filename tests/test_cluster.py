@@ -18,6 +18,7 @@ import pytest
 from checker import check_complete, error_rows, tables
 
 import renderfarm
+from renderfarm.heartbeat import is_alive
 
 Write = Callable[..., Path]
 pytestmark = pytest.mark.chaos
@@ -172,6 +173,42 @@ def test_a_run_outlives_the_loss_of_all_its_nodes(nodes: Nodes, begin: Callable[
     check_complete(run.out, every(60))
 
 
+@pytest.mark.parametrize("nodes", [3], indirect=True)
+def test_of_three_nodes_one_dies_one_is_drained_and_every_row_is_rendered(nodes: Nodes, begin: Callable[..., Run]) -> None:
+    run = begin([f"row {k}" for k in range(300)], "--address", nodes.address, step_s="0.1", workers=3)
+    run.wait_for(lambda: run.states().count("ready") == 3)
+    run.wait_for_parts(3)
+    nodes.ask("remove 0")
+    run.wait_for(lambda: "lost" in run.states())
+    drained, accepted, *_ = nodes.ask("drain 1")
+    assert accepted
+    run.wait_for(lambda: "let go" in run.states())
+    assert [worker["node"] for worker in run.progress()["workers"].values() if worker["state"] == "let go"] == [drained]
+    summary = run.end()
+    assert (summary["state"], summary["images"], summary["errors"], summary["lost_workers"]) == ("SUCCEEDED", 300, 0, 1)
+    check_complete(run.out, every(300))
+
+
+@pytest.mark.parametrize("nodes", [2], indirect=True)
+def test_when_the_head_dies_the_run_says_so_and_a_fresh_cluster_goes_on(nodes: Nodes, begin: Callable[..., Run], tmp_path: Path) -> None:
+    run = begin([f"row {k}" for k in range(300)], "--address", nodes.address, step_s="0.2")
+    run.wait_for_parts(2)
+    nodes.ask("head")
+    answer = run.end(120)
+    assert (answer["exit_code"], run.process.returncode) == (75, 75), answer
+    assert "head" in answer["error"]
+    other = Nodes(1)
+    try:
+        again = Run(tmp_path / "job.yaml", run.out, "--address", other.address, RENDERFARM_FAKE_STEP_S="0")
+        again.wait_for(lambda: again.states().count("ready") == 1)
+        again.process.send_signal(signal.SIGTERM)
+        assert again.end()["new_images"] > 0
+    finally:
+        other.close()
+    assert renderfarm.run(tmp_path / "job.yaml", engine="inline").images == 300
+    check_complete(run.out, every(300))
+
+
 @pytest.mark.parametrize("nodes", [1], indirect=True)
 def test_when_no_node_comes_the_run_says_so_and_can_be_run_again(nodes: Nodes, begin: Callable[..., Run], tmp_path: Path) -> None:
     run = begin(["a"] * 30, "--address", nodes.address, "--set", "workers.wait_s=12", step_s="0.2", workers=1)
@@ -202,7 +239,10 @@ def test_two_runs_of_one_output_share_the_work(begin: Callable[..., Run], tmp_pa
     entries = one.out / "_renderfarm/parts"
     other.wait_for(lambda: len({json.loads(entry.read_bytes())["run"] for entry in entries.glob("*.json")}) == 2)
     other.process.send_signal(signal.SIGTERM)
-    summaries = [one.finish_inline(), other.end()]
+    ended = other.end()
+    assert one.progress()["run_id"] != ended["run_id"], "who ends does not hide who is at work"
+    assert is_alive(one.progress())
+    summaries = [one.finish_inline(), ended]
     assert [summary["state"] for summary in summaries] == ["INTERRUPTED"] * 2
     check_complete(one.out, every(900))
 

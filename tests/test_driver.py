@@ -17,7 +17,7 @@ import renderfarm
 from renderfarm import driver as driver_module
 from renderfarm.driver import Driver, RunSummary
 from renderfarm.engines.base import Done, Event, Failed, Ready
-from renderfarm.errors import Fatal, ProfileMismatch, RenderFailed, RenderfarmError, Transient, WorkerLost
+from renderfarm.errors import DeviceLost, Fatal, ProfileMismatch, RenderFailed, RenderfarmError, Transient, WorkerLost
 from renderfarm.jobfile import load_job
 from renderfarm.models.fake import Fake, State
 from renderfarm.preparation import Prepared, prepare
@@ -132,6 +132,88 @@ def test_a_worker_that_dies_while_the_run_is_being_stopped_is_not_replaced(write
     assert (summary.state, summary.exit_code, summary.images) == ("INTERRUPTED", 75, 0)
     assert sorted(engine.workers) == ["w0", "w1"], "and no third one"
     assert driver.progress.lost_workers >= 1
+
+
+class Placed(ScriptedEngine):
+    """Workers say where they are; what a lease fails with is scripted by worker."""
+
+    def __init__(self, prepared: Prepared, places: dict[str, tuple[str, str]], fails: dict[str, RenderfarmError]) -> None:
+        super().__init__(prepared, {}, {})
+        self.places, self.fails, self.stopped = places, fails, list[str]()
+
+    def start_worker(self, name: str, avoid: frozenset[str] = frozenset()) -> None:
+        if name in self.places:  # the others wait for room
+            node, device = self.places[name]
+            self.says = {"node": node, "accelerators": (device,)}
+            super().start_worker(name)
+
+    def submit(self, worker: str, lease: Lease) -> None:
+        if worker in self.fails:
+            self.submitted.append((worker, lease.number))
+            self.events.append(Failed(worker, lease, self.fails[worker]))
+        else:
+            super().submit(worker, lease)
+
+    def stop_worker(self, worker: str) -> None:
+        self.stopped.append(worker)
+        super().stop_worker(worker)
+
+
+@pytest.fixture
+def drive_placed(write_manifest: Write, write_job: Write) -> Callable[..., tuple[Driver, RunSummary, Placed]]:
+    def run(places: dict[str, tuple[str, str]], fails: dict[str, RenderfarmError], **changes: Any) -> tuple[Driver, RunSummary, Placed]:
+        prepared = prepare(load_job(write_job(write_manifest({"prompt": [f"row {k}" for k in range(40)]}), **changes)))
+        engine = Placed(prepared, places, fails)
+        driver = Driver(prepared, threading.Event(), lambda progress: None)
+        driver.begin()
+        return driver, driver.run(lambda: engine), engine
+
+    return run
+
+
+def test_a_worker_that_is_given_a_benched_device_holds_it_and_gets_no_work(drive_placed: Any) -> None:
+    broken = DeviceLost("CUDA error")
+    places = {"w0": ("n0", "0"), "w1": ("n0", "1"), "w2": ("n0", "1"), "w3": ("n0", "1"), "w4": ("n0", "2")}
+    driver, summary, engine = drive_placed(places, {"w1": broken, "w2": broken})
+    assert (summary.state, summary.images, summary.lost_workers) == ("SUCCEEDED", 40, 2)
+    states = {name: worker.state for name, worker in driver.progress.workers.items()}
+    assert (states["w3"], states["w4"], engine.stopped) == ("benched", "ready", []), "who let it go would be given it again"
+    assert "w3" not in {worker for worker, _ in engine.submitted}
+    assert list(summary.workers_left_out) == ["2 contexts broke on device 1 of node n0, which gets no more work: CUDA error"]
+
+
+def test_where_nobody_else_is_left_a_benched_device_works_again(drive_placed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken, fails = DeviceLost("CUDA error"), dict[str, RenderfarmError]()
+    places = {"w0": ("n0", "0"), "w1": ("n0", "1"), "w2": ("n0", "1"), "w3": ("n0", "1")}
+    start = Placed.start_worker
+
+    def others_die(engine: Placed, name: str, avoid: frozenset[str] = frozenset()) -> None:
+        fails.update({"w0": WorkerLost("gone")} if name == "w3" else {"w1": broken, "w2": broken})
+        start(engine, name, avoid)
+
+    monkeypatch.setattr(Placed, "start_worker", others_die)
+    driver, summary, _ = drive_placed(places, fails)
+    assert (summary.state, summary.images) == ("SUCCEEDED", 40)
+    assert driver.progress.workers["w3"].state == "ready"
+
+
+def test_a_worker_that_comes_from_a_benched_node_is_let_go(drive_placed: Any) -> None:
+    gone = WorkerLost("gone")
+    places = {"w0": ("n1", ""), **{f"w{k}": ("n0", "") for k in range(1, 5)}, "w5": ("n1", "")}
+    driver, summary, engine = drive_placed(places, {f"w{k}": gone for k in range(1, 4)})
+    assert (summary.state, summary.images, summary.lost_workers) == ("SUCCEEDED", 40, 3)
+    assert engine.stopped == ["w4"], "it was asked for where nobody had said where not to"
+    assert driver.progress.workers["w5"].state == "ready"
+
+
+def test_a_run_with_fewer_workers_than_it_wants_ends_in_the_end(drive_placed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Placed, "next_events", lambda self, timeout_s: (time.sleep(0.02), ScriptedEngine.next_events(self, timeout_s))[1])
+    _, summary, _ = drive_placed({"w0": ("n0", "")}, {}, workers={"min": 2, "max": 2, "wait_s": 0.05}, output={"part_rows": 1})
+    assert (summary.state, summary.exit_code) == ("INTERRUPTED", 75)
+    assert 0 < summary.images < 40, "what was in flight is there"
+    assert any("fewer than 2 workers were ready for 0.05 s (workers.wait_s)" in warning for warning in summary.warnings)
+    _, summary, _ = drive_placed({"w0": ("n0", "")}, {}, workers={"min": 1, "max": 2, "wait_s": 0.05}, output={"part_rows": 1})
+    assert summary.state == "SUCCEEDED"
 
 
 def test_what_the_first_worker_measured_decides_the_grid(write_manifest: Write, write_job: Write) -> None:

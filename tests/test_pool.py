@@ -1,11 +1,11 @@
-"""Who gets work, who hangs, what is copied, which node is benched: values in, values out."""
+"""Who gets work, who hangs, what is copied, which node or device is benched: values in, values out."""
 
 from __future__ import annotations
 
 import pyarrow as pa
 import pytest
 
-from renderfarm.pool import HUNG_AT_FIRST_S, HUNG_S, LATE_S, NODE_LOSSES, Pool
+from renderfarm.pool import DEVICE_LOSSES, HUNG_AT_FIRST_S, HUNG_S, LATE_S, NODE_LOSSES, Pool
 from renderfarm.records import Lease, Part, WorkerReady
 
 
@@ -21,6 +21,10 @@ def pool_of(*workers: str, now: float = 0.0) -> Pool:
         pool.starting.add(name)
         pool.join(name, WorkerReady(name, "", "cpu", 0.0, 8, node or "n0"), now)
     return pool
+
+
+def ready(name: str, node: str, *devices: str) -> WorkerReady:
+    return WorkerReady(name, "", "cuda", 0.0, 8, node, devices)
 
 
 def finish(pool: Pool, worker: str, one: Lease, now: float) -> None:
@@ -136,6 +140,29 @@ def test_a_lease_that_is_finished_there_clears_a_node() -> None:
     pool.take("a", one, 0.0)
     finish(pool, "a", one, 1.0)
     assert not pool.lost_on("n0")
+
+
+def test_a_device_whose_context_breaks_twice_is_benched_unless_it_is_the_last() -> None:
+    pool, bad, good = pool_of("a@n0"), ("1",), ready("b", "n0", "0")
+    assert not pool.broke_on("n0", ()), "who computes on the CPU has no device to lose"
+    assert [pool.broke_on("n0", bad) for _ in range(DEVICE_LOSSES)] == [False, True]
+    assert pool.is_benched(ready("c", "n0", "1"))
+    assert not any(pool.is_benched(other) for other in (good, ready("c", "n1", "1"), ready("c", "n0"))), "its number on another node"
+    alone = Pool()
+    alone.join("b", good, 0.0)
+    assert [alone.broke_on("n0", ("0",)) for _ in range(9)] == [False] * 9, "no other device works"
+    pool.pardon()
+    assert not pool.is_benched(ready("c", "n0", "1"))
+
+
+def test_a_lease_that_is_finished_there_clears_a_device() -> None:
+    pool, one = pool_of("b@n1"), lease(1)
+    pool.join("a", ready("a", "n0", "1"), 0.0)
+    assert not pool.broke_on("n0", ("1",))
+    pool.take("a", one, 0.0)
+    finish(pool, "a", one, 1.0)
+    assert not pool.broke_on("n0", ("1",))
+    assert pool.broke_on("n0", ("1",))
 
 
 @pytest.mark.parametrize("name", ["a", "b"])

@@ -9,17 +9,23 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
+import uuid
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from checker import check_complete, error_rows, image_rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from simulation import FAULTS, Fault, Schedule, SimStore, World, simulate
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from simulation import FAULTS, Fault, Schedule, SimStore, World, simulate, world_of
 
 from renderfarm import commit, driver, garbage, pool
 from renderfarm.errors import RenderfarmError
@@ -29,6 +35,7 @@ from renderfarm.preparation import Prepared, prepare
 Write = Callable[..., Path]
 
 FIRST, SCHEDULES = (int(os.environ.get(f"RENDERFARM_TEST_{name}", given)) for name, given in (("FIRST_SCHEDULE", 0), ("SCHEDULES", 3000)))
+EXAMPLES = 200
 GROUP = 100  # schedules a test, so that processes share them
 ROWS, PART_ROWS = 11, 2
 IMAGES = [1, 2, 1, 1, 2, 1, 1, 2, 1, 1, 1]
@@ -47,6 +54,7 @@ COSTS_WORK = (
     "cancel",
     "second driver",
     "store busy",
+    "store away",
     "lose reply",
 )
 POINTS = ("put data/part/*.png", "create data/part/metadata.parquet", "put errors/part.parquet", "put _renderfarm/parts/part.json")
@@ -54,8 +62,6 @@ POINTS = ("put data/part/*.png", "create data/part/metadata.parquet", "put error
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
     import yaml
 
     folder = tmp_path_factory.mktemp("job")
@@ -97,41 +103,46 @@ def live(schedule: Schedule, prepared: Prepared, undisturbed: dict[str, bytes], 
     """One life, and all that must be true of what it leaves."""
     try:
         world = simulate(schedule, prepared)
-        files = files_of(world)
-        for key, data in files.items():
-            (folder / key).parent.mkdir(parents=True, exist_ok=True)
-            (folder / key).write_bytes(data)
-        images, errors = image_rows(folder), error_rows(folder)
-        ended = Counter((row["row"], row["image_index"]) for row in (*images, *errors))
-        assert set(ended) == PLANNED, "nothing is lost"
-        assert max(ended.values()) == 1, "nothing is there twice"
-        assert len(list(folder.glob("data/*/*.png"))) == len(images), "gc has removed what no table names"
-        for summary in world.summaries:
-            if summary.state in ("SUCCEEDED", "PARTIAL"):
-                assert summary.images + summary.errors == len(PLANNED), "who says that all is done has counted right"
-        last = world.summaries[-1]
-        assert last.state not in ("SUCCEEDED", "PARTIAL") or (last.images, last.errors) == (len(images), len(errors))
-        check_complete(folder, PLANNED)
-        failed = {row["row"]: row["error_class"] for row in errors}
-        assert failed.keys() >= {EMPTY, *schedule.bad, *schedule.killers}
-        assert all(failed[row] == "WorkerCrashed" for row in schedule.killers - {EMPTY})
-        innocent = failed.keys() - {EMPTY, *schedule.bad, *schedule.killers, *schedule.healing}
-        deaths = sum(world.struck[kind] for kind in ("kill worker", "zombie", "hang"))
-        suspects = {row // PART_ROWS for row in schedule.killers}  # two workers have died on these parts for good reasons
-        must = sum(1 if row // PART_ROWS in suspects else 3 for row in innocent)
-        assert must <= deaths, "three workers must die on a part before any of its rows is blamed"
-        for key, data in undisturbed.items():
-            part = int(re.findall(r"part-(\d+)", key)[0])
-            if not ({*failed, *schedule.healing} - {EMPTY}) & {part * PART_ROWS, part * PART_ROWS + 1}:
-                assert files[key] == data, "the same bytes as without any fault"
-        again = world.rendered.total() - sum(k < IMAGES[row] for row, k in PLANNED)
-        deaths = sum(world.struck[kind] for kind in COSTS_WORK) + (schedule.die_at is not None)
-        may = MOST_IN_FLIGHT * deaths + 3 * MOST_IN_FLIGHT * len(schedule.killers)
-        assert again <= may, "what was in flight is rendered again, and no more"
+        judge(world, undisturbed, folder)
     except BaseException as error:
         error.add_note(repr(schedule))
         raise
     return world
+
+
+def judge(world: World, undisturbed: dict[str, bytes], folder: Path) -> None:
+    """All that must be true of what a life leaves."""
+    schedule, files = world.schedule, files_of(world)
+    for key, data in files.items():
+        (folder / key).parent.mkdir(parents=True, exist_ok=True)
+        (folder / key).write_bytes(data)
+    images, errors = image_rows(folder), error_rows(folder)
+    ended = Counter((row["row"], row["image_index"]) for row in (*images, *errors))
+    assert set(ended) == PLANNED, "nothing is lost"
+    assert max(ended.values()) == 1, "nothing is there twice"
+    assert len(list(folder.glob("data/*/*.png"))) == len(images), "gc has removed what no table names"
+    for summary in world.summaries:
+        if summary.state in ("SUCCEEDED", "PARTIAL"):
+            assert summary.images + summary.errors == len(PLANNED), "who says that all is done has counted right"
+    last = world.summaries[-1]
+    assert last.state not in ("SUCCEEDED", "PARTIAL") or (last.images, last.errors) == (len(images), len(errors))
+    check_complete(folder, PLANNED)
+    failed = {row["row"]: row["error_class"] for row in errors}
+    assert failed.keys() >= {EMPTY, *schedule.bad, *schedule.killers}
+    assert all(failed[row] == "WorkerCrashed" for row in schedule.killers - {EMPTY})
+    innocent = failed.keys() - {EMPTY, *schedule.bad, *schedule.killers, *schedule.healing}
+    deaths = sum(world.struck[kind] for kind in ("kill worker", "zombie", "hang", "death at a point"))
+    suspects = {row // PART_ROWS for row in schedule.killers}  # two workers have died on these parts for good reasons
+    must = sum(1 if row // PART_ROWS in suspects else 3 for row in innocent)
+    assert must <= deaths, "three workers must die on a part before any of its rows is blamed"
+    for key, data in undisturbed.items():
+        part = int(re.findall(r"part-(\d+)", key)[0])
+        if not ({*failed, *schedule.healing} - {EMPTY}) & {part * PART_ROWS, part * PART_ROWS + 1}:
+            assert files[key] == data, "the same bytes as without any fault"
+    again = world.rendered.total() - sum(k < IMAGES[row] for row, k in PLANNED)
+    deaths = sum(world.struck[kind] for kind in COSTS_WORK) + world.struck["death at a point"]
+    may = MOST_IN_FLIGHT * deaths + 3 * MOST_IN_FLIGHT * len(schedule.killers)
+    assert again <= may, "what was in flight is rendered again, and no more"
 
 
 @pytest.mark.slow
@@ -168,6 +179,79 @@ def test_schedules_that_hypothesis_draws(
     live(Schedule(seed, tuple(faults), workers, killers), prepared, undisturbed, tmp_path_factory.mktemp("life"))
 
 
+class Life(RuleBasedStateMachine):
+    """The same life as moves that hypothesis chooses one after the other, looking at what is published after each."""
+
+    def __init__(self, prepared: Prepared, undisturbed: dict[str, bytes], folder: Path) -> None:
+        super().__init__()
+        self.prepared, self.undisturbed, self.folder = prepared, undisturbed, folder
+        self.around, self.published = ExitStack(), dict[str, bytes]()
+        self.where = dict[tuple[int, int], str]()
+
+    @initialize(
+        seed=st.integers(0, 1000),
+        workers=st.integers(1, 3),
+        killers=st.frozensets(st.integers(0, ROWS - 1), max_size=1),
+        healing=st.frozensets(st.integers(0, ROWS - 1), max_size=2),
+    )
+    def somebody_runs_the_job(self, seed: int, workers: int, killers: frozenset[int], healing: frozenset[int]) -> None:
+        schedule = Schedule(seed, (), workers, killers, healing=healing - killers)
+        self.world = self.around.enter_context(world_of(schedule, self.prepared))
+        self.person = self.world.spawn("person", self.world.person)
+
+    @rule(steps=st.integers(1, 80))
+    def time_passes(self, steps: int) -> None:
+        self.world.let(steps, self.person)
+
+    @rule(kind=st.sampled_from(FAULTS))
+    def something_strikes(self, kind: str) -> None:
+        self.world.strike(kind)
+
+    @rule(when=st.sampled_from(["before", "after"]), what=st.sampled_from(POINTS))
+    def the_next_process_dies_at(self, when: str, what: str) -> None:
+        self.world.dies_next = f"{when} {what}"
+
+    @invariant()
+    def what_is_published_stays_and_no_image_is_there_twice(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        tables = {key: data for key, data in files_of(self.world).items() if key.endswith("/metadata.parquet")}
+        for key in self.published:
+            assert tables.get(key) == self.published[key], key
+        for key in tables.keys() - self.published.keys():
+            for row in pq.read_table(pa.BufferReader(tables[key])).to_pylist():
+                sample = row["row"], row["image_index"]
+                assert sample not in self.where, (key, self.where[sample])
+                self.where[sample] = key
+                assert f"{key.rpartition('/')[0]}/{row['file_name']}" in self.world.keys, "a table names what is there"
+        self.published = tables
+
+    def teardown(self) -> None:
+        with self.around:
+            if hasattr(self, "world"):
+                self.world.dies_next = ""
+                self.world.run(self.person)
+                self.what_is_published_stays_and_no_image_is_there_twice()
+                self.folder.mkdir()
+                judge(self.world, self.undisturbed, self.folder)
+                shutil.rmtree(self.folder)
+
+
+@pytest.mark.slow
+def test_moves_that_hypothesis_chooses(prepared: Prepared, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    chosen = settings(
+        max_examples=EXAMPLES, stateful_step_count=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
+    run_state_machine_as_test(lambda: Life(prepared, undisturbed, tmp_path / uuid.uuid4().hex), settings=chosen)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_killer_that_is_alone_costs_three_workers(seed: int, prepared: Prepared, undisturbed: dict[str, bytes], tmp_path: Path) -> None:
+    killer = (seed * 3) % ROWS
+    world = live(Schedule(seed, (), workers=1 + seed % 3, killers=frozenset({killer} - {EMPTY})), prepared, undisturbed, tmp_path)
+    assert [summary.lost_workers for summary in world.summaries] == [0 if killer == EMPTY else 3]
+
+
 def test_a_process_may_die_before_and_after_each_of_its_requests(
     prepared: Prepared, undisturbed: dict[str, bytes], tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
@@ -179,6 +263,17 @@ def test_a_process_may_die_before_and_after_each_of_its_requests(
         world = live(replace(quiet, die_at=point), prepared, undisturbed, tmp_path / str(number))
         assert world.died_at[point[0]] >= 1, point
     record_property("schedules", {"deaths at a named point": len(points)})
+
+
+@pytest.mark.parametrize("at", range(60, 220, 10))
+def test_a_run_outlives_a_store_that_is_away_for_ten_minutes(
+    at: int, prepared: Prepared, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    """In whatever it is doing then; also where a row kills its workers, so that somebody must read what was announced."""
+    schedule = Schedule(at, (Fault(at, "store away"),), killers=frozenset({9}), away_s=600)
+    world = live(schedule, prepared, undisturbed, tmp_path)
+    assert [summary.state for summary in world.summaries] == ["PARTIAL"], "one run, which nobody had to start again"
+    assert world.struck["store away"] == 1
 
 
 BROKEN = {

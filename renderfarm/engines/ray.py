@@ -8,11 +8,13 @@ Parquet file).
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import re
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -25,11 +27,13 @@ import ray.exceptions
 
 from renderfarm.config import Job
 from renderfarm.engines.base import Done, Event, Failed, Leaving, Ready
-from renderfarm.errors import Fatal, NodeLost, RenderFailed, RenderfarmError, WorkerLost
+from renderfarm.errors import Fatal, Interrupted, NodeLost, RenderFailed, RenderfarmError, WorkerLost
 from renderfarm.records import Lease, Receipt, WorkerReady
 from renderfarm.worker import MOST_LEASES, Worker, WorkerSpec
 
 DRAIN_POLL_S = 2.0
+HEAD_AWAY_S = 45.0  # Ray itself ends this process without a word when it has not reached the head for 60 s
+CONNECT_S = 2.0
 NODE_DIED = "node has died"  # in Ray's words for an actor that went with its node
 
 
@@ -40,7 +44,8 @@ class _Actor:
         self.worker = Worker(spec)
 
     def ready(self) -> WorkerReady:
-        return replace(self.worker.ready(), node=ray.get_runtime_context().get_node_id())
+        here = ray.get_runtime_context()
+        return replace(self.worker.ready(), node=here.get_node_id(), accelerators=tuple(here.get_accelerator_ids().get("GPU", ())))
 
     def render(self, lease: Lease) -> Receipt:
         return self.worker.render(lease)
@@ -58,6 +63,8 @@ class RayEngine:
         self._nodes: dict[str, str] = {}  # of ready workers
         self._leaving: set[str] = set()  # nodes that the driver knows to go away
         self._asked = 0.0
+        self._head_away: float | None = None
+        """Since when a cluster's head has not answered."""
         self._own = not ray.is_initialized()
         self._fixed = address is None
         """Whether the nodes are what they are; a cluster that was joined may get others."""
@@ -143,10 +150,29 @@ class RayEngine:
         if self._fixed or time.monotonic() < self._asked + DRAIN_POLL_S:
             return []
         self._asked = time.monotonic()
+        if self._is_head_away():  # what is asked of it now would be waited for
+            return []
         new = _draining() - self._leaving
         self._leaving |= new
         driver = [Leaving(None)] if ray.get_runtime_context().get_node_id() in new else []
         return [*driver, *(Leaving(worker) for worker, node in self._nodes.items() if node in new)]
+
+    def _is_head_away(self) -> bool:
+        """Raises Interrupted once it has been away for so long that it will not come back in time."""
+        address = ray.get_runtime_context().gcs_address
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+        except OSError as error:
+            self._head_away = self._head_away or time.monotonic()
+            if time.monotonic() - self._head_away > HEAD_AWAY_S:
+                raise Interrupted(
+                    f"the head of the Ray cluster ({address}) has not answered for {HEAD_AWAY_S:.0f} s ({error}), and Ray does not go on "
+                    "without it; what is committed stays: run the same command again when there is a cluster"
+                ) from None
+            return True
+        self._head_away = None
+        return False
 
     def _event(self, ref: Any) -> Event:
         worker, lease = self._calls.pop(ref)
@@ -171,6 +197,9 @@ class RayEngine:
                 ray.kill(actor)
 
     def shutdown(self) -> None:
+        if self._head_away is not None:  # Ray would wait for it, now and when this process ends; workers end with their nodes
+            atexit.unregister(ray.shutdown)
+            return
         for worker in list(self._actors):
             self._kill(worker)
         if self._own:

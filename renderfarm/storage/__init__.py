@@ -17,6 +17,7 @@ from renderfarm.storage.memory import MemoryStore
 
 __all__ = [
     "OURS",
+    "PATIENCE_S",
     "TEMPORARY",
     "CloudStore",
     "LocalStore",
@@ -52,8 +53,8 @@ def is_store(url: str) -> bool:
     return "://" in url and url.partition("://")[0] in EXTRAS
 
 
-def open_file(url: str) -> BinaryIO:
-    """A file that seeks, to read, by a path or any URL that fsspec knows; from a store as patiently as an output is written.
+def open_file(url: str, patience_s: float = PATIENCE_S) -> BinaryIO:
+    """A file that seeks, to read, by a path or any URL that fsspec knows; from a store with so much patience for each request.
 
     Raises KeyError where there is none, OSError for what a local file does not allow.
     """
@@ -63,7 +64,7 @@ def open_file(url: str) -> BinaryIO:
         except FileNotFoundError:
             raise KeyError(url) from None
     folder, _, name = url.rpartition("/")
-    return CloudStore(folder).open(name)
+    return CloudStore(folder, patience_s=patience_s).open(name)
 
 
 def find_files(url: str) -> tuple[list[str], bool]:
