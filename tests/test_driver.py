@@ -17,7 +17,7 @@ import renderfarm
 from renderfarm import driver as driver_module
 from renderfarm.driver import Driver, RunSummary
 from renderfarm.engines.base import Done, Event, Failed, Ready
-from renderfarm.errors import Fatal, ProfileMismatch, RenderFailed, RenderfarmError, Transient, WorkerLost
+from renderfarm.errors import CutOff, Fatal, ProfileMismatch, RenderFailed, RenderfarmError, Transient, WorkerLost
 from renderfarm.jobfile import load_job
 from renderfarm.models.fake import Fake, State
 from renderfarm.preparation import Prepared, prepare
@@ -224,6 +224,13 @@ def test_a_worker_that_did_not_reach_the_store_is_started_again_as_often_as_it_t
     monkeypatch.setattr(driver_module, "AWAY_S", 0.0)
     summary, _ = drive(starts={f"w{k}": Transient("the store is away") for k in range(12)})
     assert (summary.state, summary.workers_left_out) == ("SUCCEEDED", {})
+
+
+def test_a_server_that_cuts_off_each_answer_is_given_up_after_three_workers(
+    drive: Callable[..., tuple[RunSummary, ScriptedEngine]],
+) -> None:
+    with pytest.raises(Fatal, match="no worker could be started: model org/name: cut off"):
+        drive(starts={f"w{k}": CutOff("model org/name: cut off") for k in range(99)})
 
 
 def test_a_worker_lost_while_a_pause_begins_is_replaced_when_the_run_goes_on(write_manifest: Write, write_job: Write) -> None:

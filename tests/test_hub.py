@@ -131,7 +131,7 @@ def test_a_server_that_cuts_off_each_answer_and_begins_anew_is_given_up(publishe
     with served(published, cut={UNET: 1 << 30}, ranges=False) as hub:
         ended = client("-c", pieces + FIND, hub=hub)
         assert hub.fetched().count(UNET) == 4
-    assert "Transient: model org/name" in ended.stderr
+    assert "CutOff: model org/name" in ended.stderr
     assert "the connection was cut in the middle of a file 3 times; run again to go on" in ended.stderr
 
 
