@@ -138,6 +138,7 @@ def test_two_runs_of_one_job_at_once_write_it_once(bucket: str, write_manifest, 
     assert verify(f"{bucket}/out", Choice(all=True)).ok
 
 
+@pytest.mark.slow
 @pytest.mark.chaos
 def test_a_run_on_ray_that_is_killed_goes_on_where_it_was(s3: str, write_manifest, write_job) -> None:
     """The driver dies with SIGKILL in mid-run; the next run of the same command ends the job, and nothing is there twice."""
@@ -246,7 +247,7 @@ def test_a_model_is_fetched_from_a_store_once(bucket: str, tiny_model, write_man
 
 @pytest.mark.chaos
 def test_two_interrupts_end_a_run_whose_store_does_not_answer(s3: str, faults: FaultProxy, write_manifest, write_job) -> None:
-    columns = {"prompt": [f"a red circle {k}" for k in range(400)]}
+    columns = {"prompt": [f"a red circle {k}" for k in range(40)]}
     job = write_job(write_manifest(columns), output={"path": f"{s3}/out", "part_rows": 2})
     committed = threading.Event()
 
@@ -275,4 +276,4 @@ def test_two_interrupts_end_a_run_whose_store_does_not_answer(s3: str, faults: F
     assert process.returncode == 75, said
     assert "stopped at once: run the same command again to continue" in said
     faults.fault = None
-    assert run(job).images == 400
+    assert run(job).images == 40

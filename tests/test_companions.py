@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from checker import check_complete, error_rows, image_rows
+from covering import covering, only
 from oracle import DTYPES, LEGAL, REFERENCE, B, pixels, plain_pipeline, reference, row
 from pictures_given import encoded, mask, picture
 from PIL import Image
@@ -77,8 +78,7 @@ def test_the_controlled_classes_compared_here_are_those_of_the_table() -> None:
     assert offered == {kind.__name__ for kind in CONTROLLED.values()}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "task"), CONTROLLED)
+@pytest.mark.parametrize(("name", "task", "dtype"), covering([(*key, dtype) for key in CONTROLLED for dtype in DTYPES], together=2))
 def test_a_controlled_row_gets_the_pixels_that_diffusers_gives_it_alone(
     name: str, task: str, dtype: str, tiny_model: Tiny, record_property: Compared
 ) -> None:
@@ -214,11 +214,10 @@ SECOND = {"num_inference_steps": 3, "guidance_scale": 3.0, "noise_level": 100}
 THIRD = {"num_inference_steps": 2, "guidance_scale": 2.0, "noise_level": 50}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("task", "stages"),
-    [*((task, ("super_resolution",)) for task in STAGES_OF), ("text-to-image", ("upscaler",)), ("inpainting", STAGES)],
-)
+STAGED = [*((task, ("super_resolution",)) for task in STAGES_OF), ("text-to-image", ("upscaler",)), ("inpainting", STAGES)]
+
+
+@pytest.mark.parametrize(("task", "stages", "dtype"), covering([(*case, dtype) for case in STAGED for dtype in DTYPES], together=2))
 def test_a_stage_enlarges_the_pictures_of_the_stage_before_as_in_diffusers(
     task: str, stages: tuple[str, ...], dtype: str, tiny_model: Tiny, record_property: Compared
 ) -> None:
@@ -459,8 +458,7 @@ THROUGH_RAY: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", THROUGH_RAY)
+@pytest.mark.parametrize("case", only(["controlnet"], THROUGH_RAY))
 def test_rows_through_ray_have_the_same_pixels_with_one_worker_and_with_two(case: str, job: Job, local_ray: None, tmp_path: Path) -> None:
     kinds, more = THROUGH_RAY[case]
     values, found = columns(12, **{column: cells * 4 for column, cells in more.items()}), []

@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from covering import covering
 
 import renderfarm
 from renderfarm import driver as driver_module
@@ -172,16 +173,17 @@ def test_a_part_whose_answer_came_too_late_for_the_stop_is_counted(write_manifes
     assert summary.images == read_status(summary.out)["images"] == len(renderfarm.open(summary.out)) > 0
 
 
-@pytest.mark.parametrize("heights", [[64], [64, 72, 80, 88]], ids=["one-size", "four-sizes"])
-@pytest.mark.parametrize("part_rows", [1, 2, 5, 8])
+@pytest.mark.parametrize(
+    ("part_rows", "heights"), covering([(rows, heights) for rows in (1, 2, 5, 8) for heights in ((64,), (64, 72, 80, 88))])
+)
 def test_slots_stay_full_over_parts_that_are_smaller_than_a_batch(
-    part_rows: int, heights: list[int], write_manifest: Write, write_job: Write, monkeypatch: pytest.MonkeyPatch
+    part_rows: int, heights: tuple[int, ...], write_manifest: Write, write_job: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each height is a slot group, and steps differ, so that a part waits for its last image while others enter."""
     step, useful = Fake.step, list[int]()
 
     def slow(model: Fake, states: Sequence[State]) -> list[bool]:
-        time.sleep(0.03)  # else there is nothing to wait for
+        time.sleep(0.01)  # else there is nothing to wait for
         useful.append(len(states))
         return step(model, states)
 
