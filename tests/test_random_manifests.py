@@ -11,7 +11,7 @@ import itertools
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -168,12 +168,6 @@ def keeps_their_pixels(one: Model, examples: int, ray: bool = False) -> None:
                 assert record[name] == first[key][name], (key, name)
 
     try_one()
-
-
-@pytest.fixture(autouse=True)
-def one_thread_afterwards() -> Iterator[None]:
-    yield
-    torch.set_num_threads(1)
 
 
 def test_rows_of_shapes_keep_their_pixels_whatever_happens_around_them() -> None:
