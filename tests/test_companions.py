@@ -126,7 +126,7 @@ def test_the_control_image_its_scale_and_its_share_of_the_steps_show_in_the_pixe
     assert (plain != made[0]).mean() > 0.3
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", only(["bfloat16"], DTYPES))
 def test_a_refiner_takes_over_where_diffusers_own_pair_hands_over(dtype: str, tiny_model: Tiny, record_property: Compared) -> None:
     info = described(tiny_model, "sdxl", refiner="sdxl-refiner")
     offered = [name for name in LEGAL["sdxl"] if name not in info.refused_samplers]
@@ -217,10 +217,11 @@ THIRD = {"num_inference_steps": 2, "guidance_scale": 2.0, "noise_level": 50}
 STAGED = [*((task, ("super_resolution",)) for task in STAGES_OF), ("text-to-image", ("upscaler",)), ("inpainting", STAGES)]
 
 
-@pytest.mark.parametrize(("task", "stages", "dtype"), covering([(*case, dtype) for case in STAGED for dtype in DTYPES], together=2))
+@pytest.mark.parametrize(("staged", "dtype"), covering([(case, dtype) for case in STAGED for dtype in DTYPES]))
 def test_a_stage_enlarges_the_pictures_of_the_stage_before_as_in_diffusers(
-    task: str, stages: tuple[str, ...], dtype: str, tiny_model: Tiny, record_property: Compared
+    staged: tuple[str, tuple[str, ...]], dtype: str, tiny_model: Tiny, record_property: Compared
 ) -> None:
+    task, stages = staged
     needed: tuple[str, ...] = IMAGES_OF[task]  # type: ignore[index]
     settings = {"super_resolution": SECOND | ({"strength": 0.7} if needed else {}), "upscaler": THIRD}
     spec = {name: {"id": str(tiny_model(FOLDERS[name])), **settings[name]} for name in stages}
@@ -458,7 +459,8 @@ THROUGH_RAY: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", only(["controlnet"], THROUGH_RAY))
+@pytest.mark.slow  # images go through Ray in test_tasks, too
+@pytest.mark.parametrize("case", THROUGH_RAY)
 def test_rows_through_ray_have_the_same_pixels_with_one_worker_and_with_two(case: str, job: Job, local_ray: None, tmp_path: Path) -> None:
     kinds, more = THROUGH_RAY[case]
     values, found = columns(12, **{column: cells * 4 for column, cells in more.items()}), []
