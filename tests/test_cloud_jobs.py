@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from aiohttp import web
 from checker import lasting
+from covering import covering
 from servers import FaultProxy, lose_reply, s3_error
 
 import renderfarm
@@ -177,13 +178,15 @@ def put_manifests(url: str) -> None:
     store.put("prompts/readme.txt", b"no Parquet")
 
 
+MANIFESTS = [
+    ("prompts", "a0 a1 a2 a3 b0 b1 b2 b3"),
+    ("prompts/b.parquet", "b0 b1 b2 b3"),
+    ("prompts/*.parquet", "a0 a1 a2 a3 b0 b1 b2 b3"),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "prompts"),
-    [
-        ("prompts", "a0 a1 a2 a3 b0 b1 b2 b3"),
-        ("prompts/b.parquet", "b0 b1 b2 b3"),
-        ("prompts/*.parquet", "a0 a1 a2 a3 b0 b1 b2 b3"),
-    ],
+    ("bucket", "name", "prompts"), covering([(kind, *one) for one in MANIFESTS for kind in ("s3", "azure")]), indirect=["bucket"]
 )
 def test_a_manifest_is_read_from_a_store(bucket: str, name: str, prompts: str, write_job) -> None:
     put_manifests(bucket)

@@ -406,6 +406,7 @@ def test_resume_refuses_another_detector_network_or_strength(done: Path, tmp_pat
             renderfarm.run(job, engine="inline")
 
 
+@pytest.mark.slow
 def test_workers_on_ray_give_the_pictures_of_one_in_this_process(done: Path, local_ray: None, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(done, tmp_path / "copy"))
     options = {"workers": {"batch_size": 3, "min": 2, "max": 2}, "output": {"keep_originals": True, "part_rows": 1}}
