@@ -1,9 +1,9 @@
-# make demo | test | lint; everything lives in .venv
+# make demo | test | test-all | lint; everything lives in .venv
 PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint schema record chaos clean
+.PHONY: demo test test-all lint schema record chaos clean
 
 demo: .venv/installed
 	$(BIN)/renderfarm run jobs/demo.yaml
@@ -12,8 +12,13 @@ demo: .venv/installed
 # processes and counts on their time runs by itself afterwards.
 TEST := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest
 test: .venv/installed-dev .venv/azurite
-	$(TEST) -n 2 --dist worksteal $(or $(PYTEST_OPTIONS),-m "not chaos")
-	$(if $(PYTEST_OPTIONS),,$(TEST) -m chaos)
+	$(TEST) -n 2 --dist worksteal $(or $(PYTEST_OPTIONS),-m "not slow and not chaos")
+	$(if $(PYTEST_OPTIONS),,$(TEST) -m "chaos and not slow")
+
+# What is marked slow as well: the rest of each cross product, and what waits long
+test-all: .venv/installed-dev .venv/azurite
+	$(TEST) -n 2 --dist worksteal -m "not chaos"
+	$(TEST) -m chaos
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

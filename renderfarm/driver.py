@@ -35,6 +35,7 @@ from renderfarm.errors import (
     EXIT_OK,
     EXIT_ROWS_FAILED,
     EXIT_STOPPED_BY_USER,
+    CutOff,
     DeviceLost,
     Fatal,
     Interrupted,
@@ -635,7 +636,8 @@ class Driver:
     def _start_failed(self, worker: str, error: RenderfarmError) -> None:
         self.pool.starting.discard(worker)
         shown = self.progress.workers[worker]
-        if isinstance(error, NodeLost | Transient):  # says nothing of the worker; another one is waited for as long as for the first
+        if isinstance(error, NodeLost | Transient) and not isinstance(error, CutOff):
+            # says nothing of the worker; another one is waited for as long as for the first
             shown.state = "lost"
             self.restarts.append(time.monotonic() + AWAY_S)
             return

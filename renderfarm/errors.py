@@ -9,7 +9,8 @@
     │   └── Filtered        the model's own safety checker refused the image
     ├── RenderFailed        torch or diffusers failed on this sample in a way that nobody foresaw
     ├── Transient           may succeed later (store busy, network): retried with backoff, charged to no row
-    │   └── Expired         the store's credentials are too old: waits for new ones
+    │   ├── Expired         the store's credentials are too old: waits for new ones
+    │   └── CutOff          a server ends each answer in its middle: three workers in a row may try
     ├── WorkerLost          the worker died or hangs: its lease goes to another one
     │   ├── DeviceLost      its device gives nothing but errors from now on: the process must end
     │   └── NodeLost        its node died or was taken away: nothing of it is charged to the lease's rows
@@ -82,6 +83,10 @@ class Transient(RenderfarmError):
 
 class Expired(Transient):
     """The credentials have expired; somebody or something renews them."""
+
+
+class CutOff(Transient):
+    """A server that is there ended its answers too early, again and again."""
 
 
 class WorkerLost(RenderfarmError):

@@ -16,6 +16,12 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 
+def read(file: Path) -> list[dict[str, Any]]:
+    """A table's rows. In this thread: for tables of a few rows, more of them take longer."""
+    rows: list[dict[str, Any]] = pq.ParquetFile(file).read(use_threads=False).to_pylist()
+    return rows
+
+
 def tables(out: Path) -> list[Path]:
     """Of layout `files`."""
     return sorted(out.glob("data/*/metadata.parquet"))
@@ -38,15 +44,15 @@ def _pictures(out: Path, *, retries_only: bool = False) -> Iterator[tuple[dict[s
     """(row, the picture's name, its bytes)."""
     only = ".r" if retries_only else ""
     for table in (table for table in tables(out) if only in table.parent.name):
-        for row in pq.read_table(table).to_pylist():
+        for row in read(table):
             yield row, row["file_name"], (table.parent / row["file_name"]).read_bytes()
     for file in (file for file in sorted(out.glob("data/*.parquet")) if only in file.stem):
-        for row in pq.read_table(file).to_pylist():
+        for row in read(file):
             assert row["file_name"] is None
             image = row.pop("image")
             yield row, image["path"], image["bytes"]
     for file in (file for file in sorted(out.glob("data/*.tar")) if only in file.stem):
-        rows = pq.read_table(out / "metadata" / f"{file.stem}.parquet").to_pylist()
+        rows = read(out / "metadata" / f"{file.stem}.parquet")
         with tarfile.open(file) as tar:
             first, *names = tar.getnames()
             assert first.startswith("__")
@@ -70,12 +76,13 @@ def rendering(file: Path) -> tuple[str, int]:
     return part, int(*retry or [0])
 
 
-def error_rows(out: Path) -> list[dict[str, Any]]:
-    """How the samples ended that have no image. What was retried is in several tables, of which the last one counts."""
-    pictured = {(row["row"], row["image_index"]) for row, *_ in _pictures(out)}
+def error_rows(out: Path, images: list[dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+    """How the samples ended that have no image. What was retried is in several tables, of which the last one counts.
+    `images`: of the same output, for who has read them."""
+    pictured = {(row["row"], row["image_index"]) for row in ([row for row, *_ in _pictures(out)] if images is None else images)}
     last: dict[tuple[int, int], dict[str, Any]] = {}
     for file in sorted(out.glob("errors/*.parquet"), key=rendering):
-        rows = {(row["row"], row["image_index"]): row for row in pq.read_table(file).to_pylist()}
+        rows = {(row["row"], row["image_index"]): row for row in read(file)}
         if rendering(file)[1]:
             assert rows.keys() <= last.keys(), "what is rendered again was an error before"
         else:
@@ -84,14 +91,18 @@ def error_rows(out: Path) -> list[dict[str, Any]]:
     return [row for key, row in sorted(last.items()) if key not in pictured]
 
 
-def check_complete(out: Path, planned: set[tuple[int, int]]) -> None:
-    """Every planned (row, image index) ended exactly once, as an image or as an error, and only what failed was rendered again."""
+def check_complete(out: Path, planned: set[tuple[int, int]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Every planned (row, image index) ended exactly once, as an image or as an error, and only what failed was rendered again.
+    The rows of the images, and of the errors."""
     firsts = [file for file in out.glob("errors/*.parquet") if not rendering(file)[1]]
-    failed = {(row["row"], row["image_index"]) for file in firsts for row in pq.read_table(file).to_pylist()}
+    failed = {(row["row"], row["image_index"]) for file in firsts for row in read(file)}
     assert {(row["row"], row["image_index"]) for row, *_ in _pictures(out, retries_only=True)} <= failed
-    ended = Counter((row["row"], row["image_index"]) for row in (*image_rows(out), *error_rows(out)))
+    images = image_rows(out)
+    errors = error_rows(out, images)
+    ended = Counter((row["row"], row["image_index"]) for row in (*images, *errors))
     assert set(ended) == planned, {"missing": sorted(planned - set(ended))[:5], "unplanned": sorted(set(ended) - planned)[:5]}
     assert max(ended.values(), default=1) == 1, [key for key, count in ended.items() if count > 1][:5]
+    return images, errors
 
 
 def lasting(key: str, data: bytes) -> bytes:

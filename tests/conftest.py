@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 import uuid
 from collections import Counter
@@ -52,6 +53,13 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         classes = {name: len(passed) for name, passed in sorted(COMPARED.items()) if all(passed)}
         versions = {name: version(name).partition("+")[0] for name in ("torch", "diffusers", "transformers")}
         Path(file).write_text(json.dumps([{"device": "cpu", **versions, "comparisons": classes}], indent=2) + "\n")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Whatever the test before has told torch, which is for the process: references are computed on one thread."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

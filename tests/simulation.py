@@ -1,4 +1,4 @@
-"""Runs of one output in a simulated world: a clock that jumps, a store in memory, machines that die, one thread at a time.
+"""Runs of one output in a simulated world: a clock that jumps, a store in memory, machines that die, one at a time.
 
 The driver, the worker and the commit are the package's own; what is put in their place is the clock, the store, the engine and
 the slots' thread. Every request to the store and every rendered sample is a point where another actor may go on, where a fault may
@@ -20,6 +20,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 from unittest.mock import patch
+
+from greenlet import getcurrent, greenlet
 
 from renderfarm import commit, control, driver, garbage, heartbeat, outage, progress, reading, requests, worker
 from renderfarm.driver import Driver, RunSummary
@@ -93,9 +95,7 @@ class Schedule:
 @dataclass(eq=False)
 class Actor:
     name: str
-    thread: threading.Thread
-    go: threading.Lock = field(default_factory=threading.Lock)
-    """Held until it is the actor's turn."""
+    turns: greenlet
     wake: float = 0.0
     killed: bool = False
     done: bool = False
@@ -124,8 +124,7 @@ class World:
         self.engines: list[SimEngine] = []
         self.stops: list[threading.Event] = []
         self._actors: list[Actor] = []
-        self._back = threading.Lock()  # held while an actor has its turn
-        self._back.acquire()
+        self._back = getcurrent()  # to whom an actor's turn returns
         self._current: Actor | None = None
         self.failure: BaseException | None = None
         self.summaries: list[RunSummary] = []
@@ -134,7 +133,6 @@ class World:
 
     def spawn(self, name: str, do: Callable[[], None]) -> Actor:
         def run() -> None:
-            actor.go.acquire()
             try:
                 if not actor.killed:
                     do()
@@ -143,20 +141,16 @@ class World:
             except BaseException as error:  # a bug of the world or of the code: the schedule fails with it
                 self.failure = self.failure or error
             actor.done = True
-            self._back.release()
 
-        actor = Actor(name, threading.Thread(target=run, daemon=True), wake=self.now)
-        actor.go.acquire()
+        actor = Actor(name, greenlet(run, self._back), wake=self.now)
         self._actors.append(actor)
-        actor.thread.start()
         return actor
 
     def pause(self, seconds: float = 0.0) -> None:
         """Let the others go on; back in so many seconds of the world's."""
         actor = self.me()
         actor.wake = self.now + seconds
-        self._back.release()
-        actor.go.acquire()
+        self._back.switch()
         if actor.killed:
             raise Killed
 
@@ -191,8 +185,7 @@ class World:
         living = [actor for actor in self._actors if not actor.done]
         self.now = max(self.now, min(actor.wake for actor in living) if not any(actor.killed for actor in living) else 0.0)
         self._current = self.random.choice([actor for actor in living if actor.killed or actor.wake <= self.now])
-        self._current.go.release()
-        self._back.acquire()
+        self._current.turns.switch()
         self._actors = [actor for actor in self._actors if not actor.done]
         while self.faults and self.faults[-1].at <= self.steps and self.failure is None:
             self.strike(self.faults.pop().kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -10,12 +11,16 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
 
 import renderfarm
+from renderfarm.cli import main
+from renderfarm.errors import EXIT_USAGE
 
 Write = Callable[..., Path]
 ROOT = Path(__file__).parent.parent
@@ -26,9 +31,18 @@ def cli(*arguments: object, **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)
 
 
+def here(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """As `cli`, in this process, where what it imports has been imported; for whatever does not `run`."""
+    out, error = io.StringIO(), io.StringIO()
+    line = ["renderfarm", *map(str, arguments)]
+    with patch.object(sys, "argv", line), redirect_stdout(out), redirect_stderr(error), pytest.raises(SystemExit) as end:
+        main()
+    return subprocess.CompletedProcess(arguments, int(end.value.code or 0), out.getvalue(), error.getvalue())
+
+
 def refused(*arguments: object, code: int = 2, **environment: str) -> str:
     """Run a command that must fail with one message and no traceback; returns the message."""
-    done = cli(*arguments, **environment)
+    done = cli(*arguments, **environment) if environment or code != EXIT_USAGE else here(*arguments)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     return " ".join(done.stderr.split())
@@ -56,16 +70,16 @@ def test_every_command_is_in_the_readme() -> None:
 
 def test_run_status_plan_and_validate_speak_json(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
     job = write_job(write_manifest())
-    plan = json.loads(cli("plan", job, "--json").stdout)
+    plan = json.loads(here("plan", job, "--json").stdout)
     assert (plan["rows"], plan["parts left"], plan["images left"]) == (8, 3, 8)
     done = cli("run", job, "--engine", "inline", "--json")
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert (summary["images"], summary["state"]) == (8, "SUCCEEDED")
-    status = json.loads(cli("status", tmp_path / "out", "--json").stdout)
+    status = json.loads(here("status", tmp_path / "out", "--json").stdout)
     assert (status["images"], status["parts done"], status["state"]) == (8, 3, "SUCCEEDED")
-    assert json.loads(cli("validate", job, "--json").stdout)["ok"] is True
-    assert json.loads(cli("plan", job, "--json").stdout)["parts left"] == 0
+    assert json.loads(here("validate", job, "--json").stdout)["ok"] is True
+    assert json.loads(here("plan", job, "--json").stdout)["parts left"] == 0
 
 
 def test_verify_shows_on_a_terminal_how_far_it_is_and_nowhere_else(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
@@ -97,23 +111,23 @@ def test_verify_and_inspect_say_what_is_right_and_exit_3_where_it_is_not(write_m
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8 images and 0 error rows in 3 of 3 parts; each one is what its table says" in done.stdout
     assert "rendered again: 8 of 8 identical, bit for bit" in done.stdout
-    assert json.loads(cli("verify", out, "--sample", "0", "--json").stdout)["again"] == []
-    assert len(json.loads(cli("verify", out, "--all", "--json").stdout)["again"]) == 8
+    assert json.loads(here("verify", out, "--sample", "0", "--json").stdout)["again"] == []
+    assert len(json.loads(here("verify", out, "--all", "--json").stdout)["again"]) == 8
     assert "'3-' is not a range" in refused("verify", out, "--rows", "3-")
     assert "give one of them" in refused("verify", out, "--rows", "3", "--all")
 
-    shown = cli("inspect", out, "4", "--render", tmp_path / "alone.png")
+    shown = here("inspect", out, "4", "--render", tmp_path / "alone.png")
     assert "a large orange circle on a white background" in shown.stdout
     assert f"rendered again into {tmp_path / 'alone.png'}: identical" in shown.stdout
-    assert json.loads(cli("inspect", out, "4:0", "--json").stdout)["record"]["row"] == 4
+    assert json.loads(here("inspect", out, "4:0", "--json").stdout)["record"]["row"] == 4
     assert "rows 0 to 7" in refused("inspect", out, "8")
     assert "not ROW or ROW:K" in refused("inspect", out, "four")
     assert "cannot be written" in refused("inspect", out, "4", "--render", tmp_path / "no/such/folder.png")
 
     next((out / "_renderfarm/parts").glob("part-00000002.*")).unlink()
-    assert "no index entry for 1 of 3 parts" in " ".join(cli("verify", out, "--sample", "0").stdout.split())
+    assert "no index entry for 1 of 3 parts" in " ".join(here("verify", out, "--sample", "0").stdout.split())
     sorted(out.glob("data/*/*.png"))[0].unlink()
-    done = cli("verify", out, "--sample", "0")
+    done = here("verify", out, "--sample", "0")
     assert done.returncode == 3
     assert "1 problems" in done.stdout
     assert "the file is missing" in done.stdout
@@ -131,14 +145,14 @@ def prepared_only(job: Path, out: Path) -> Path:
 
 @pytest.mark.parametrize("command", [["models"], ["samplers"], ["schema", "job"], ["schema", "images"], ["schema", "errors"]])
 def test_listing_commands_print_for_people_and_as_json(command: list[str]) -> None:
-    assert cli(*command).stdout.strip()
-    assert json.loads(cli(*command, "--json").stdout)
+    assert here(*command).stdout.strip()
+    assert json.loads(here(*command, "--json").stdout)
 
 
 def test_samplers_of_a_model_are_those_that_it_can_use_and_the_others_have_a_reason() -> None:
-    rows = json.loads(cli("samplers", "--model", "builtin:shapes", "--json").stdout)["samplers"]
+    rows = json.loads(here("samplers", "--model", "builtin:shapes", "--json").stdout)["samplers"]
     assert {row["name"] for row in rows if not row["refused"]} == {row["name"] for row in rows if row["kind"] == "diffusion"}
-    shown = cli("samplers", "--model", "builtin:shapes").stdout
+    shown = here("samplers", "--model", "builtin:shapes").stdout
     assert "refused: sampler flow-euler is for flow models, and this is a diffusion model" in shown
     assert "no such folder" in refused("samplers", "--model", "./nowhere")
     assert "needs its full commit" in refused("samplers", "--model", "org/name@main")
@@ -175,7 +189,7 @@ def test_failed_rows_exit_3_and_say_where_the_reasons_are(write_manifest: Write,
 
 def test_validate_names_file_row_and_column(write_manifest: Write, write_job: Write) -> None:
     manifest = write_manifest({"id": ["a", "b", "a"], "prompt": ["x", None, "z"], "height": [64, 64, 70]})
-    done = cli("validate", write_job(manifest))
+    done = here("validate", write_job(manifest))
     assert done.returncode == 3
     assert "prompts.parquet, row 1: prompt is null" in done.stdout
     assert "prompts.parquet, row 2: height is 70; it must be a multiple of 8 for this model: 64 or 72" in done.stdout

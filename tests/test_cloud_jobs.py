@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from aiohttp import web
 from checker import lasting
+from covering import covering
 from servers import FaultProxy, lose_reply, s3_error
 
 import renderfarm
@@ -138,6 +139,7 @@ def test_two_runs_of_one_job_at_once_write_it_once(bucket: str, write_manifest, 
     assert verify(f"{bucket}/out", Choice(all=True)).ok
 
 
+@pytest.mark.slow
 @pytest.mark.chaos
 def test_a_run_on_ray_that_is_killed_goes_on_where_it_was(s3: str, write_manifest, write_job) -> None:
     """The driver dies with SIGKILL in mid-run; the next run of the same command ends the job, and nothing is there twice."""
@@ -176,13 +178,15 @@ def put_manifests(url: str) -> None:
     store.put("prompts/readme.txt", b"no Parquet")
 
 
+MANIFESTS = [
+    ("prompts", "a0 a1 a2 a3 b0 b1 b2 b3"),
+    ("prompts/b.parquet", "b0 b1 b2 b3"),
+    ("prompts/*.parquet", "a0 a1 a2 a3 b0 b1 b2 b3"),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "prompts"),
-    [
-        ("prompts", "a0 a1 a2 a3 b0 b1 b2 b3"),
-        ("prompts/b.parquet", "b0 b1 b2 b3"),
-        ("prompts/*.parquet", "a0 a1 a2 a3 b0 b1 b2 b3"),
-    ],
+    ("bucket", "name", "prompts"), covering([(kind, *one) for one in MANIFESTS for kind in ("s3", "azure")]), indirect=["bucket"]
 )
 def test_a_manifest_is_read_from_a_store(bucket: str, name: str, prompts: str, write_job) -> None:
     put_manifests(bucket)
@@ -246,7 +250,7 @@ def test_a_model_is_fetched_from_a_store_once(bucket: str, tiny_model, write_man
 
 @pytest.mark.chaos
 def test_two_interrupts_end_a_run_whose_store_does_not_answer(s3: str, faults: FaultProxy, write_manifest, write_job) -> None:
-    columns = {"prompt": [f"a red circle {k}" for k in range(400)]}
+    columns = {"prompt": [f"a red circle {k}" for k in range(40)]}
     job = write_job(write_manifest(columns), output={"path": f"{s3}/out", "part_rows": 2})
     committed = threading.Event()
 
@@ -275,4 +279,4 @@ def test_two_interrupts_end_a_run_whose_store_does_not_answer(s3: str, faults: F
     assert process.returncode == 75, said
     assert "stopped at once: run the same command again to continue" in said
     faults.fault = None
-    assert run(job).images == 400
+    assert run(job).images == 40

@@ -125,6 +125,7 @@ def every(rows: int) -> set[tuple[int, int]]:
     return {(row, 0) for row in range(rows)}
 
 
+@pytest.mark.slow  # nodes join in the next test, too
 @pytest.mark.parametrize("nodes", [0], indirect=True)
 def test_a_run_waits_for_its_first_node_and_grows_when_another_joins(nodes: Nodes, begin: Callable[..., Run]) -> None:
     run = begin([f"row {k}" for k in range(900)], "--address", nodes.address, step_s="0.2")
@@ -159,6 +160,7 @@ def test_workers_of_a_node_that_is_drained_finish_and_go_to_another(nodes: Nodes
     check_complete(run.out, every(900))
 
 
+@pytest.mark.slow  # nodes that are lost are simulated, too
 @pytest.mark.parametrize("nodes", [1], indirect=True)
 def test_a_run_outlives_the_loss_of_all_its_nodes(nodes: Nodes, begin: Callable[..., Run]) -> None:
     run = begin([f"row {k}" for k in range(60)], "--address", nodes.address, step_s="0.1", workers=1)
@@ -209,6 +211,7 @@ def test_when_the_head_dies_the_run_says_so_and_a_fresh_cluster_goes_on(nodes: N
     check_complete(run.out, every(300))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nodes", [1], indirect=True)
 def test_when_no_node_comes_the_run_says_so_and_can_be_run_again(nodes: Nodes, begin: Callable[..., Run], tmp_path: Path) -> None:
     run = begin(["a"] * 30, "--address", nodes.address, "--set", "workers.wait_s=12", step_s="0.2", workers=1)
@@ -220,6 +223,7 @@ def test_when_no_node_comes_the_run_says_so_and_can_be_run_again(nodes: Nodes, b
     assert renderfarm.run(tmp_path / "job.yaml", engine="inline").images == 30
 
 
+@pytest.mark.slow  # test_run.py has a row that ends its worker, the simulation those that hang
 @pytest.mark.parametrize("word", ["segv", "hang", "cuda"])
 def test_one_killer_among_many_rows_costs_itself_and_three_workers(word: str, begin: Callable[..., Run]) -> None:
     rows = 300
@@ -232,6 +236,7 @@ def test_one_killer_among_many_rows_costs_itself_and_three_workers(word: str, be
     assert (summary["images"], summary["lost_workers"]) == (rows - 1, 3)
 
 
+@pytest.mark.slow  # simulated, too
 def test_two_runs_of_one_output_share_the_work(begin: Callable[..., Run], tmp_path: Path) -> None:
     one = begin([f"row {k}" for k in range(900)], step_s="0.1", workers=1)
     one.wait_for(lambda: bool(one.progress()))
@@ -256,6 +261,7 @@ def test_a_run_that_is_not_to_share_says_who_is_at_work_and_leaves(begin: Callab
     assert one.end()["state"] == "SUCCEEDED"
 
 
+@pytest.mark.slow  # simulated, too
 def test_a_slow_worker_at_the_end_is_overtaken(begin: Callable[..., Run]) -> None:
     """SIGSTOP makes a worker slow without killing it; another one gets a copy of its lease."""
     run = begin([f"row {k}" for k in range(300)], step_s="0.05")

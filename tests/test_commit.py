@@ -269,7 +269,7 @@ def test_a_missing_view_and_a_missing_index_entry_are_mended_when_the_part_is_fo
 
 def test_of_sixteen_workers_with_one_part_one_commits_and_all_report_the_same(store: Store, layout: Layout) -> None:
     with ThreadPoolExecutor(16) as pool:
-        for round_ in range(20):
+        for round_ in range(8):
             part, start = Part(round_, 0, 16), threading.Barrier(16)
 
             def race(worker: int, part: Part = part, start: threading.Barrier = start) -> PartReceipt:

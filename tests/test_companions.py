@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from checker import check_complete, error_rows, image_rows
+from covering import covering, only
 from oracle import DTYPES, LEGAL, REFERENCE, B, pixels, plain_pipeline, reference, row
 from pictures_given import encoded, mask, picture
 from PIL import Image
@@ -77,8 +78,7 @@ def test_the_controlled_classes_compared_here_are_those_of_the_table() -> None:
     assert offered == {kind.__name__ for kind in CONTROLLED.values()}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "task"), CONTROLLED)
+@pytest.mark.parametrize(("name", "task", "dtype"), covering([(*key, dtype) for key in CONTROLLED for dtype in DTYPES], together=2))
 def test_a_controlled_row_gets_the_pixels_that_diffusers_gives_it_alone(
     name: str, task: str, dtype: str, tiny_model: Tiny, record_property: Compared
 ) -> None:
@@ -126,7 +126,7 @@ def test_the_control_image_its_scale_and_its_share_of_the_steps_show_in_the_pixe
     assert (plain != made[0]).mean() > 0.3
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", only(["bfloat16"], DTYPES))
 def test_a_refiner_takes_over_where_diffusers_own_pair_hands_over(dtype: str, tiny_model: Tiny, record_property: Compared) -> None:
     info = described(tiny_model, "sdxl", refiner="sdxl-refiner")
     offered = [name for name in LEGAL["sdxl"] if name not in info.refused_samplers]
@@ -214,14 +214,14 @@ SECOND = {"num_inference_steps": 3, "guidance_scale": 3.0, "noise_level": 100}
 THIRD = {"num_inference_steps": 2, "guidance_scale": 2.0, "noise_level": 50}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("task", "stages"),
-    [*((task, ("super_resolution",)) for task in STAGES_OF), ("text-to-image", ("upscaler",)), ("inpainting", STAGES)],
-)
+STAGED = [*((task, ("super_resolution",)) for task in STAGES_OF), ("text-to-image", ("upscaler",)), ("inpainting", STAGES)]
+
+
+@pytest.mark.parametrize(("staged", "dtype"), covering([(case, dtype) for case in STAGED for dtype in DTYPES]))
 def test_a_stage_enlarges_the_pictures_of_the_stage_before_as_in_diffusers(
-    task: str, stages: tuple[str, ...], dtype: str, tiny_model: Tiny, record_property: Compared
+    staged: tuple[str, tuple[str, ...]], dtype: str, tiny_model: Tiny, record_property: Compared
 ) -> None:
+    task, stages = staged
     needed: tuple[str, ...] = IMAGES_OF[task]  # type: ignore[index]
     settings = {"super_resolution": SECOND | ({"strength": 0.7} if needed else {}), "upscaler": THIRD}
     spec = {name: {"id": str(tiny_model(FOLDERS[name])), **settings[name]} for name in stages}
@@ -459,7 +459,7 @@ THROUGH_RAY: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # images go through Ray in test_tasks, too
 @pytest.mark.parametrize("case", THROUGH_RAY)
 def test_rows_through_ray_have_the_same_pixels_with_one_worker_and_with_two(case: str, job: Job, local_ray: None, tmp_path: Path) -> None:
     kinds, more = THROUGH_RAY[case]

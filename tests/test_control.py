@@ -157,7 +157,7 @@ class Running:
 
     def __init__(self, job: Path, out: Path) -> None:
         self.store, self.ended = open_store(str(out)), list[Any]()
-        self.stop = threading.Event()
+        self.stop, self.before = threading.Event(), set(threading.enumerate())
         self.thread = threading.Thread(target=lambda: self.ended.append(renderfarm.run(job, engine="inline", stop=self.stop)))
         self.thread.start()
 
@@ -167,6 +167,11 @@ class Running:
             assert time.monotonic() < deadline, said
             time.sleep(0.02)
         return said
+
+    def workers(self) -> list[str]:
+        """The threads of workers that began with this run; other tests' may still be ending."""
+        began = set(threading.enumerate()) - self.before
+        return [thread.name for thread in began if thread.name in ("render", "lease")]
 
     def end(self) -> Any:
         self.thread.join(60)
@@ -185,9 +190,10 @@ def running(
 
 
 def test_a_paused_run_finishes_what_is_in_flight_lets_its_workers_go_and_goes_on(running: Running) -> None:
+    assert "render" in running.workers()
     control.ask(running.store, "pause")
     done = running.wait_for("PAUSED")["parts_done"]
-    assert [thread.name for thread in threading.enumerate() if thread.name in ("render", "lease")] == []
+    assert running.workers() == []
     time.sleep(0.3)
     assert commit.counts(commit.index_entries(running.store)).parts_done == done < 20, "nothing more is rendered"
     assert wait(running.store.url).state == "PAUSED"

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import test_tasks
 import torch
+from covering import covering
 from oracle import CLASSES, LEGAL, Model, row
 from test_adapters import make_adapter
 
@@ -213,8 +214,7 @@ def offload(one: Model, how: str) -> None:
     one.adapter._place(one.adapter.pipe)
 
 
-@pytest.mark.parametrize("how", ["model", "sequential"])
-@pytest.mark.parametrize("name", LEGAL)
+@pytest.mark.parametrize(("name", "how"), covering([(name, how) for name in LEGAL for how in ("model", "sequential")]))
 def test_the_hooks_that_bring_components_to_the_device_move_no_pixel(name: str, how: str, fresh: Callable[..., Model]) -> None:
     one, rows = fresh(name), some_rows(name)
     plain = one.render(rows)
@@ -227,8 +227,7 @@ def test_the_hooks_that_bring_components_to_the_device_move_no_pixel(name: str, 
         assert all(weights.is_meta for weights in one.denoiser.parameters())
 
 
-@pytest.mark.parametrize("how", ["model", "sequential"])
-@pytest.mark.parametrize(("name", "task"), test_tasks.CLASSES)
+@pytest.mark.parametrize(("name", "task", "how"), covering([(*key, how) for key in test_tasks.CLASSES for how in ("model", "sequential")]))
 def test_the_hooks_move_no_pixel_of_rows_with_images(name: str, task: Any, how: str, fresh: Callable[..., Model]) -> None:
     one = fresh(name)
     one.info = for_task(one.info, IMAGES_OF[task])

@@ -12,12 +12,13 @@ from random import Random
 from typing import Any
 
 import pytest
+from covering import covering
 
 import renderfarm
 from renderfarm import driver as driver_module
 from renderfarm.driver import Driver, RunSummary
 from renderfarm.engines.base import Done, Event, Failed, Ready
-from renderfarm.errors import DeviceLost, Fatal, ProfileMismatch, RenderFailed, RenderfarmError, Transient, WorkerLost
+from renderfarm.errors import CutOff, DeviceLost, Fatal, ProfileMismatch, RenderFailed, RenderfarmError, Transient, WorkerLost
 from renderfarm.jobfile import load_job
 from renderfarm.models.fake import Fake, State
 from renderfarm.preparation import Prepared, prepare
@@ -254,16 +255,17 @@ def test_a_part_whose_answer_came_too_late_for_the_stop_is_counted(write_manifes
     assert summary.images == read_status(summary.out)["images"] == len(renderfarm.open(summary.out)) > 0
 
 
-@pytest.mark.parametrize("heights", [[64], [64, 72, 80, 88]], ids=["one-size", "four-sizes"])
-@pytest.mark.parametrize("part_rows", [1, 2, 5, 8])
+@pytest.mark.parametrize(
+    ("part_rows", "heights"), covering([(rows, heights) for rows in (1, 2, 5, 8) for heights in ((64,), (64, 72, 80, 88))])
+)
 def test_slots_stay_full_over_parts_that_are_smaller_than_a_batch(
-    part_rows: int, heights: list[int], write_manifest: Write, write_job: Write, monkeypatch: pytest.MonkeyPatch
+    part_rows: int, heights: tuple[int, ...], write_manifest: Write, write_job: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each height is a slot group, and steps differ, so that a part waits for its last image while others enter."""
     step, useful = Fake.step, list[int]()
 
     def slow(model: Fake, states: Sequence[State]) -> list[bool]:
-        time.sleep(0.03)  # else there is nothing to wait for
+        time.sleep(0.01)  # else there is nothing to wait for
         useful.append(len(states))
         return step(model, states)
 
@@ -306,6 +308,13 @@ def test_a_worker_that_did_not_reach_the_store_is_started_again_as_often_as_it_t
     monkeypatch.setattr(driver_module, "AWAY_S", 0.0)
     summary, _ = drive(starts={f"w{k}": Transient("the store is away") for k in range(12)})
     assert (summary.state, summary.workers_left_out) == ("SUCCEEDED", {})
+
+
+def test_a_server_that_cuts_off_each_answer_is_given_up_after_three_workers(
+    drive: Callable[..., tuple[RunSummary, ScriptedEngine]],
+) -> None:
+    with pytest.raises(Fatal, match="no worker could be started: model org/name: cut off"):
+        drive(starts={f"w{k}": CutOff("model org/name: cut off") for k in range(99)})
 
 
 def test_a_worker_lost_while_a_pause_begins_is_replaced_when_the_run_goes_on(write_manifest: Write, write_job: Write) -> None:

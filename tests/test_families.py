@@ -12,6 +12,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from covering import covering
 from oracle import CALL_FAMILIES, CLASSES, DTYPES, LEGAL, B, Model, pixels, plain_pipeline, row
 
 from renderfarm.config import Workers
@@ -52,6 +53,18 @@ def mixed_rows(name: str) -> list[Sample]:
     return rows
 
 
+def few(rows: list[Sample]) -> list[Sample]:
+    """Six of them, from the first to the last."""
+    return [rows[k * (len(rows) - 1) // 5] for k in range(6)]
+
+
+Many = Callable[[list[Sample]], list[Sample]]
+FEW_OR_ALL = [
+    *(pytest.param(name, few, id=f"{name}-few") for name in CLASSES),
+    *(pytest.param(name, list, marks=pytest.mark.slow, id=f"{name}-all") for name in CLASSES),
+]
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_samplers_compared_here_are_those_offered(name: str, model: Models) -> None:
     info = model(name).info
@@ -59,8 +72,10 @@ def test_the_samplers_compared_here_are_those_offered(name: str, model: Models) 
     assert offered == set(LEGAL[name]) or (name in ("sdxl-plain", "sd-odd-width") and offered > set(LEGAL[name]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "sampler"), [(name, sampler) for name, samplers in LEGAL.items() for sampler in samplers])
+@pytest.mark.parametrize(
+    ("name", "sampler", "dtype"),
+    covering([(name, sampler, dtype) for name, samplers in LEGAL.items() for sampler in samplers for dtype in DTYPES], together=2),
+)
 def test_pixels_equal_those_of_diffusers_own_pipeline(
     name: str, sampler: str, dtype: str, model: Models, record_property: Callable[[str, str], None]
 ) -> None:
@@ -97,8 +112,7 @@ def test_the_default_sampler_gives_the_pixels_of_the_pipeline_as_its_folder_says
         one.close()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(("name", "dtype"), covering([(name, dtype) for name in CLASSES for dtype in DTYPES]))
 def test_a_mixed_batch_gives_each_row_the_pixels_that_diffusers_gives_it_alone(
     name: str, dtype: str, model: Models, record_property: Callable[[str, str], None]
 ) -> None:
@@ -108,9 +122,9 @@ def test_a_mixed_batch_gives_each_row_the_pixels_that_diffusers_gives_it_alone(
         np.testing.assert_array_equal(ours, one.reference(wanted), err_msg=str(wanted))
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_order_and_mates_move_no_pixel(name: str, model: Models) -> None:
-    one, rows = model(name), mixed_rows(name)
+@pytest.mark.parametrize(("name", "many"), FEW_OR_ALL)
+def test_order_and_mates_move_no_pixel(name: str, many: Many, model: Models) -> None:
+    one, rows = model(name), many(mixed_rows(name))
     first = one.render(rows)
     for a, b in zip(first, one.render(rows[::-1])[::-1], strict=True):
         np.testing.assert_array_equal(a, b)
@@ -118,8 +132,7 @@ def test_order_and_mates_move_no_pixel(name: str, model: Models) -> None:
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(("name", "dtype"), covering([(name, dtype) for name in CLASSES for dtype in DTYPES]))
 def test_a_denoiser_that_tells_places_apart_by_a_bit_is_found_out(name: str, dtype: str, model: Models) -> None:
     one, wanted = model(name, dtype), mixed_rows(name)[1]
     torch.set_num_threads(1)  # of this thread: it is not the one that the slot loop renders in
@@ -138,9 +151,9 @@ def test_a_denoiser_that_tells_places_apart_by_a_bit_is_found_out(name: str, dty
         handle.remove()
 
 
-@pytest.mark.parametrize("name", CLASSES)
-def test_random_numbers_drawn_by_others_between_the_steps_move_no_pixel(name: str, model: Models) -> None:
-    one, rows = model(name), mixed_rows(name)
+@pytest.mark.parametrize(("name", "many"), FEW_OR_ALL)
+def test_random_numbers_drawn_by_others_between_the_steps_move_no_pixel(name: str, many: Many, model: Models) -> None:
+    one, rows = model(name), many(mixed_rows(name))
     quiet, calls = one.render(rows), 0
 
     def disturb(*_: Any) -> None:
@@ -180,7 +193,7 @@ def test_a_model_that_is_loaded_beside_the_rendering_moves_no_pixel(name: str, m
 @pytest.mark.parametrize("name", ["sd", "lcm", "sdxl", "sd3", "flux-dev"])
 def test_with_two_threads_the_reference_is_diffusers_with_two_threads(name: str, tiny_model: Callable[[str], Path]) -> None:
     one = Model(name, tiny_model(name), threads=2, batch_size=4)
-    rows = [replace(wanted, height=64, width=64) for wanted in mixed_rows(name)]
+    rows = [replace(wanted, height=64, width=64) for wanted in few(mixed_rows(name))]
     try:
         for wanted, ours in zip(rows, one.render(rows), strict=True):
             np.testing.assert_array_equal(ours, one.reference(wanted), err_msg=str(wanted))
@@ -220,8 +233,7 @@ def painting(one: Model, monkeypatch: pytest.MonkeyPatch, value: float, whole: b
     monkeypatch.setattr(vae, "decode", decoded)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize(("name", "value"), covering([(name, float(value)) for name in CLASSES for value in ("nan", "inf", "-inf")]))
 def test_a_picture_that_is_not_finite_is_an_error_and_no_white_or_black_spot(
     name: str, value: float, model: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:

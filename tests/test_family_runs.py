@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from checker import check_complete, error_rows, image_rows, tables
+from covering import only
 from oracle import CLASSES, B, Model, plain_pipeline, row
 from test_adapters import make_adapter
 
@@ -70,8 +71,7 @@ def test_a_job_gives_the_pixels_of_diffusers_and_the_familys_columns(
         assert made["pixel_sha256"] == hashlib.sha256(expected.tobytes()).hexdigest(), made
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [*(name for name in COLUMNS if name != "flux-schnell"), "generic"])
+@pytest.mark.parametrize("name", only(["sd3"], [*(name for name in COLUMNS if name != "flux-schnell"), "generic"]))
 def test_twelve_rows_through_ray_have_the_same_pixels_with_one_worker_and_with_two(
     name: str, tiny_model: Callable[[str], Path], local_ray: None, write_manifest: Write, write_job: Write, tmp_path: Path
 ) -> None:
@@ -107,8 +107,7 @@ def rendered_by_one_and_by_two(write_job: Write, manifest: Path, tmp_path: Path,
 SHORT = {"height": 32, "width": 32, "num_inference_steps": 2}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["sdxl", "qwen-image"])  # slots and calls
+@pytest.mark.parametrize("name", only(["qwen-image"], ["sdxl", "qwen-image"]))  # slots and calls
 def test_twelve_rows_with_adapters_of_their_own_have_the_same_pixels_through_ray(
     name: str, tiny_model: Callable[[str], Path], local_ray: None, write_manifest: Write, write_job: Write, tmp_path: Path
 ) -> None:

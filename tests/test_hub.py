@@ -75,7 +75,6 @@ def job(write_manifest: Callable[..., Path], write_job: Callable[..., Path]) -> 
     return write
 
 
-@pytest.mark.slow
 def test_a_model_is_fetched_once_and_rendered_again_and_verified_without_the_hub(
     published: Path, client: Client, job: Callable[..., str], tmp_path: Path, write_job: Callable[..., Path]
 ) -> None:
@@ -131,7 +130,7 @@ def test_a_server_that_cuts_off_each_answer_and_begins_anew_is_given_up(publishe
     with served(published, cut={UNET: 1 << 30}, ranges=False) as hub:
         ended = client("-c", pieces + FIND, hub=hub)
         assert hub.fetched().count(UNET) == 4
-    assert "Transient: model org/name" in ended.stderr
+    assert "CutOff: model org/name" in ended.stderr
     assert "the connection was cut in the middle of a file 3 times; run again to go on" in ended.stderr
 
 
@@ -180,7 +179,7 @@ print(find_model(model_spec({str(tiny_model("sd"))!r}, ["vae=org/name@{COMMIT}/v
     assert (Path(ended.stdout.strip()) / "unet").resolve() == tiny_model("sd") / "unet"
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # its client waits between its attempts
 def test_a_hub_that_is_away_for_the_moment_is_said_and_the_next_run_goes_on(
     published: Path, client: Client, job: Callable[..., str]
 ) -> None:
@@ -188,7 +187,11 @@ def test_a_hub_that_is_away_for_the_moment_is_said_and_the_next_run_goes_on(
     assert away.returncode == 4
     assert "model org/name: cannot be fetched at" in away.stderr
     assert "run again to go on" in away.stderr
-    offline = client("-m", "renderfarm", "plan", job(), hub="http://127.0.0.1:9", HF_HUB_OFFLINE="1")
-    assert "HF_HUB_OFFLINE forbids to fetch it" in offline.stderr
     with served(published, token="hf_right") as hub:
         assert client("-m", "renderfarm", "plan", job(), hub=hub, HF_TOKEN="hf_right").returncode == 0
+
+
+def test_a_model_that_is_not_here_while_the_hub_is_not_to_be_asked_is_said(client: Client, job: Callable[..., str]) -> None:
+    offline = client("-m", "renderfarm", "plan", job(), hub="http://127.0.0.1:9", HF_HUB_OFFLINE="1")
+    assert offline.returncode == 4
+    assert "HF_HUB_OFFLINE forbids to fetch it" in offline.stderr

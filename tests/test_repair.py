@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from checker import lasting
+from covering import covering
 from typer.testing import CliRunner
 
 import renderfarm
@@ -411,8 +412,7 @@ def test_a_store_that_is_away_is_no_damage(folder: Path, out: Path, monkeypatch:
 # ------------------------------------------------------------------------------------------------- stores, command line
 
 
-@pytest.mark.parametrize("kind", ["s3", "azure"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "kind"), covering([(layout, kind) for layout in LAYOUTS for kind in ("s3", "azure")]))
 def test_an_output_in_a_store_is_mended_there(kind: str, layout: str, write_manifest, write_job, request: pytest.FixtureRequest) -> None:
     out = f"{request.getfixturevalue(kind)}/out"
     job = write_job(write_manifest(PROMPTS), output={"path": out, "layout": layout})

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from checker import check_complete, pixels, tables
+from covering import only
 
 import renderfarm
 
@@ -92,7 +93,7 @@ def test_a_killed_driver_leaves_no_ray_process_behind(write_manifest: Write, wri
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("engine", ["inline", "ray"])
+@pytest.mark.parametrize("engine", only(["ray"], ["inline", "ray"]))
 def test_a_second_sigterm_ends_at_once_with_75(engine: str, write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
     manifest = write_manifest({"prompt": [f"row {k}" for k in range(400)]})
     job = write_job(manifest, output={"part_rows": 100}, render={"num_inference_steps": 20})
@@ -129,7 +130,7 @@ def is_blocked(pid: int, number: signal.Signals) -> bool:
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("engine", ["inline", "ray"])
+@pytest.mark.parametrize("engine", only(["ray"], ["inline", "ray"]))
 def test_sigterm_to_every_process_of_a_run_finishes_the_parts_in_flight_and_exits_75(
     engine: str, write_manifest: Write, write_job: Write, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from checker import error_rows, image_rows
+from covering import only
 from pictures_given import encoded, picture
 from servers import answering
 from test_tasks import Site
@@ -82,8 +83,7 @@ def server() -> Iterator[str]:
         yield url.removeprefix("http://")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["inline", "ray"])
+@pytest.mark.parametrize("engine", only(["inline"], ["inline", "ray"]))
 def test_secrets_of_the_environment_and_of_urls_are_in_no_file_and_in_nothing_that_is_said(
     engine: str, tiny_model: Callable[[str], Path], write_manifest: Write, write_job: Write, tmp_path: Path, server: str
 ) -> None:

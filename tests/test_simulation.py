@@ -21,7 +21,7 @@ from unittest.mock import patch
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from checker import check_complete, error_rows, image_rows
+from checker import check_complete
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
@@ -116,17 +116,13 @@ def judge(world: World, undisturbed: dict[str, bytes], folder: Path) -> None:
     for key, data in files.items():
         (folder / key).parent.mkdir(parents=True, exist_ok=True)
         (folder / key).write_bytes(data)
-    images, errors = image_rows(folder), error_rows(folder)
-    ended = Counter((row["row"], row["image_index"]) for row in (*images, *errors))
-    assert set(ended) == PLANNED, "nothing is lost"
-    assert max(ended.values()) == 1, "nothing is there twice"
+    images, errors = check_complete(folder, PLANNED)  # nothing is lost, nothing is there twice
     assert len(list(folder.glob("data/*/*.png"))) == len(images), "gc has removed what no table names"
     for summary in world.summaries:
         if summary.state in ("SUCCEEDED", "PARTIAL"):
             assert summary.images + summary.errors == len(PLANNED), "who says that all is done has counted right"
     last = world.summaries[-1]
     assert last.state not in ("SUCCEEDED", "PARTIAL") or (last.images, last.errors) == (len(images), len(errors))
-    check_complete(folder, PLANNED)
     failed = {row["row"]: row["error_class"] for row in errors}
     assert failed.keys() >= {EMPTY, *schedule.bad, *schedule.killers}
     assert all(failed[row] == "WorkerCrashed" for row in schedule.killers - {EMPTY})
@@ -145,7 +141,6 @@ def judge(world: World, undisturbed: dict[str, bytes], folder: Path) -> None:
     assert again <= may, "what was in flight is rendered again, and no more"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("first", range(FIRST, FIRST + SCHEDULES, GROUP))
 def test_whatever_happens_the_output_is_that_of_an_undisturbed_run(
     first: int, prepared: Prepared, undisturbed: dict[str, bytes], tmp_path: Path, record_property: Callable[[str, object], None]

@@ -75,7 +75,6 @@ def submit(job: Path, address: str, *options: str, token: dict[str, str] = TOKEN
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **token}, timeout=300)
 
 
-@pytest.mark.slow
 def test_a_submitted_job_renders_on_the_cluster_and_the_same_job_is_one_submission(
     head: str, write_manifest: Write, write_job: Write, tmp_path: Path
 ) -> None:

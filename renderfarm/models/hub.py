@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from renderfarm.errors import Fatal, InvalidJob, RenderfarmError, Transient
+from renderfarm.errors import CutOff, Fatal, InvalidJob, RenderfarmError, Transient
 from renderfarm.models.files import INDEX, Place, local
 
 RESTARTS = 2  # of one file from its beginning
@@ -49,6 +49,7 @@ def _snapshot(model: str, commit: str, patterns: Iterable[str]) -> Path:
 
 def _translated(error: Exception, model: str, commit: str) -> RenderfarmError:
     """The hub client's error as ours, most specific first."""
+    from httpx2 import RemoteProtocolError  # of the HTTP library that the hub's client uses
     from huggingface_hub import errors
 
     causes = [error, error.__cause__]
@@ -66,8 +67,13 @@ def _translated(error: Exception, model: str, commit: str) -> RenderfarmError:
         return Fatal(f"model {model}: is not wholly on {platform.node()} at {commit}, and HF_HUB_OFFLINE forbids to fetch it; unset that")
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
         return Fatal(f"model {model}: cannot be stored in the hub's cache: {error.strerror}; HF_HOME names another place for it")
+    kind = CutOff if any(isinstance(cause, RemoteProtocolError | _TooManyRestarts) for cause in causes) else Transient
     lines = str(error.__cause__ or error).strip().splitlines()
-    return Transient(f"model {model}: cannot be fetched at {commit}: {lines[0] if lines else type(error).__name__}; run again to go on")
+    return kind(f"model {model}: cannot be fetched at {commit}: {lines[0] if lines else type(error).__name__}; run again to go on")
+
+
+class _TooManyRestarts(TimeoutError):
+    """A file was begun anew too often."""
 
 
 @cache
@@ -86,6 +92,6 @@ def _no_progress_bar() -> Any:
             if n is not None and n < 0:
                 self.restarts += 1
                 if self.restarts > RESTARTS:
-                    raise TimeoutError(f"the connection was cut in the middle of a file {self.restarts} times")
+                    raise _TooManyRestarts(f"the connection was cut in the middle of a file {self.restarts} times")
 
     return NoProgressBar
