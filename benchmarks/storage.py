@@ -4,9 +4,11 @@
 
 `ours` is the layout through its writer and the package's own commit, from as many threads as a worker has. `loop` puts the same number of
 bytes in objects of the same sizes, `loop of pictures` each picture as a file of its own, whatever the layout: both by `pipe_file` of
-fsspec's client with the options that the package gives it, from as many threads. Images are 1024² PNGs, encoded before the clock starts.
-S3 is moto in a process of its own. Variants take turns, each round begins with another one, and before each the disk is left to finish
-what was removed. Local files are made durable (fsync) by the package, and so they are by `loop+fsync` and, there, by `loop of pictures`.
+fsspec's client with the options that the package gives it, from as many threads. s3fs cuts what is larger than 100 MB into pieces of 50 MB,
+which moto, and so the loop, is slow with; `loop in one` puts each object by the one request that the package makes of it. Images are 1024²
+PNGs, encoded before the clock starts. S3 is moto in a process of its own. Variants take turns, each round begins with another one, and
+before each the disk is left to finish what was removed. Local files are made durable (fsync) by the package, and so they are by
+`loop+fsync` and, there, by `loop of pictures`.
 
 A ratio of 1.00 is that loop's speed, in the same round; the median round is shown. CPU is of this process, by image.
 """
@@ -26,6 +28,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +42,7 @@ from renderfarm.records import Part, SampleKey
 from renderfarm.schema import ERROR_COLUMNS, IMAGE_COLUMNS
 from renderfarm.storage import open_store
 from renderfarm.storage.clients import make_client
+from renderfarm.storage.cloud import PIECE_BYTES
 from renderfarm.worker import ENCODERS, LEASES_IN_FLIGHT
 
 PART_IMAGES = 64
@@ -76,7 +80,11 @@ def measure(
     same = {key: by_size[size] for key, size in sizes.items()}
     loose = {f"data/{row:010d}.png": pictures[row % len(pictures)].data for row in range(images)}
     local = "://" not in place
-    loops = {"loop": (same, False)} | ({"loop+fsync": (same, True)} if local else {}) | {"loop of pictures": (loose, local)}
+    loops: dict[str, tuple[dict[str, bytes], dict[str, Any]]] = {"loop": (same, {}), "loop of pictures": (loose, {"sync": local})}
+    if local:
+        loops["loop+fsync"] = same, {"sync": True}
+    elif max(sizes.values()) > 100e6:
+        loops["loop in one"] = same, {"chunksize": PIECE_BYTES}
     variants = ["ours", *loops]
     for round_ in range(rounds):
         for variant in (*variants[round_ % len(variants) :], *variants[: round_ % len(variants)]):
@@ -84,7 +92,7 @@ def measure(
             os.sync()
             wall, cpu = time.perf_counter(), cpu_seconds()
             if variant in loops:
-                plain(url, *loops[variant])
+                plain(url, loops[variant][0], **loops[variant][1])
             else:
                 write(url, layout, pictures, images, encoders)
             wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
@@ -114,7 +122,7 @@ def write(url: str, name: str, pictures: list[EncodedImage], images: int, encode
         list(leases.map(part, range(0, images, PART_IMAGES)))
 
 
-def plain(url: str, objects: dict[str, bytes], sync: bool) -> None:
+def plain(url: str, objects: dict[str, bytes], sync: bool = False, **options: int) -> None:
     """These objects, put one by one."""
     client, root = make_client(url)
 
@@ -122,7 +130,7 @@ def plain(url: str, objects: dict[str, bytes], sync: bool) -> None:
         path = f"{root}/{key}"
         if "://" not in url:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-        client.pipe_file(path, objects[key])
+        client.pipe_file(path, objects[key], **options)
         if sync:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
