@@ -27,8 +27,8 @@ FIRST_ANSWER_S = 20.0  # from a store that never answered: the URL or the networ
 RENEWAL_S = 3600.0  # with credentials that have expired: people renew them
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 20.0
 READ_AHEAD = 1 << 20
-# What goes to S3 is one request below two pieces: s3fs's own three, five and more for a part of 129 MB cost both ends time. Larger ones
-# go up in pieces, so many of them at once: all of these are in memory.
+# What goes to S3 is one request below two pieces: s3fs by itself makes five for a part of 129 MB, which cost both ends time. Larger ones
+# go up in pieces, so many of them at once, all of these in memory.
 PIECE_BYTES, PIECES_AT_ONCE = 128 << 20, 4
 DATES = ("LastModified", "last_modified", "updated", "mtime")
 
