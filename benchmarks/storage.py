@@ -2,13 +2,15 @@
 
     python benchmarks/storage.py [--images 2000] [--rounds 4] [--stores local,s3] [--folder FOLDER]
 
-Both write the same number of bytes in objects of the same sizes: the layout through its writer and the package's own commit, from
-as many threads as a worker has; the loop by `pipe_file` of fsspec's client with the options that the package gives it, from as many.
-Images are 1024² PNGs, encoded before the clock starts. S3 is moto in a process of its own. Variants take turns, each round begins with
-another one, and before each the disk is left to finish what was removed. Local files are made durable (fsync) by the package; the column
-`loop+fsync` does that, too.
+`ours` is the layout through its writer and the package's own commit, from as many threads as a worker has. `loop` puts the same number of
+bytes in objects of the same sizes, `loop of pictures` each picture as a file of its own, whatever the layout: both by `pipe_file` of
+fsspec's client with the options that the package gives it, from as many threads. s3fs cuts what is larger than 100 MB into pieces of 50 MB,
+which moto, and so the loop, is slow with; `loop in one` puts each object by the one request that the package makes of it. Images are 1024²
+PNGs, encoded before the clock starts. S3 is moto in a process of its own. Variants take turns, each round begins with another one, and
+before each the disk is left to finish what was removed. Local files are made durable (fsync) by the package, and so they are by
+`loop+fsync` and, there, by `loop of pictures`.
 
-A ratio of 1.00 is the loop's speed, in the same round; the median round is shown. CPU is of this process, by image.
+A ratio of 1.00 is that loop's speed, in the same round; the median round is shown. CPU is of this process, by image.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +42,7 @@ from renderfarm.records import Part, SampleKey
 from renderfarm.schema import ERROR_COLUMNS, IMAGE_COLUMNS
 from renderfarm.storage import open_store
 from renderfarm.storage.clients import make_client
+from renderfarm.storage.cloud import PIECE_BYTES
 from renderfarm.worker import ENCODERS, LEASES_IN_FLIGHT
 
 PART_IMAGES = 64
@@ -55,7 +59,7 @@ def main() -> None:
     pictures = [picture(seed) for seed in range(DIFFERENT)]
     size = sum(len(one.data) for one in pictures) / DIFFERENT
     print(f"{given.images} images of {size / 1e6:.2f} MB, {given.rounds} rounds, parts of {PART_IMAGES}, {os.cpu_count()} cores\n")
-    print("store  layout       MB/s    loop  ratio   CPU ms/image  loop   loop+fsync MB/s  ratio")
+    print("store  layout      variant             MB/s   ratio   CPU ms/image")
     with tempfile.TemporaryDirectory(dir=given.folder) as folder, ThreadPoolExecutor(ENCODERS) as encoders:
         for store in given.stores.split(","):
             with s3_server(Path(folder)) if store == "s3" else contextlib.nullcontext(folder) as place:
@@ -68,22 +72,29 @@ def measure(
 ) -> dict[str, list[tuple[float, float]]]:
     """(MB/s, CPU seconds an image) of each variant in each round."""
     found: dict[str, list[tuple[float, float]]] = {}
-    variants = ["ours", "loop", *(["loop+fsync"] if "://" not in place else [])]
     write(f"{place}/sizes", layout, pictures, images, encoders)  # and what is imported at the first use
     sizes = {stored.key: stored.size for stored in open_store(f"{place}/sizes").stored("data")}
     remove(f"{place}/sizes")
     ballast = b"".join(one.data for one in pictures) * (1 + max(sizes.values()) // sum(len(one.data) for one in pictures))
     by_size = {size: ballast[:size] for size in set(sizes.values())}
-    objects = {key: by_size[size] for key, size in sizes.items()}
+    same = {key: by_size[size] for key, size in sizes.items()}
+    loose = {f"data/{row:010d}.png": pictures[row % len(pictures)].data for row in range(images)}
+    local = "://" not in place
+    loops: dict[str, tuple[dict[str, bytes], dict[str, Any]]] = {"loop": (same, {}), "loop of pictures": (loose, {"sync": local})}
+    if local:
+        loops["loop+fsync"] = same, {"sync": True}
+    elif max(sizes.values()) > 100e6:
+        loops["loop in one"] = same, {"chunksize": PIECE_BYTES}
+    variants = ["ours", *loops]
     for round_ in range(rounds):
         for variant in (*variants[round_ % len(variants) :], *variants[: round_ % len(variants)]):
-            url = f"{place}/{variant}"
+            url = f"{place}/{variant.replace(' ', '-')}"
             os.sync()
             wall, cpu = time.perf_counter(), cpu_seconds()
-            if variant == "ours":
-                write(url, layout, pictures, images, encoders)
+            if variant in loops:
+                plain(url, loops[variant][0], **loops[variant][1])
             else:
-                plain(url, objects, variant != "loop")
+                write(url, layout, pictures, images, encoders)
             wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
             found.setdefault(variant, []).append((sum(sizes.values()) / 1e6 / wall, cpu / images))
             remove(url)
@@ -111,7 +122,7 @@ def write(url: str, name: str, pictures: list[EncodedImage], images: int, encode
         list(leases.map(part, range(0, images, PART_IMAGES)))
 
 
-def plain(url: str, objects: dict[str, bytes], sync: bool) -> None:
+def plain(url: str, objects: dict[str, bytes], sync: bool = False, **options: int) -> None:
     """These objects, put one by one."""
     client, root = make_client(url)
 
@@ -119,26 +130,24 @@ def plain(url: str, objects: dict[str, bytes], sync: bool) -> None:
         path = f"{root}/{key}"
         if "://" not in url:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-        client.pipe_file(path, objects[key])
+        client.pipe_file(path, objects[key], **options)
         if sync:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
 
-    small = max(map(len, objects.values())) < 10e6
+    small = max(map(len, objects.values())) < 10e6  # as many puts at once as the package makes of such
     with ThreadPoolExecutor(ENCODERS if small else LEASES_IN_FLIGHT) as pool:
         list(pool.map(put, objects))
 
 
 def show(store: str, layout: str, found: dict[str, list[tuple[float, float]]]) -> None:
-    def middle(variant: str, what: int) -> float:
-        return statistics.median(one[what] for one in found[variant])
-
-    def ratio(variant: str) -> float:
-        return statistics.median(a[0] / b[0] for a, b in zip(found["ours"], found[variant], strict=True))
-
-    line = f"{store:6} {layout:10} {middle('ours', 0):6.0f}  {middle('loop', 0):6.0f}   {ratio('loop'):.2f}"
-    line += f"   {1e3 * middle('ours', 1):12.1f}  {1e3 * middle('loop', 1):4.1f}"
-    print(line + (f"   {middle('loop+fsync', 0):15.0f}   {ratio('loop+fsync'):.2f}" if "loop+fsync" in found else ""), flush=True)
+    for variant, rounds in found.items():
+        speed, cpu = (statistics.median(one[what] for one in rounds) for what in (0, 1))
+        ratio = statistics.median(a[0] / b[0] for a, b in zip(found["ours"], rounds, strict=True))
+        print(
+            f"{store:6} {layout:11} {variant:16} {speed:7.0f}  {'' if variant == 'ours' else f'{ratio:.2f}':>6} {1e3 * cpu:14.1f}",
+            flush=True,
+        )
 
 
 def picture(seed: int) -> EncodedImage:

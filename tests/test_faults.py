@@ -145,8 +145,11 @@ def test_a_server_that_does_not_answer_in_time_is_asked_again(s3: str, faults: F
     assert store.read("a/k") == b"1"
 
 
-def test_a_multipart_create_whose_last_reply_is_lost_is_there_once(store: CloudStore, faults: FaultProxy, tmp_path: Path) -> None:
+def test_a_multipart_create_whose_last_reply_is_lost_is_there_once(
+    store: CloudStore, faults: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The client then tries to abort what is complete, and hears that there is no such upload."""
+    monkeypatch.setattr(cloud, "PIECE_BYTES", 50 << 20)
     (tmp_path / "big").write_bytes(bytes(101 << 20))
     lost = [True]
 
@@ -160,6 +163,23 @@ def test_a_multipart_create_whose_last_reply_is_lost_is_there_once(store: CloudS
         store.put_if_absent("a/big", tmp_path / "big")
     assert lost == []
     assert store.read_range("a/big", (101 << 20) - 1, 101 << 20) == b"\0"
+
+
+def test_a_part_of_usual_size_is_one_request_and_a_larger_object_one_for_each_piece(
+    store: CloudStore, faults: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cloud, "PIECE_BYTES", 6 << 20)
+    for size, requests in ((0, 1), ((12 << 20) - 1, 1), (12 << 20, 4), (13 << 20, 5)):
+        data = random.Random(size).randbytes(size)
+        (tmp_path / "big").write_bytes(data)
+        for given in (data, tmp_path / "big"):
+            store.delete("a/big")
+            faults.seen.clear()
+            store.put_if_absent("a/big", given)
+            assert len(faults.seen) == requests, faults.seen
+            assert store.read("a/big") == data
+            with pytest.raises(AlreadyExists):
+                store.put_if_absent("a/big", given)
 
 
 def test_a_folder_that_somebody_made_in_the_console_is_empty(s3: str) -> None:
@@ -355,7 +375,8 @@ def test_a_writer_that_is_killed_in_mid_upload_leaves_nothing_that_a_reader_sees
     big = tmp_path / "big"
     big.write_bytes(bytes(120 << 20))
     program = """if True:
-        import sys; from pathlib import Path; from renderfarm.storage import open_store
+        import sys; from pathlib import Path; from renderfarm.storage import cloud, open_store
+        cloud.PIECE_BYTES = 50 << 20
         open_store(sys.argv[1]).put_if_absent("data/k", Path(sys.argv[2]))"""
     process = subprocess.Popen([sys.executable, "-c", program, f"{s3}/out", str(big)], env=os.environ)
     try:

@@ -11,13 +11,13 @@ import hashlib
 import io
 import itertools
 import json
+import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -63,23 +63,19 @@ class _Writer:
         options = {"compression": _codecs(schema), "use_dictionary": plain, "write_statistics": plain}
         options |= {"write_batch_size": 1}  # else a row group's pictures make one page, which is put together in memory once more
         path = self._spool.commit_object(".parquet")
-        groups = list(_groups(sizes := [self._spool.size(name) for name in names]))
-        # one for all groups: new memory costs as much as a copy
-        buffer = memoryview(bytearray(max(sum(sizes[start:stop]) for start, stop in groups)))
+        sizes = [self._spool.size(name) for name in names]
         with local_disk(path), pq.ParquetWriter(path, schema, **options) as file:
-            for start, stop in groups:
-                data = self._pictures(buffer, names[start:stop], sizes[start:stop])
-                pictures = pa.StructArray.from_arrays([data, pa.array(names[start:stop])], fields=list(TYPE))
+            for start, stop in _groups(sizes):
+                pictures = pa.chunked_array([_picture(name, self._spool.read(name)) for name in names[start:stop]])
                 columns = [pictures, *table.slice(start, stop - start).combine_chunks().columns]
                 file.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=stop - start)
         return path
 
-    def _pictures(self, buffer: memoryview, names: list[str], sizes: list[int]) -> pa.Array:
-        """A column of pictures whose bytes are in `buffer`: true until that is filled again."""
-        places = np.cumsum([0, *sizes], dtype=np.int32)
-        for name, (start, stop) in zip(names, itertools.pairwise(places.tolist()), strict=True):
-            buffer[start:stop] = self._spool.read(name)
-        return pa.Array.from_buffers(pa.binary(), len(names), [None, pa.py_buffer(places), pa.py_buffer(buffer)])
+
+def _picture(name: str, data: bytes) -> pa.Array:
+    """One row of column `image`, whose bytes are `data` itself: to gather a row group's would copy them once more."""
+    held = pa.Array.from_buffers(pa.binary(), 1, [None, pa.py_buffer(struct.pack("=2i", 0, len(data))), pa.py_buffer(data)])
+    return pa.StructArray.from_arrays([held, pa.array([name])], fields=list(TYPE))
 
 
 def _codecs(schema: pa.Schema) -> dict[str, str]:

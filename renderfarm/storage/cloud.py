@@ -27,6 +27,9 @@ FIRST_ANSWER_S = 20.0  # from a store that never answered: the URL or the networ
 RENEWAL_S = 3600.0  # with credentials that have expired: people renew them
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 20.0
 READ_AHEAD = 1 << 20
+# What goes to S3 is one request below two pieces: s3fs by itself makes five for a part of 129 MB, which cost both ends time. Larger ones
+# go up in pieces, so many of them at once, all of these in memory.
+PIECE_BYTES, PIECES_AT_ONCE = 128 << 20, 4
 DATES = ("LastModified", "last_modified", "updated", "mtime")
 
 T = TypeVar("T")
@@ -64,12 +67,20 @@ class CloudStore:
         except AlreadyExists:
             raise AlreadyExists(f"{key} exists in {self.url}") from None
 
-    def _write(self, key: str, data: bytes | Path, **how: str) -> None:
-        try:
+    def _write(self, key: str, data: bytes | Path, **how: Any) -> None:
+        if self._is_s3():
+            how |= {"chunksize": PIECE_BYTES, "max_concurrency": PIECES_AT_ONCE}
+
+        def ask(client: Any, path: str) -> None:
             if isinstance(data, bytes):
-                self._do(f"write {key}", key, lambda client, path: client.pipe_file(path, data, **how))
+                client.pipe_file(path, data, **how)
+            elif self._is_s3() and data.stat().st_size < 2 * PIECE_BYTES:
+                client.pipe_file(path, data.read_bytes(), **how)  # the client would read it while no other request of this process moves
             else:
-                self._do(f"write {key}", key, lambda client, path: client.put_file(str(data), path, **how))
+                client.put_file(str(data), path, **how)
+
+        try:
+            self._do(f"write {key}", key, ask)
         except KeyError:  # no key, but what it would lie in
             raise InvalidJob(
                 f"cannot write {key} in {self.url}: there is no such bucket or container; create it, or correct the URL"
