@@ -292,9 +292,10 @@ def publish(
     writer: PartWriter,
     images: pa.Table,
     errors: pa.Table,
-    by: Mapping[str, str] | None = None,
+    by: Callable[[], Mapping[str, Any]] = dict,
 ) -> PartReceipt:
-    """Commit a part. `writer`: the layout's, which was given every image that `images` names. `by`: who says so, for its index entry."""
+    """Commit a part. `writer`: the layout's, which was given every image that `images` names. `by`: who says so, and how long it
+    took, for its index entry; asked when that is written."""
     following = requests.key(PartId(part.index, part.retry + 1))
     if store.exists(following) and (found := find_commit(store, layout, part)) is not None:
         return found  # as errors alone, and a retry may have their images by now
@@ -377,7 +378,7 @@ def superseded(before: Ended, committed: Committed) -> dict[str, int]:
 
 
 def _finish(
-    store: Store, layout: Layout, part: Part, committed: Committed, *, adopted: bool, by: Mapping[str, str] | None = None
+    store: Store, layout: Layout, part: Part, committed: Committed, *, adopted: bool, by: Callable[[], Mapping[str, Any]] = dict
 ) -> PartReceipt:
     images, errors = committed.images, committed.errors
     if len(images):
@@ -388,7 +389,7 @@ def _finish(
     if part.retry:
         entry["superseded"] = receipt.superseded
     if not (adopted and _says(store, entry_key(part, committed), entry)):  # it may say whose part it is
-        store.put(entry_key(part, committed), to_json(entry | dict(by or {})))
+        store.put(entry_key(part, committed), to_json(entry | dict(by())))
     return receipt
 
 
@@ -428,6 +429,8 @@ def _mend_views(store: Store, layout: Layout, part: Part, images: pa.Table, erro
         store.put(key, data)
 
 
+BY = ("run", "worker", "host", "began", "seconds")
+"""What an index entry says of how its part came to be: another thing each time."""
 _ENTRY = re.compile(r"part-(\d+)(?:\.r([1-9]\d*))?\.i(\d+)\.e(\d+)\.b(\d+)\.json$")
 
 
@@ -565,9 +568,9 @@ def counts_errors(store: Store, entry: str, part: Part, committed: Committed, su
 
 
 def committed_by(store: Store, entry: str) -> dict[str, Any]:
-    """Who committed a part, as far as its entry says. Raises as `is_as_committed` does."""
+    """Who committed a part, and how long each stage took (see `stages`), as far as its entry says. Raises as `is_as_committed` does."""
     said = _read_entry(store, entry)
-    return {name: said[name] for name in ("run", "worker", "host") if name in said}
+    return {name: said[name] for name in BY if name in said}
 
 
 def error_classes(store: Store, entries: Entries) -> dict[str, int]:

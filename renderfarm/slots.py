@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
@@ -58,11 +59,12 @@ _TURNS = _Turns()
 @dataclass(frozen=True)
 class Rendered:
     """A finished sample: H×W×3 uint8 pixels, what the model read of its prompts, and the pixels as they were before
-    `after`: the same ones where nothing is done to them."""
+    `after`: the same ones where nothing is done to them. `entered`: when it came into a slot, by `time.monotonic`."""
 
     pixels: np.ndarray
     counted: Counted
     original: np.ndarray
+    entered: float | None = None
 
 
 @dataclass
@@ -82,6 +84,7 @@ class _Job:
     future: Future[Rendered]
     counted: Counted = NOT_COUNTED
     state: Any = None
+    entered: float | None = None
 
 
 @dataclass
@@ -189,6 +192,9 @@ class SlotLoop:
         entering = [group.waiting.popleft() for _ in range(min(free, len(group.waiting)))]
         if not entering:
             return
+        now = time.monotonic()
+        for job in entering:
+            job.entered = job.entered or now  # one that starts again (`_fail_or_part`) has been at it since
         try:
             self._encode(entering, group.waiting)
         except Exception as error:  # one boundary for what torch may raise: samples fail, the loop goes on
@@ -266,7 +272,7 @@ class SlotLoop:
                         "the picture is wholly black, as an overflow or a hidden filter leaves it; "
                         "try workers.dtype: float32, or another seed or prompt"
                     )
-                job.future.set_result(Rendered(self._after(pixels), job.counted, pixels))
+                job.future.set_result(Rendered(self._after(pixels), job.counted, pixels, job.entered))
             except Exception as error:  # as above, for one sample
                 _fail([job], error)
 

@@ -40,6 +40,7 @@ from renderfarm.samples import Usual, expand_rows, given_names, row_error
 from renderfarm.schema import ERROR_COLUMNS, image_columns, output_name
 from renderfarm.signing import Sign, signer
 from renderfarm.slots import Rendered, SlotLoop
+from renderfarm.stages import Stopwatch
 from renderfarm.storage import open_store
 
 ENCODERS = 2
@@ -144,6 +145,7 @@ class Worker:
     def _render_part(self, part: Part, lease: Lease) -> PartReceipt:
         if found := commit.find_commit(self.store, self.layout, part):
             return found
+        watch = Stopwatch()
         before = commit.ended(self.store, self.layout, part.index, part.retry) if part.retry else None
         ordinals = lease.rows.column(ROW).to_numpy()
         rows = lease.rows.filter(pa.array((ordinals >= part.start) & (ordinals < part.stop)))
@@ -161,10 +163,11 @@ class Worker:
         if lease.announce_as is None:
             samples, unusable = self._with_images(samples)
             errors += unusable
+        watch.prepared()
 
         records: list[dict[str, Any]] = []
         with self.layout.writer(self.store, part) as writer:
-            for outcome in self._render_samples(part, writer, samples, lease.announce_as):
+            for outcome in self._render_samples(part, writer, samples, lease.announce_as, watch):
                 result = outcome.result()
                 if isinstance(result, RowError):
                     errors.append(result)
@@ -172,8 +175,10 @@ class Worker:
                     records.append(result)
             ended = sorted([*(SampleKey(r["row"], r["image_index"]) for r in records), *(e.key for e in errors)])
             assert ended == planned, f"{part.name}: samples planned and ended differ; nothing was committed"
-            images, by = self._image_table(records, rows), {"worker": self.spec.name, "run": self.spec.run_id, "host": platform.node()}
-            return commit.publish(self.store, self.layout, part, writer, images, _error_table(errors), by)
+            images = self._image_table(records, rows)
+            watch.encoded()
+            by = {"worker": self.spec.name, "run": self.spec.run_id, "host": platform.node()}
+            return commit.publish(self.store, self.layout, part, writer, images, _error_table(errors), lambda: by | watch.entry())
 
     def _with_images(self, samples: list[Sample]) -> tuple[list[Sample], list[RowError]]:
         """Samples with their images; errors for those whose images are of no use."""
@@ -184,12 +189,11 @@ class Worker:
         return [sample for _, sample in found if isinstance(sample, Sample)], unusable
 
     def _render_samples(
-        self, part: Part, writer: PartWriter, samples: list[Sample], announce_as: str | None
+        self, part: Part, writer: PartWriter, samples: list[Sample], announce_as: str | None, watch: Stopwatch
     ) -> Iterator[Future[dict[str, Any] | RowError]]:
         """An outcome per sample: all at once, or row by row with an announcement that survives the worker's death."""
         if announce_as is None:
-            outcomes = [self._put_when_rendered(part, writer, s, f) for s, f in zip(samples, self.slots.submit(samples), strict=True)]
-            yield from outcomes
+            yield from self._put_when_rendered(part, writer, samples, watch)
             return
         for sample in samples:
             commit.announce(self.store, part, sample.key.row, announce_as)
@@ -198,13 +202,20 @@ class Worker:
                 ended: Future[dict[str, Any] | RowError] = Future()
                 ended.set_result(error)
                 yield ended
-            for outcome in [self._put_when_rendered(part, writer, s, f) for s, f in zip(ready, self.slots.submit(ready), strict=True)]:
+            for outcome in self._put_when_rendered(part, writer, ready, watch):
                 wait([outcome])
                 yield outcome
 
     def _put_when_rendered(
-        self, part: Part, writer: PartWriter, sample: Sample, rendered: Future[Rendered]
-    ) -> Future[dict[str, Any] | RowError]:
+        self, part: Part, writer: PartWriter, samples: list[Sample], watch: Stopwatch
+    ) -> list[Future[dict[str, Any] | RowError]]:
+        outcomes = []
+        for sample, rendered in zip(samples, self.slots.submit(samples), strict=True):
+            rendered.add_done_callback(watch.rendered)
+            outcomes.append(self._put(part, writer, sample, rendered))
+        return outcomes
+
+    def _put(self, part: Part, writer: PartWriter, sample: Sample, rendered: Future[Rendered]) -> Future[dict[str, Any] | RowError]:
         """Finish, encode and put the image in the pool as soon as its pixels are there."""
         outcome: Future[dict[str, Any] | RowError] = Future()
 

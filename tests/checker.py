@@ -105,10 +105,13 @@ def check_complete(out: Path, planned: set[tuple[int, int]]) -> tuple[list[dict[
     return images, errors
 
 
+VOLATILE = ("run", "worker", "host", "began", "seconds")
+
+
 def lasting(key: str, data: bytes) -> bytes:
-    """A file of an output without what is another one each time: an index entry says who committed its part."""
+    """A file of an output without what is another one each time: an index entry says who committed its part, and when."""
     entry = json.loads(data) if key.startswith("_renderfarm/parts/") and data.startswith(b"{") and data.endswith(b"}\n") else None
-    return data if entry is None else json.dumps({name: entry[name] for name in entry if name not in ("run", "worker", "host")}).encode()
+    return data if entry is None else json.dumps({name: entry[name] for name in entry if name not in VOLATILE}).encode()
 
 
 def pixels(out: Path) -> dict[tuple[int, int], str]:

@@ -117,7 +117,7 @@ def test_images_that_come_when_a_retry_has_begun_are_too_late(store: Store, layo
 
 def test_an_adopted_part_is_still_said_to_be_whose_it_is(store: Store, layout: Layout) -> None:
     with layout.writer(store, part()) as writer:
-        commit.publish(store, layout, part(), writer, images(), errors(21), {"worker": "w3", "run": "r", "host": "h"})
+        commit.publish(store, layout, part(), writer, images(), errors(21), lambda: {"worker": "w3", "run": "r", "host": "h"})
     (entry,) = store.list(commit.PARTS)
     commit.find_commit(store, layout, part())
     assert commit.committed_by(store, entry) == {"worker": "w3", "run": "r", "host": "h"}
