@@ -32,6 +32,14 @@ def run_key(run_id: str) -> str:
     return f"{commit.RUNS}/{run_id}.json"
 
 
+def state_of(progress: dict[str, Any], *, unfinished: bool) -> str:
+    """The run's state, as far as another machine can tell; PLANNED where there was none yet. `unfinished`: not every part is in the index."""
+    state = str(progress.get("state", "PLANNED"))
+    # it may have ended, and the index has lost entries since: a run finds or renders those parts
+    gone = unfinished if state in ("SUCCEEDED", "PARTIAL") else state in ALIVE and not is_alive(progress)
+    return "INTERRUPTED" if gone else state
+
+
 class Heartbeat:
     """Says every EVERY_S how far a run is, and hears what is wanted of it. Each time is tried once: the next one says more than a
     repetition."""

@@ -88,27 +88,36 @@ class Output:
     def _samples(self, part: Part) -> Iterator[StoredSample]:
         key, committed = commit.read_part(self.store, self.layout, part)
         records = enumerate(committed.images.to_pylist())
-        return (self._stored(key, committed, index, record) for index, record in records)
+        return (self.stored(key, committed, index, record) for index, record in records)
 
     def __len__(self) -> int:
         return commit.counts(commit.index_entries(self.store)).images
 
     def spread(self, limit: int) -> list[StoredSample]:
         """About `limit` samples spread over the output, from at most `limit` parts of those that the index lists."""
-        parts = [part for part, entry in commit.index_entries(self.store).items() if entry.images]
-        parts = parts[:: -(-len(parts) // limit)] if parts else []
         chosen: list[StoredSample] = []
-        for index, part in enumerate(parts):
+        for key, committed, rows in self.spread_over_parts(limit, commit.index_entries(self.store)):
+            records = committed.images.select(IMAGE_COLUMNS.names).take(pa.array(rows, pa.int64())).to_pylist()
+            chosen += [self.stored(key, committed, row, record) for row, record in zip(rows, records, strict=True)]
+        return sorted(chosen, key=_place)
+
+    def spread_over_parts(self, limit: int, entries: commit.Entries) -> Iterator[tuple[str, Committed, list[int]]]:
+        """The same by part: its commit object, by its key, and which rows of its table. Everything, where there is no more than that."""
+        parts = [(part, entry.images) for part, entry in entries.items() if entry.images]
+        parts = parts[:: -(-len(parts) // limit)] if parts else []
+        total, seen, taken = sum(images for _, images in parts), 0, 0
+        for part, images in parts:
+            seen += images
+            take = min(total, limit) * seen // total - taken
+            taken += take
+            if not take:
+                continue
             try:
                 key, committed = commit.read_part(self.store, self.layout, Part(part.index, 0, 0, part.retry))
-            except KeyError:  # lost since; `verify` says so
+            except (KeyError, Fatal):  # lost or damaged since; `verify` says so
                 continue
-            images, take = committed.images, (limit - len(chosen)) // (len(parts) - index)
-            for k in range(min(take, len(images))):
-                row = k * len(images) // min(take, len(images))
-                record = images.select(IMAGE_COLUMNS.names).slice(row, 1).to_pylist()[0]
-                chosen.append(self._stored(key, committed, row, record))
-        return sorted(chosen, key=_place)
+            there = len(committed.images)
+            yield key, committed, [k * there // take for k in range(take)] if there >= take else list(range(there))
 
     def errors(self) -> pa.Table:
         """How the samples ended that have no image by now, sorted by sample."""
@@ -151,7 +160,7 @@ class Output:
             return StoredPart()
         with damage_named():
             records = committed.images.to_pylist()
-            samples = [self._stored(key, committed, place, record) for place, record in enumerate(records)]
+            samples = [self.stored(key, committed, place, record) for place, record in enumerate(records)]
             return StoredPart(samples, committed.errors.to_pylist(), key, committed)
 
     def as_committed(self, part: PartId, entries: commit.Entries) -> tuple[str, Committed] | None:
@@ -205,7 +214,8 @@ class Output:
         except (KeyError, Fatal):
             return False
 
-    def _stored(self, key: str, committed: Committed, index: int, record: dict[str, Any]) -> StoredSample:
+    def stored(self, key: str, committed: Committed, index: int, record: dict[str, Any]) -> StoredSample:
+        """The sample of that row of a commit object's table."""
         name, place = committed.names[index], committed.places[index]
         data = partial(self._pictures.read, key, name, place)
         return StoredSample(record, self.layout.picture_key(key, name), self.store, name, data)

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from renderfarm import commit
-from renderfarm.heartbeat import ALIVE, is_alive
+from renderfarm.heartbeat import is_alive, state_of
 from renderfarm.reading import Output
 from renderfarm.reading import open as open_output
 
@@ -20,15 +20,10 @@ def read_status(out: str) -> dict[str, Any]:
     progress = commit.read_progress(output.store)
     grid = commit.frozen_grid(output.store, output.job)
     running, age = is_alive(progress), time.time() - progress.get("updated", 0)
-    state = progress.get("state", "PLANNED")
-    if state in ALIVE and not running:
-        state = "INTERRUPTED"
-    if state in ("SUCCEEDED", "PARTIAL") and grid is not None and totals.parts_done < grid.count:
-        state = "INTERRUPTED"  # it had ended, and the index has lost entries since: a run finds or renders those parts
     return {
         "out": output.store.url,
         "job": progress.get("job"),
-        "state": state,
+        "state": state_of(progress, unfinished=grid is not None and totals.parts_done < grid.count),
         "rows": sum(file["rows"] for file in output.job["manifest"]["files"]),
         "parts": grid.count if grid is not None else None,
         "parts done": totals.parts_done,

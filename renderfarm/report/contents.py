@@ -1,0 +1,122 @@
+"""What the report says beside the pictures: how far the output is, its runs, where their time went, what failed. At a bounded cost,
+since an output may have a hundred thousand parts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pyarrow as pa
+
+from renderfarm import commit, requests
+from renderfarm.errors import InvalidJob, RenderfarmError
+from renderfarm.heartbeat import state_of
+from renderfarm.reading import Output
+from renderfarm.records import PartId, SampleKey
+from renderfarm.report.columnar import column, columns_of
+from renderfarm.report.figures import figures
+from renderfarm.stages import STAGES
+
+PARTS_SHOWN, RUNS_SHOWN, FAILURES_SHOWN = 2_000, 50, 5_000
+READERS = 8
+_GONE = (KeyError, RenderfarmError, pa.ArrowException, OSError, ValueError, TypeError)  # a view must not fail for what `verify` will name
+
+
+def summary(output: Output, entries: commit.Entries) -> dict[str, Any]:
+    """Counts are those of the index, so they are right even if no driver lives; the rest is of the last heartbeat, or the profile."""
+    counts, progress, job = commit.counts(entries), commit.read_progress(output.store), output.job
+    counted = figures(output.store, job["output"]["layout"], entries)
+    try:
+        parts: int | None = output.grid.count
+    except (InvalidJob, RenderfarmError):
+        parts = None
+    return {
+        "name": progress.get("job"),
+        "out": output.store.url,
+        "state": state_of(progress, unfinished=parts is not None and counts.parts_done < parts),
+        "rows": sum(file["rows"] for file in job["manifest"]["files"]),
+        "parts": parts,
+        "parts_done": counts.parts_done,
+        "images": counts.images,
+        "errors": counts.errors,
+        "bytes": counts.bytes,
+        "images_per_second": progress.get("images_per_second"),
+        "error_classes": counted.error_classes,
+        "kinds": {name: list(kinds.items())[:20] for name, kinds in counted.kinds.items()},
+        "counted": counted.counted,
+        "truncated": counted.truncated,
+        "profile": counted.profile,
+        "profiles": counted.profiles,
+        "model": " at ".join(filter(None, (job["model"].get("id"), job["model"].get("revision")))),
+        "layout": job["output"]["layout"],
+        "format": job["output"].get("format"),
+        "written": round(time.time()),
+    }
+
+
+def runs(output: Output) -> list[dict[str, Any]]:
+    """The summaries of the last runs that ended by themselves, the latest first."""
+    kept = ("run_id", "state", "new_images", "new_errors", "seconds", "images_per_second", "useful_slots", "lost_workers", "copies")
+    found = []
+    for key in sorted(output.store.list(commit.RUNS))[-RUNS_SHOWN:][::-1]:
+        with contextlib.suppress(*_GONE):
+            said = json.loads(output.store.read(key))
+            found.append({name: said.get(name) for name in kept})
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- timeline
+
+
+def timeline(output: Output, entries: commit.Entries) -> dict[str, Any]:
+    """When which worker had which part, and how long each stage took, of the parts whose index entries say so: all of them, or some spread
+    over the output. `of`: how many parts there are."""
+    chosen = list(entries.items())[:: max(1, -(-len(entries) // PARTS_SHOWN))]
+    with ThreadPoolExecutor(READERS, thread_name_prefix="entries") as pool:
+        found = list(pool.map(lambda entry: _part(output, *entry), chosen))
+    said = sorted((part for part in found if part is not None), key=lambda part: part["began"])
+    return {"parts": columns_of(said), "count": len(said), "of": len(entries), "stages": STAGES}
+
+
+def _part(output: Output, part: PartId, entry: commit.Entry) -> dict[str, Any] | None:
+    """None for an entry that does not say: of a part whose committer died, or of an earlier version."""
+    with contextlib.suppress(*_GONE):
+        said = commit.committed_by(output.store, entry.key)
+        seconds = {stage: float(said["seconds"][stage]) for stage in STAGES}
+        who = {"run": str(said["run"]), "worker": str(said["worker"]), "host": str(said["host"])}
+        return {"part": str(part), **who, "began": float(said["began"]), **seconds, "images": entry.images, "errors": entry.errors}
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------- failures
+
+
+def failures(output: Output) -> dict[str, Any]:
+    """The samples that have no image by now, as far as FAILURES_SHOWN. `count`: so many of them are here."""
+    rows = list(_failed(output))
+    names = ("row", "row_id", "image_index", "error_class", "error_message", "retryable", "waived")
+    columns = [{"name": name, **column([row[name] for row in rows])} for name in names] if rows else []
+    return {"columns": columns, "count": len(rows)}
+
+
+def _failed(output: Output) -> Iterator[dict[str, Any]]:
+    left = FAILURES_SHOWN
+    with contextlib.suppress(*_GONE):
+        waivers = requests.waivers(output.store)
+        for index, table, _ in output.errors_by_part():
+            waived = _waived(output, waivers.get(index, ()))
+            for row in table.slice(0, left).to_pylist():
+                yield {**row, "waived": SampleKey(row["row"], row["image_index"]) in waived}
+            left -= min(left, len(table))
+            if not left:
+                return
+
+
+def _waived(output: Output, names: Sequence[str]) -> dict[SampleKey, str | None]:
+    with contextlib.suppress(*_GONE):
+        return requests.waived(output.store, names)
+    return {}

@@ -1,0 +1,47 @@
+// Which images are shown, in which order. Whoever shows them is told when that changes.
+const choice = {
+  words: [],
+  facets: new Map(), // column name -> Set of values, or [lowest, highest] (either may be null)
+  sort: 'row',
+  descending: false,
+  shown: [],
+  listeners: [],
+};
+
+let searchable = null; // of each image all its values, in small letters
+
+function searchTexts() {
+  searchable ??= Array.from({length: COUNT}, (_, index) =>
+    COLUMNS.map((column) => column.get(index)).filter((given) => given !== null).join('\n').toLowerCase());
+  return searchable;
+}
+
+function fits(index, but = null) {
+  for (const [name, wanted] of choice.facets) {
+    if (name === but) continue;
+    const given = value(name, index);
+    if (wanted instanceof Set) {
+      if (!wanted.has(given)) return false;
+    } else if (given === null || (wanted[0] !== null && given < wanted[0]) || (wanted[1] !== null && given > wanted[1])) {
+      return false;
+    }
+  }
+  return choice.words.length === 0 || choice.words.every((word) => searchTexts()[index].includes(word));
+}
+
+function choose() {
+  const chosen = [];
+  for (let index = 0; index < COUNT; index += 1) if (fits(index)) chosen.push(index);
+  const column = BY_NAME.get(choice.sort);
+  if (column && !(choice.sort === 'row' && !choice.descending)) {
+    const compare = column.kind === 'number' ? (a, b) => a - b : new Intl.Collator('en', {numeric: true}).compare;
+    const sign = choice.descending ? -1 : 1;
+    chosen.sort((a, b) => {
+      const [left, right] = [column.get(a), column.get(b)];
+      if (left === null || right === null) return (left === null) - (right === null) || a - b; // gaps last
+      return sign * compare(left, right) || sign * (a - b);
+    });
+  }
+  choice.shown = chosen;
+  for (const listener of choice.listeners) listener();
+}
