@@ -20,6 +20,9 @@ from renderfarm.report.card import write_card
 from renderfarm.report.contact_sheet import KEY as SHEET
 from renderfarm.report.contact_sheet import write_contact_sheet
 from renderfarm.report.figures import figures
+from renderfarm.report.gallery import Bounds
+from renderfarm.report.html import AT_THE_END, IN_A_HURRY, write_report
+from renderfarm.report.html import KEY as REPORT
 from renderfarm.worker import WorkerSpec
 
 EngineName = Literal["ray", "inline"]
@@ -68,10 +71,24 @@ def _run(prepared: Prepared, driver: Driver, engine: EngineName, address: str | 
         raise
     except RenderfarmError:
         _write_card(prepared)  # parts may have been committed before the end came
+        _write_report(prepared, AT_THE_END)
         raise
     write_contact_sheet(Output(prepared.store.url))
     _write_card(prepared)
-    return summary
+    if not summary.new_images and not summary.new_errors and prepared.store.exists(REPORT):
+        return summary
+    warning = _write_report(prepared, IN_A_HURRY if summary.exit_code == EXIT_INTERRUPTED else AT_THE_END)
+    return replace(summary, warnings=(*summary.warnings, warning)) if warning else summary
+
+
+def _write_report(prepared: Prepared, bounds: Bounds) -> str | None:
+    """Why there is none, if there is none."""
+    try:
+        write_report(Output(prepared.store.url), bounds)
+    except Exception as error:  # a view: whatever stands in its way, the run has ended as it has
+        what = f"{type(error).__name__}: {error}"
+        return f"the report was not written ({what}); `renderfarm report {prepared.store.url}` tries again"
+    return None
 
 
 def _ended_by(error: Exception, driver: Driver, prepared: Prepared) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def run_key(run_id: str) -> str:
 
 
 def state_of(progress: dict[str, Any], *, unfinished: bool) -> str:
-    """The run's state, as far as another machine can tell; PLANNED where there was none yet. `unfinished`: not every part is in the index."""
+    """The run's state, as far as another machine can tell; PLANNED where there was none. `unfinished`: not every part is in the index."""
     state = str(progress.get("state", "PLANNED"))
     # it may have ended, and the index has lost entries since: a run finds or renders those parts
     gone = unfinished if state in ("SUCCEEDED", "PARTIAL") else state in ALIVE and not is_alive(progress)

@@ -96,6 +96,8 @@ def _stop_on_signals() -> tuple[threading.Event, threading.Event]:
 
 def _print_summary(summary: dict[str, Any], some_rows: bool) -> None:
     from renderfarm.report.contact_sheet import KEY as SHEET
+    from renderfarm.report.html import KEY as REPORT
+    from renderfarm.storage import open_store
 
     state, out = summary["state"], shown_path(summary["out"])
     if state in ("INTERRUPTED", "CANCELLED"):
@@ -119,6 +121,8 @@ def _print_summary(summary: dict[str, Any], some_rows: bool) -> None:
         out_console.print(f"warning: {warning}", markup=False)
     if summary["images"]:
         out_console.print(f"contact sheet: {out}/{SHEET}")
+    if open_store(summary["out"]).exists(REPORT):
+        out_console.print(f"report: {out}/{REPORT}")
 
 
 def _changes(sets: list[str] | None, logical_date: str | None) -> list[str]:

@@ -178,6 +178,38 @@ def _inspect_file(file: Path, as_json: bool, *, alone: bool) -> None:
         out_console.print("says nothing of itself: it has no row, no parameters, no mark of a model's picture and no signature")
 
 
+@command()
+def report(
+    out: OutputFolder,
+    file: Annotated[
+        Path | None, typer.Option(help="Write it there instead of into the output.", dir_okay=False, show_default=False)
+    ] = None,
+    max_images: Annotated[int, typer.Option(min=1, help="Images to show, spread over the output.")] = 10_000,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML file that shows an output: images with their recipes, X/Y/Z grid, failures, timeline. It opens without a server."""
+    from dataclasses import asdict
+
+    from renderfarm.reading import open as open_output
+    from renderfarm.report.gallery import Bounds
+    from renderfarm.report.html import write_report
+    from renderfarm.report.live import Line
+
+    with Line(console, quiet=as_json) as line:
+        found = write_report(open_output(out), Bounds(max_images), file, line)
+    if as_json:
+        print_json(asdict(found))
+        return
+    some = f"{found.images:,} of {found.of:,}" if found.images < found.of else f"{found.images:,}"
+    out_console.print(f"report of {some} images, {found.bytes / 1e6:.1f} MB: {shown_path(found.place)}", markup=False)
+    if found.images < found.of:
+        out_console.print(f"--max-images {found.of} takes all of them")
+    if found.thumbnails < found.images:
+        out_console.print(
+            f"{found.images - found.thumbnails:,} have no thumbnail, since their files cannot be read; `renderfarm verify` names them"
+        )
+
+
 class ToChoice(StrEnum):
     parquet = "parquet"
     webdataset = "webdataset"

@@ -23,6 +23,12 @@ class Column {
     if (this.kind === 'number') this.counts.sort((a, b) => a[0] - b[0]);
     return this.counts;
   }
+
+  // the same, and last how many rows have none
+  countedWithGaps() {
+    const gaps = this.counted().reduce((left, [, count]) => left - count, (this.at ?? this.values).length);
+    return gaps ? [...this.counts, [null, gaps]] : this.counts;
+  }
 }
 
 const table = (columns) => columns.map((column) => new Column(column));

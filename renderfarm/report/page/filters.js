@@ -6,7 +6,7 @@ const TECHNICAL = new Set(['file_name', 'file_sha256', 'pixel_sha256', 'original
 const RANGES = new Set(['row', 'seed', 'bytes', 'prompt_tokens', 'original_bytes']);
 
 const isChosenByValue = (column) => {
-  const distinct = column.counted().length;
+  const distinct = column.countedWithGaps().length;
   return distinct > 1 && distinct <= MOST_VALUES && (distinct <= 12 || distinct <= COUNT / 2) && !RANGES.has(column.name);
 };
 const isRange = (column) => column.kind === 'number' && column.counted().length > 1;
@@ -45,7 +45,7 @@ function buildFilters() {
 }
 
 function valuesFacet(column) {
-  const counts = column.counted();
+  const counts = column.countedWithGaps();
   const list = element('ul', {});
   const boxes = counts.map(([given, count]) => {
     const box = element('input', {type: 'checkbox', onchange: () => {

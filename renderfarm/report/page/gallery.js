@@ -11,7 +11,7 @@ function buildGallery() {
     drawGallery(true);
   });
   const sort = byId('sort');
-  for (const column of COLUMNS) if (column.counted().length > 1) sort.append(element('option', {value: column.name}, column.name));
+  for (const column of COLUMNS) if (column.countedWithGaps().length > 1) sort.append(element('option', {value: column.name}, column.name));
   sort.value = 'row';
   sort.addEventListener('change', () => { choice.sort = sort.value; choose(); });
   const direction = byId('direction');

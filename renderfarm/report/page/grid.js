@@ -10,12 +10,12 @@ const DERIVED = new Set([...TECHNICAL, 'row', 'bytes', 'prompt_tokens', 'prompt_
 
 function buildGrid() {
   const axes = COLUMNS.filter((column) => {
-    const distinct = column.counted().length;
+    const distinct = column.countedWithGaps().length;
     return distinct > 1 && distinct <= MOST_DOWN;
   });
   for (const axis of ['x', 'y', 'z']) {
     const select = byId(`axis-${axis}`);
-    select.append(element('option', {value: ''}, 'nothing'), ...axes.map((column) => element('option', {value: column.name}, `${column.name} (${column.counted().length})`)));
+    select.append(element('option', {value: ''}, 'nothing'), ...axes.map((column) => element('option', {value: column.name}, `${column.name} (${column.countedWithGaps().length})`)));
     select.addEventListener('change', drawGrid);
   }
   const [x, y] = likelyAxes(axes);
@@ -36,7 +36,7 @@ function buildGrid() {
 // What the job swept across, and what was painted down.
 function likelyAxes(axes) {
   const may = axes.filter((column) => !DERIVED.has(column.name));
-  const across = may.filter((column) => column.counted().length <= 24 && column.name !== 'prompt' && column.name !== 'row_id');
+  const across = may.filter((column) => column.countedWithGaps().length <= 24 && column.name !== 'prompt' && column.name !== 'row_id');
   const x = SWEPT.map((name) => across.find((column) => column.name === name)).find(Boolean) ?? across[0] ?? may[0];
   const y = may.find((column) => column.name === 'prompt' && column !== x) ?? may.find((column) => column !== x);
   return [x?.name ?? '', y?.name ?? ''];
@@ -46,8 +46,7 @@ function valuesOn(axis, most) {
   const column = BY_NAME.get(byId(`axis-${axis}`).value);
   if (!column) return {column: null, values: [null], all: 1};
   const there = new Set(choice.shown.map((index) => column.get(index)));
-  const values = column.counted().map(([given]) => given).filter((given) => there.has(given));
-  if (there.has(null)) values.push(null);
+  const values = column.countedWithGaps().map(([given]) => given).filter((given) => there.has(given));
   return {column, values: values.slice(0, most), all: values.length};
 }
 
