@@ -44,6 +44,20 @@ def run(
     InvalidJob or Fatal; a bad row raises nothing.
     """
     prepared = prepare(job if isinstance(job, Job) else load_job(job))
+    return run_prepared(prepared, engine, address, observe, stop, stop_now, repair, grace_s)
+
+
+def run_prepared(
+    prepared: Prepared,
+    engine: EngineName = "ray",
+    address: str | None = None,
+    observe: Observer = lambda progress: None,
+    stop: threading.Event | None = None,
+    stop_now: threading.Event | None = None,
+    repair: bool = False,
+    grace_s: float = GRACE_S,
+) -> RunSummary:
+    """`run` of a job that was looked at before."""
     if engine == "ray" and prepared.store.url.startswith("memory://"):
         raise InvalidJob("memory:// is this process's memory, which Ray's workers do not share; use --engine inline or a folder")
     driver = Driver(prepared, stop or threading.Event(), observe, grace_s, stop_now, repair)
