@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from typing import Annotated, Any, Literal
@@ -718,6 +720,19 @@ class Notify(Strict):
         return value
 
 
+_USE_OF_PARAM = {"type": "string", "pattern": r"^\$\{params\.\w+\}$"}
+
+
+def _or_param(field: dict[str, Any]) -> dict[str, Any]:
+    """The JSON Schema of a field that may also be a parameter."""
+    members = field.get("anyOf", [field])
+    if not any({"enum", "const"} & member.keys() or member.get("type") in ("integer", "number", "boolean") for member in members):
+        return field
+    said = {key: value for key, value in field.items() if key in ("title", "description", "default")}
+    others = [{key: value for key, value in member.items() if key not in said} for member in members]
+    return {"anyOf": [*others, _USE_OF_PARAM], **said}
+
+
 class Cost(Strict):
     """What rendering costs, for `renderfarm plan`. Decides nothing, and may change freely."""
 
@@ -759,6 +774,8 @@ class Job(Strict):
     once. exit: it says who runs, and ends with exit code 75."""
     notify: Notify | None = None
     """Who is told of the end of a run; None: nobody."""
+    logical_date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
+    """The day that `{{ ds }}` stands for, as `--logical-date` gives it."""
     cost: Cost = Cost()
     """`{per_hour: 2.50}`, for what `plan` says of money."""
 
@@ -786,6 +803,20 @@ class Job(Strict):
             except InvalidJob as error:
                 raise ValueError(str(error)) from None
         return self
+
+    @classmethod
+    def model_json_schema(cls, *args: Any, **options: Any) -> dict[str, Any]:
+        """With `${params.NAME}` in the place of any number, truth or word."""
+        schema = super().model_json_schema(*args, **options)
+        for name, model in {"": schema, **schema.get("$defs", {})}.items():
+            if name != "Param":
+                model["properties"] = {field: _or_param(of) for field, of in model.get("properties", {}).items()}
+        return schema
+
+    @property
+    def key(self) -> str:
+        """Of the run that this job is: hash of all that it says, parameters and logical date among it. The same tick has the same."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:12]
 
     def places(self) -> list[tuple[str, str]]:
         """Every path or URL that the job names, and where it does."""

@@ -24,6 +24,7 @@ from renderfarm.errors import InvalidJob
 from renderfarm.params import Place
 
 MAX_JOB_BYTES = 1 << 20
+UNION_MEMBERS = ("str", "int", "float", "bool")
 
 
 def load_job(path: str | Path, sets: list[str] | None = None, out: str | None = None, logical_date: str | None = None) -> Job:
@@ -44,7 +45,9 @@ def load_job(path: str | Path, sets: list[str] | None = None, out: str | None = 
         data["output"] = {**(output if isinstance(output, dict) else {}), "path": _absolute(out, Path.cwd())}
     try:
         data = _fill_params(data, named)
-        job = Job.model_validate(_fill_dates(data, logical_date, path))
+        if logical_date is not None:
+            data = {**data, "logical_date": logical_date}
+        job = Job.model_validate(_fill_dates(data, data.get("logical_date"), path))
     except RecursionError:  # a YAML anchor that holds itself
         raise InvalidJob(f"{path}: a value contains itself; write it without YAML anchors") from None
     except ValidationError as error:
@@ -160,9 +163,9 @@ def _set_param(data: dict[str, Any], item: str, name: str, value: Any) -> None:
     data["params"] = {**declared, name: {**(said if isinstance(said, dict) else {"default": said}), "value": value}}
 
 
-def _fill_dates(data: dict[str, Any], logical_date: str | None, path: Path) -> dict[str, Any]:
+def _fill_dates(data: dict[str, Any], logical_date: Any, path: Path) -> dict[str, Any]:
     try:
-        day = dt.date.fromisoformat(logical_date) if logical_date else None
+        day = dt.date.fromisoformat(str(logical_date)) if logical_date else None  # YAML makes a date of it
     except ValueError:
         raise InvalidJob(f"--logical-date {logical_date}: write it as YYYY-MM-DD") from None
     words = {"ds": day.isoformat(), "ds_nodash": day.strftime("%Y%m%d")} if day else {}
@@ -183,6 +186,7 @@ def _fill_dates(data: dict[str, Any], logical_date: str | None, path: Path) -> d
         return [fill(inner) for inner in value] if isinstance(value, list) else value
 
     found = {key: fill(value) if key in ("manifest", "output") else value for key, value in data.items()}
+    found |= {"logical_date": day.isoformat()} if day else {}
     if isinstance(given := data.get("output"), dict) and "card" in given:  # shown as it is written
         found["output"]["card"] = given["card"]
     return found
@@ -193,9 +197,9 @@ def _explain(error: ValidationError, named: Callable[[Place], str]) -> str:
     said: dict[str, list[str]] = {}
     for problem in error.errors():
         # union members and validators add steps such as `list[str]` to the location; only names and indices help
-        place = tuple(
-            step for step in problem["loc"] if step not in ("str", "int", "float", "bool", "[key]") and re.fullmatch(r"\w+", str(step))
-        )
+        place = tuple(step for step in problem["loc"] if step not in UNION_MEMBERS and re.fullmatch(r"\w+", str(step)))
+        if problem["type"] == "extra_forbidden" and problem["loc"][-1] not in place:
+            place = (*place, problem["loc"][-1])
         said.setdefault(named(place), []).append(_message(problem))
     return "\n".join(f"{place}: {', or '.join(dict.fromkeys(messages))}" for place, messages in said.items())
 

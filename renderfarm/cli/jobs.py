@@ -49,7 +49,7 @@ def run(
     from renderfarm.report.live import Watcher
 
     loaded = load_job(job, sets, out, logical_date)
-    stop, stop_now = _stop_on_signals()
+    stop, stop_now = stop_on_signals()
     with Watcher(console, quiet=as_json) as watcher:
         signals = {"stop": stop, "stop_now": stop_now}
         summary = run_job(loaded, engine=engine.value, address=address, observe=watcher, repair=repair, grace_s=grace, **signals)
@@ -67,7 +67,7 @@ def run(
     raise typer.Exit(summary.exit_code)
 
 
-def _stop_on_signals() -> tuple[threading.Event, threading.Event]:
+def stop_on_signals() -> tuple[threading.Event, threading.Event]:
     """The first Ctrl-C or SIGTERM lets leases in flight finish; the second one ends at once; the third does not even say so in the
     output, which may be what everything waits for.
 

@@ -35,9 +35,11 @@ def write_starter(template: str, file: Path) -> list[Path]:
             if not (place := file.with_name(other)).exists():
                 place.write_bytes(data)
                 written.append(place)
-    except FileExistsError:
-        raise InvalidJob(f"{file} exists, and is left as it is; name another file: renderfarm init --template {template} FILE") from None
     except OSError as error:
+        if file.exists():
+            raise InvalidJob(
+                f"{file} exists, and is left as it is; name another file: renderfarm init --template {template} FILE"
+            ) from None
         raise InvalidJob(f"{file}: cannot be written: {error.strerror}; choose a folder that you may write") from None
     return written
 
