@@ -15,7 +15,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -169,17 +169,24 @@ def _write(expansion: Expansion, path: Path, total: int) -> None:
 def _opened(url: str, job: Job, supported: frozenset[str], paths: list[str], said: dict[str, Any], key: str) -> Rows:
     """Rows in a file of ours. Multiplied ones have all of the job's `columns` and `where` in them."""
     spec = ManifestSpec(path=url, columns=job.manifest.columns, where=job.manifest.where)
-    place: Callable[[int], str] | None = partial(_place, job, paths) if paths or job.manifest.rows else None
     if _is_multiplied(job):
         with open_file(url) as file:
             columns = json.loads((pq.read_schema(file).metadata or {}).get(COLUMNS, b"null"))
-        spec, place = ManifestSpec(path=url, columns=columns), partial("row {} of the sweep's".format)
-    manifest = replace(open_manifest(spec, supported), place=place)
-    return Rows(manifest, spec, tuple(paths), said, key)
+        spec = ManifestSpec(path=url, columns=columns)
+    manifest = open_manifest(spec, supported)
+    place = partial(_swept_place, manifest) if _is_multiplied(job) else partial(_place, job, paths)
+    return Rows(replace(manifest, place=place), spec, tuple(paths), said, key)
+
+
+def _swept_place(manifest: Manifest, row: int) -> str:
+    (table,) = manifest.stream([(row, row + 1)])
+    return f"row {row} of the sweep (id {table.column('id')[0].as_py()})"
 
 
 def _place(job: Job, paths: list[str], row: int) -> str:
-    return f"manifest.rows[{row}]" if job.manifest.rows is not None else text_tables.place_of(paths, row)
+    if job.manifest.rows is not None:
+        return f"manifest.rows[{row}]"
+    return text_tables.place_of(paths, row) if paths else f"row {row}"
 
 
 def _said(job: Job, files: list[dict[str, Any]]) -> dict[str, Any]:

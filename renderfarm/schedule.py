@@ -278,13 +278,28 @@ def _job_volume(tick: Tick) -> dict[str, Any]:
     return {"name": "job", "configMap": {"name": tick.name}}
 
 
+class _Dumper(yaml.SafeDumper):
+    """Texts of several lines as they are, and no anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
 def _manifests(tick: Tick, said: str, manifest: dict[str, Any]) -> Schedule:
     """With the job file beside it, as a ConfigMap."""
     text = tick.file.read_text(encoding="utf-8")
     config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": tick.name}, "data": {"job.yaml": text}}
-    local = sorted({f"#   {place}: {path}" for place, path in tick.job.places() if path.startswith("/")})
-    note = "".join(f"{line}\n" for line in ("# paths of this machine; in the pods they must lead to the same:", *local)) if local else ""
-    documents = yaml.safe_dump_all([config, manifest], sort_keys=False, allow_unicode=True, width=200)
+    local = [f"#   {place}" for place, path in tick.job.places() if path.startswith("/")]
+    why = f"# in no store; in the pods, where relative paths begin at {_MOUNT}, these must lead to a volume or into the image:"
+    note = "".join(f"{line}\n" for line in (why, *local)) if local else ""
+    documents = yaml.dump_all([config, manifest], Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
     return Schedule({f"{tick.name}.yaml": _heading(tick, said) + note + documents}, f"kubectl apply -f {tick.name}.yaml")
 
 

@@ -17,6 +17,7 @@ from renderfarm.errors import Fatal, InvalidJob
 from renderfarm.jobfile import load_job
 from renderfarm.preparation import Prepared, prepare
 from renderfarm.sweep import Expansion, axes
+from renderfarm.validation import validate_rows
 
 Write = Callable[..., Path]
 CATS = {"id": ["cat", "dog"], "prompt": ["a {red|blue} cat", "a dog"], "mood": ["calm", None]}
@@ -177,6 +178,11 @@ def test_two_billion_texts_are_counted_at_once(write_manifest: Write, write_job:
     ten = "{0|1|2|3|4|5|6|7|8|9}"
     job = write_job(write_manifest({"prompt": [" ".join([ten] * 30)]}), prompts={"templates": "combinatorial"})
     assert f"become {10**30:,} rows" in refusal(job)
+
+
+def test_a_row_of_a_sweep_that_cannot_be_rendered_is_named_by_its_id(write_manifest: Write, write_job: Write) -> None:
+    job = write_job(write_manifest(CATS), sweep={"product": {"height": [64, 63]}})
+    assert validate_rows(prepare(load_job(job))).problems[0].startswith("row 1 of the sweep (id cat-1): height is 63; ")
 
 
 # ------------------------------------------------------------------------------------------- made once

@@ -170,3 +170,11 @@ def test_a_job_may_hold_its_rows(tmp_path: Path, write_job: Write) -> None:
     assert [record["seed"] for _, record in renderfarm.open(tmp_path / "out")][1] == 7
     with pytest.raises(InvalidJob, match="give either path or rows"):
         load_job(write_job({"rows": ["a"], "path": "x.csv"}))
+
+
+def test_text_may_lie_in_a_store(s3: str, tmp_path: Path, write_job: Write) -> None:
+    from renderfarm.storage import open_store
+
+    open_store(f"{s3}/prompts").put("p.csv", '\ufeffprompt,seed\na red circle,5\n"two\nlines",6\n'.encode())
+    assert renderfarm.run(write_job({"path": f"{s3}/prompts/*.csv"}), engine="inline").images == 2
+    assert [record["seed"] for _, record in renderfarm.open(tmp_path / "out")] == [5, 6]
