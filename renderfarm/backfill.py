@@ -60,12 +60,17 @@ def days(first: str, last: str, every: int = 1) -> list[str]:
     return [(begin + dt.timedelta(days=every * k)).isoformat() for k in range(count)]
 
 
-def survey(job: Path, dates: list[str], reprocess: Reprocess, sets: list[str] | None = None) -> list[Day]:
-    """What there is of each day, and what would be done. Raises InvalidJob for a job whose days would share an output."""
-    outs = [expand_env(load_job(job, sets, None, date).output.path) for date in dates]
+def outputs(job: Path, dates: list[str], sets: list[str] | None = None) -> list[str]:
+    """The output of each day, as the job writes it. Raises InvalidJob for a job whose days would share one."""
+    outs = [load_job(job, sets, None, date).output.path for date in dates]
     if len(set(outs)) < len(outs):
-        raise InvalidJob(f"{job}: two of these days have the output {max(outs, key=outs.count)}; put {{{{ ds }}}} into output.path")
-    return [_day(date, out, reprocess) for date, out in zip(dates, outs, strict=True)]
+        raise InvalidJob(f"{job}: two days have the output {max(outs, key=outs.count)}; put {{{{ ds }}}} into output.path")
+    return outs
+
+
+def survey(job: Path, dates: list[str], reprocess: Reprocess, sets: list[str] | None = None) -> list[Day]:
+    """What there is of each day, and what would be done."""
+    return [_day(date, expand_env(out), reprocess) for date, out in zip(dates, outputs(job, dates, sets), strict=True)]
 
 
 def _day(date: str, out: str, reprocess: Reprocess) -> Day:

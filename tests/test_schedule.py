@@ -33,8 +33,8 @@ KUBERAY = next((folder for parent in Path(__file__).parents if (folder := parent
 @pytest.fixture
 def nightly(write_manifest: Write, write_job: Write, tmp_path: Path) -> Path:
     """A job whose name, path and settings hold what shells, cron and systemd read as their own."""
-    job = write_job(write_manifest(), '50% of $HOME\'s "jobs".yaml', name="Night.ly_1", output={"path": str(tmp_path / "out/{{ ds }}")})
-    job.write_text(job.read_text() + "# an 'odd' \"remark\" with {{ braces }}\n")
+    job = write_job(write_manifest(), '50% of $HOME\'s "jobs".yaml', output={"path": str(tmp_path / "out/{{ ds }}")})
+    job.write_text(job.read_text().replace("name: test", "name: Night.ly_1") + "# an 'odd' \"remark\" with {{ braces }}\n")
     return job
 
 

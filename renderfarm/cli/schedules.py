@@ -49,12 +49,12 @@ def schedule(
     as_json: AsJson = False,
 ) -> None:
     """Print the file that has a scheduler render a job at each tick, under the tick's date."""
-    from renderfarm.backfill import survey
+    from renderfarm.backfill import outputs
     from renderfarm.jobfile import load_job
     from renderfarm.schedule import Tick
     from renderfarm.schedule import schedule as make
 
-    survey(job, ["2024-02-28", "2024-02-29"], "missing", sets)  # two ticks have two outputs
+    outputs(job, ["2024-02-28", "2024-02-29"], sets)  # two ticks have two
     loaded = load_job(job, sets, None, "2024-02-29")
     tick = Tick(loaded, job.absolute(), at, sets=tuple(sets or ()), address=address, image=image)
     made = make(tick, kind.value, cast(Any, overlap and overlap.value))
