@@ -111,7 +111,17 @@ def _again(job: Job, supported: frozenset[str], store: Store, frozen: dict[str, 
     key = f"{FOLDER}/{name}"
     if "/" in name or not store.exists(key):
         raise Fatal(f"{store.url}/{key} is missing, and holds the rows of this output; restore it from a copy")
-    return _opened(f"{store.url}/{key}", job, supported, paths, said, key)
+    return _kept(store, job, supported, paths, said, key)
+
+
+def _kept(store: Store, job: Job, supported: frozenset[str], paths: list[str], said: dict[str, Any], key: str) -> Rows:
+    """Those that are in the output. Only this object reads what is in this process's memory, so of that a copy is opened."""
+    if not store.url.startswith("memory://"):
+        return _opened(f"{store.url}/{key}", job, supported, paths, said, key)
+    scratch = Scratch()
+    scratch.path.write_bytes(store.read(key))
+    scratch.rename(key)
+    return replace(_opened(str(scratch.path), job, supported, paths, said, key), scratch=scratch)
 
 
 def _made(job: Job, supported: frozenset[str], store: Store, paths: list[str]) -> Rows:
@@ -131,7 +141,7 @@ def _made(job: Job, supported: frozenset[str], store: Store, paths: list[str]) -
     total = expansion.count()
     key = _key(said, expansion.wildcards.sha256, job.seed, job.seed_policy)
     if store.exists(key):
-        return _opened(f"{store.url}/{key}", job, supported, paths, said, key)
+        return _kept(store, job, supported, paths, said, key)
     scratch = Scratch()
     _write(expansion, scratch.path, total)
     scratch.rename(key)

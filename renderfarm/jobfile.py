@@ -4,6 +4,7 @@ every mistake into one `InvalidJob` that names file, field and the nearest valid
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import difflib
 import os
@@ -73,6 +74,23 @@ def _named_place(path: Path, lines: dict[Place, int], sets: list[str], place: Pl
         return f"{path}: --set {given}: {dotted}"
     known = next((place[:length] for length in range(len(place), 0, -1) if place[:length] in lines), None)
     return f"{path}{f', line {lines[known]}' if known else ''}: {dotted or 'job'}"
+
+
+@contextlib.contextmanager
+def at_its_line(path: str | Path, sets: list[str] | None = None) -> Iterator[None]:
+    """What is found wrong with a job's field once model and manifest are known is told with its file and line, too."""
+    try:
+        yield
+    except InvalidJob as error:
+        field = re.match(r"([a-z_0-9]+(?:\.\w+)*)[:\[ ]", str(error))
+        if field is None or field[1].partition(".")[0] not in Job.model_fields:
+            raise
+        place = tuple(field[1].split("."))
+        with contextlib.suppress(InvalidJob):  # the file is gone, or was edited meanwhile
+            _, lines = _read_yaml(Path(path))
+            named = _named_place(Path(path), lines, [item.partition("=")[0] for item in sets or []], place)
+            raise type(error)(f"{named.removesuffix(f': {field[1]}')}: {error}") from error
+        raise
 
 
 class _UniqueKeys(yaml.SafeLoader):

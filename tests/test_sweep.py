@@ -249,7 +249,7 @@ def test_a_sweep_is_the_same_on_every_engine_and_in_a_store(
 ) -> None:
     assert renderfarm.run(swept(write_manifest, write_job), engine="inline").images == 6
     expected = [record["pixel_sha256"] for _, record in renderfarm.open(tmp_path / "out")]
-    for out, engine in ((tmp_path / "ray", "ray"), (f"{s3}/out", "inline")):
+    for out, engine in ((tmp_path / "ray", "ray"), (f"{s3}/out", "inline"), (f"memory://{tmp_path.name}/out", "inline")):
         job = load_job(tmp_path / "job.yaml", out=str(out))
         assert renderfarm.run(job, engine=engine).images == 6  # type: ignore[arg-type]
         assert [record["pixel_sha256"] for _, record in renderfarm.open(str(out))] == expected

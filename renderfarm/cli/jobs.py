@@ -45,12 +45,12 @@ def run(
 ) -> None:
     """Render what the output does not hold yet. Run it again and it continues."""
     from renderfarm.api import run as run_job
-    from renderfarm.jobfile import load_job
+    from renderfarm.jobfile import at_its_line, load_job
     from renderfarm.report.live import Watcher
 
     loaded = load_job(job, sets, out, logical_date)
     stop, stop_now = stop_on_signals()
-    with Watcher(console, quiet=as_json) as watcher:
+    with Watcher(console, quiet=as_json) as watcher, at_its_line(job, sets):
         signals = {"stop": stop, "stop_now": stop_now}
         summary = run_job(loaded, engine=engine.value, address=address, observe=watcher, repair=repair, grace_s=grace, **signals)
     if as_json:
@@ -156,11 +156,12 @@ def validate(
     as_json: AsJson = False,
 ) -> None:
     """Check the job file and every row of its manifest; nothing is rendered or written."""
-    from renderfarm.jobfile import load_job
+    from renderfarm.jobfile import at_its_line, load_job
     from renderfarm.preparation import prepare
     from renderfarm.validation import validate_rows
 
-    found = validate_rows(prepare(load_job(job, sets, out, logical_date)))
+    with at_its_line(job, sets):
+        found = validate_rows(prepare(load_job(job, sets, out, logical_date)))
     if as_json:
         print_json({**vars(found), "ok": found.ok})
     else:
@@ -179,10 +180,11 @@ def validate(
 def plan(job: JobFile, sets: Sets = None, out: Out = None, logical_date: LogicalDate = None, as_json: AsJson = False) -> None:
     """Show what `run` would do: rows, parts done and left, images, bytes, time and cost. The rows of a sweep are made now, and kept."""
     from renderfarm.estimate import estimate
-    from renderfarm.jobfile import load_job
+    from renderfarm.jobfile import at_its_line, load_job
     from renderfarm.preparation import prepare
 
-    prepared = prepare(load_job(job, sets, out, logical_date))
+    with at_its_line(job, sets):
+        prepared = prepare(load_job(job, sets, out, logical_date))
     prepared.rows.keep(prepared.store)
     found = estimate(prepared)
     if as_json:
@@ -205,12 +207,12 @@ def preview(
     """Render some rows here, in the pixels of the later run, and leave nothing but a contact sheet of them."""
     from dataclasses import asdict
 
-    from renderfarm.jobfile import load_job
+    from renderfarm.jobfile import at_its_line, load_job
     from renderfarm.preview import preview as preview_job
     from renderfarm.report.live import Watcher
 
     loaded, sheet = load_job(job, sets, None, logical_date), file or Path(f"{job.stem}-preview.png")
-    with Watcher(console, quiet=as_json) as watcher:
+    with Watcher(console, quiet=as_json) as watcher, at_its_line(job, sets):
         found = preview_job(loaded, sheet, rows, watcher)
     if as_json:
         print_json(asdict(found))
