@@ -86,11 +86,12 @@ def at_its_line(path: str | Path, sets: list[str] | None = None) -> Iterator[Non
         if field is None or field[1].partition(".")[0] not in Job.model_fields:
             raise
         place = tuple(field[1].split("."))
-        with contextlib.suppress(InvalidJob):  # the file is gone, or was edited meanwhile
+        try:
             _, lines = _read_yaml(Path(path))
-            named = _named_place(Path(path), lines, [item.partition("=")[0] for item in sets or []], place)
-            raise type(error)(f"{named.removesuffix(f': {field[1]}')}: {error}") from error
-        raise
+        except InvalidJob:  # the file is gone, or was edited meanwhile
+            raise error from None
+        named = _named_place(Path(path), lines, [item.partition("=")[0] for item in sets or []], place)
+        raise type(error)(f"{named.removesuffix(f': {field[1]}')}: {error}") from error
 
 
 class _UniqueKeys(yaml.SafeLoader):
