@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from renderfarm.config import Job
 from renderfarm.driver import GRACE_S, Driver, Observer, RunSummary
 from renderfarm.engines.base import Engine
 from renderfarm.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, Interrupted, InvalidJob, RenderfarmError
-from renderfarm.jobfile import load_job
+from renderfarm.jobfile import at_its_line, load_job
 from renderfarm.preparation import Prepared, prepare
 from renderfarm.reading import Output
 from renderfarm.report.card import write_card
@@ -46,7 +47,22 @@ def run(
     `repair` checks every committed part first: what can be rebuilt is, what is damaged is set aside and rendered again. Raises
     InvalidJob or Fatal; a bad row raises nothing.
     """
-    prepared = prepare(job if isinstance(job, Job) else load_job(job))
+    with nullcontext() if isinstance(job, Job) else at_its_line(job):
+        prepared = prepare(job if isinstance(job, Job) else load_job(job))
+    return run_prepared(prepared, engine, address, observe, stop, stop_now, repair, grace_s)
+
+
+def run_prepared(
+    prepared: Prepared,
+    engine: EngineName = "ray",
+    address: str | None = None,
+    observe: Observer = lambda progress: None,
+    stop: threading.Event | None = None,
+    stop_now: threading.Event | None = None,
+    repair: bool = False,
+    grace_s: float = GRACE_S,
+) -> RunSummary:
+    """`run` of a job that was looked at before."""
     if engine == "ray" and prepared.store.url.startswith("memory://"):
         raise InvalidJob("memory:// is this process's memory, which Ray's workers do not share; use --engine inline or a folder")
     driver = Driver(prepared, stop or threading.Event(), observe, grace_s, stop_now, repair)

@@ -1,6 +1,7 @@
 """What is done, and how it becomes done.
 
     _renderfarm/job.json       the frozen job: what decides pixels and layout (create-if-absent)
+    _renderfarm/rows/…         the rows that a sweep, templates or a file of text became (see frozen_rows)
     _renderfarm/grid.json      rows per part, as the first worker measured (create-if-absent); only for `part_rows: auto`
     _renderfarm/profile.json   the render profile, by the first worker ready (create-if-absent)
     _renderfarm/profiles/…     others, by their SHA-256, if the job allows them
@@ -144,8 +145,13 @@ def check_job(store: Store, wanted: dict[str, Any]) -> dict[str, Any]:
     """The stored job, if it is the wanted one. Raises KeyError where there is none, InvalidJob for another."""
     wanted = {"format_version": FORMAT_VERSION, **wanted}
     stored = read_json(store, JOB)
-    if found := differences(stored, json.loads(to_json(wanted))):
-        # never replaced here: another driver may be about to render what it froze
+    refuse_differences(store, differences(stored, json.loads(to_json(wanted))))
+    return stored
+
+
+def refuse_differences(store: Store, found: list[str]) -> None:
+    """Raises InvalidJob for any. Never replaces what is there: another driver may be about to render what it froze."""
+    if found:
         begin_anew = "" if store.list(PARTS) else f"; nothing is rendered yet, so you may also remove {store.url}/{JOB}"
         raise InvalidJob(
             f"{store.url} was begun with other settings, and these decide pixels or layout:\n"
@@ -153,7 +159,6 @@ def check_job(store: Store, wanted: dict[str, Any]) -> dict[str, Any]:
             + "\nrestore them to continue, or give another output (--out)"
             + begin_anew
         )
-    return stored
 
 
 def frozen_grid(store: Store, job: dict[str, Any]) -> Grid | None:
@@ -184,6 +189,14 @@ def freeze_part_rows(store: Store, part_rows: int, seconds_per_image: float) -> 
         return part_rows
     except AlreadyExists:
         return _measured(store)
+
+
+def measured_seconds(store: Store) -> float | None:
+    """Seconds an image took the first worker, alone; None where none has measured."""
+    try:
+        return float(read_json(store, GRID).get("seconds_per_image") or 0) or None
+    except KeyError:
+        return None
 
 
 def _measured(store: Store) -> int:

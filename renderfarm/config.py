@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from typing import Annotated, Any, Literal
@@ -25,13 +27,113 @@ class Strict(BaseModel):
 
 
 class ManifestSpec(Strict):
-    path: Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
-    """Parquet file, directory, glob, or a list of these; relative to the job file."""
+    path: Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] | None = None
+    """Parquet file, directory, glob, or a list of these; relative to the job file. Or files of text (`.csv`, `.tsv`, `.jsonl`,
+    `.txt` with one prompt a line), which are converted once and kept in the output."""
+    rows: Annotated[tuple[Annotated[str, Field(min_length=1)] | dict[str, Any], ...], Field(min_length=1)] | None = None
+    """Instead of a path: the rows themselves, each a prompt or its columns: `[a red circle, {prompt: a cat, seed: 5}]`."""
     columns: str | dict[str, str | None] | None = None
     """A preset (`diffusiondb`; `renderfarm` for the tables of an output), or a map from renderfarm's column name to the
     manifest's own: `{prompt: caption}`. A null (`{image: null}`) makes a column that has an argument's name an ordinary one."""
     where: dict[str, Any] | None = None
-    """Render only rows whose columns have these values (a value or a list); `row` takes ranges: `{row: "0-199,300"}`."""
+    """Render only rows whose columns have these values (a value or a list); `row` takes ranges: `{row: "0-199,300"}`. With a
+    `sweep` or `prompts`, these are the rows that are multiplied."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> ManifestSpec:
+        if (self.path is None) == (self.rows is None):
+            raise ValueError("give either path or rows")
+        return self
+
+    @property
+    def paths(self) -> list[str]:
+        return self.path if isinstance(self.path, list) else [] if self.path is None else [self.path]
+
+
+Scalar = str | int | float | bool | None
+Axis = Annotated[list[Scalar], Field(min_length=1)] | str
+"""The values of one axis: a list, or a range `1..10`, `0.5..1:0.1`, both ends in it."""
+
+
+class Param(Strict):
+    """A value that `${params.NAME}` stands for, wherever a job's field has one."""
+
+    type: Literal["int", "float", "str", "bool"] | None = None
+    """None: that of the default."""
+    default: Scalar = None
+    """None: whoever runs the job must give it (`--set params.NAME=VALUE`)."""
+    choices: Annotated[tuple[Scalar, ...], Field(min_length=1)] | None = None
+    """The only values that it may have."""
+    min: float | None = None
+    max: float | None = None
+    description: str | None = None
+    """For whoever is to choose a value."""
+    value: Scalar = None
+    """What `--set params.NAME=VALUE` writes. None: the default."""
+
+    @property
+    def kind(self) -> str:
+        return self.type or type(self.default).__name__
+
+    @model_validator(mode="after")
+    def _typed(self) -> Param:
+        if self.type is None and self.default is None:
+            raise ValueError("give a type (int, float, str, bool) or a default")
+        if self.kind in ("str", "bool") and (self.min is not None or self.max is not None):
+            raise ValueError(f"min and max are for numbers, and this is {self.kind}; use choices")
+        return self
+
+
+def _by_default(value: Any) -> Any:
+    return value if isinstance(value, dict | Param) else {"default": value}
+
+
+Params = dict[
+    Annotated[str, Field(pattern=r"^[A-Za-z_]\w{0,63}$")],
+    Annotated[Param, BeforeValidator(_by_default, json_schema_input_type=Param | str | int | float | bool)],
+]
+
+
+class Sweep(Strict):
+    """Each row of the manifest once for every combination of these values. Names are arguments that a row may give, or columns."""
+
+    product: dict[str, Axis] = {}
+    """Every value with every other: `{guidance_scale: [3, 5, 7], num_inference_steps: "10..30:10"}` makes nine rows of one; the last
+    axis changes first."""
+    zip: dict[str, Axis] = {}
+    """Values that go together, the first with the first: lists of one length. With `product`, one more axis, behind those."""
+    noise: Literal["shared", "own"] = "shared"
+    """shared: the rows that one row and text became begin with the same noise, so that pictures show what an axis changes. own:
+    each with its own. A row's `seed`, or an axis `seed`, wins over both."""
+    max_rows: Annotated[int, Field(ge=1, le=1_000_000_000)] = 100_000
+    """More rows than this, counted before any is made, are refused; also those that `prompts` makes."""
+
+    @model_validator(mode="after")
+    def _one_axis_each(self) -> Sweep:
+        if twice := self.product.keys() & self.zip.keys():
+            raise ValueError(f"{min(twice)} is an axis of product and of zip; name it once")
+        return self
+
+
+class Prompts(Strict):
+    """Prompts are templates, as dynamicprompts has them: `{a|b}`, `{0.5::x|y}`, `{2$$a|b|c}`, `__colours__`, and `${column}`."""
+
+    templates: Literal["combinatorial", "random"]
+    """combinatorial: a row becomes as many rows as its prompt has texts. random: as many as `samples` says."""
+    samples: Annotated[int, Field(ge=1, le=100_000)] = 1
+    """random: texts drawn for each row; the same may be drawn twice."""
+    prompt_seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
+    """random: decides what is drawn. The noise of the images has its own, the job's `seed`."""
+    wildcards: str = "wildcards"
+    """The folder, beside the job file, with `colours.txt` for `__colours__`: one choice a line."""
+    arguments: Annotated[tuple[Literal["prompt", "prompt_2", "prompt_3", "negative_prompt"], ...], Field(min_length=1)] = ("prompt",)
+    """Which texts are templates."""
+
+    @model_validator(mode="after")
+    def _drawn(self) -> Prompts:
+        if self.templates == "combinatorial" and self.samples != 1:
+            raise ValueError("prompts.samples is for templates: random; combinatorial makes every text")
+        return self
 
 
 class Source(Strict):
@@ -575,7 +677,9 @@ class Output(Strict):
 
 def _percent(given: Any) -> Any:
     if isinstance(given, str) and (match := re.fullmatch(PERCENT, given.strip())):
-        return float(match[1]) / 100
+        given = float(match[1]) / 100
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given <= 1:
+        raise ValueError(f"write a share of all images as 0.005 or 0.5%, not {given!r}")
     return given
 
 
@@ -617,6 +721,29 @@ class Notify(Strict):
         return value
 
 
+_USE_OF_PARAM = {"type": "string", "pattern": r"^\$\{params\.\w+\}$"}
+
+
+def _or_param(field: dict[str, Any]) -> dict[str, Any]:
+    """The JSON Schema of a field that may also be a parameter."""
+    members = field.get("anyOf", [field])
+    if not any({"enum", "const"} & member.keys() or member.get("type") in ("integer", "number", "boolean") for member in members):
+        return field
+    said = {key: value for key, value in field.items() if key in ("title", "description", "default")}
+    others = [{key: value for key, value in member.items() if key not in said} for member in members]
+    return {"anyOf": [*others, _USE_OF_PARAM], **said}
+
+
+class Cost(Strict):
+    """What rendering costs, for `renderfarm plan`. Decides nothing, and may change freely."""
+
+    per_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Price of one worker for an hour: its accelerators, and its share of the machine that they are in."""
+    currency: Annotated[str, Field(pattern=r"^[^\s\x00-\x1f]{1,8}$")] = "USD"
+    images_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Of one worker, as somebody knows it, until this output has measured its own."""
+
+
 class Job(Strict):
     """One render job."""
 
@@ -625,6 +752,13 @@ class Job(Strict):
     """Letters, digits, `.`, `_`, `-`."""
     manifest: ManifestSpec
     model: ModelSpec
+    sweep: Sweep | None = None
+    """Values that every row is rendered with. The rows that come out are made once, and kept in the output."""
+    prompts: Prompts | None = None
+    """Prompts that are templates. None: they are rendered as they are written."""
+    params: Params = {}
+    """What of this job others may choose: `{steps: 20}`, or `{steps: {type: int, default: 20, min: 1, max: 50, description: …}}`.
+    `${params.steps}` in any field stands for it, `--set params.steps=30` changes it."""
     render: Render = Render()
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)] = 0
     """Start of every derived seed."""
@@ -641,6 +775,10 @@ class Job(Strict):
     once. exit: it says who runs, and ends with exit code 75."""
     notify: Notify | None = None
     """Who is told of the end of a run; None: nobody."""
+    logical_date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
+    """The day that `{{ ds }}` stands for, as `--logical-date` gives it."""
+    cost: Cost = Cost()
+    """`{per_hour: 2.50}`, for what `plan` says of money."""
 
     @field_validator("manifest", mode="before", json_schema_input_type=ManifestSpec | str | list[str])
     @classmethod
@@ -667,10 +805,23 @@ class Job(Strict):
                 raise ValueError(str(error)) from None
         return self
 
+    @classmethod
+    def model_json_schema(cls, *args: Any, **options: Any) -> dict[str, Any]:
+        """With `${params.NAME}` in the place of any number, truth or word."""
+        schema = super().model_json_schema(*args, **options)
+        for name, model in {"": schema, **schema.get("$defs", {})}.items():
+            if name != "Param":
+                model["properties"] = {field: _or_param(of) for field, of in model.get("properties", {}).items()}
+        return schema
+
+    @property
+    def key(self) -> str:
+        """Of the run that this job is: hash of all that it says, parameters and logical date among it. The same tick has the same."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:12]
+
     def places(self) -> list[tuple[str, str]]:
         """Every path or URL that the job names, and where it does."""
-        paths = self.manifest.path if isinstance(self.manifest.path, list) else [self.manifest.path]
-        found = [*(("manifest.path", path) for path in paths), ("output.path", self.output.path), ("model.id", self.model.id)]
+        found = [*(("manifest.path", path) for path in self.manifest.paths), ("output.path", self.output.path), ("model.id", self.model.id)]
         found += [(f"model.components.{name}", component.id) for name, component in self.model.components.items()]
         found += [(f"model.{name}", given.id) for name in COMPANIONS if (given := getattr(self.model, name))]
         found += [(f"model.adapters.{name}", given.weights) for name, given in self.model.adapters.items()]

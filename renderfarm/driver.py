@@ -177,6 +177,7 @@ class Driver:
         self._meet_the_other_run()
         if not self.job.output.single_writer:
             probe(self.store)
+        self.prepared.rows.keep(self.store)
         commit.freeze_job(self.store, self.prepared.frozen())
         self.progress.rate_before = float(commit.read_progress(self.store).get("images_per_second") or 0.0)
         for data in (*self.prepared.adapter_files.values(), *self.prepared.after_files.values()):

@@ -4,22 +4,28 @@ every mistake into one `InvalidJob` that names file, field and the nearest valid
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import difflib
 import os
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
-from renderfarm.config import COMPANIONS, STEP_FILES, ComponentSpec, Job, ModelSpec, Output, Step, is_url
+from renderfarm import params
+from renderfarm.config import COMPANIONS, STEP_FILES, ComponentSpec, Job, ModelSpec, Output, Params, Step, is_url
 from renderfarm.errors import InvalidJob
+from renderfarm.params import Place
 
 MAX_JOB_BYTES = 1 << 20
+UNION_MEMBERS = ("str", "int", "float", "bool")
 
 
 def load_job(path: str | Path, sets: list[str] | None = None, out: str | None = None, logical_date: str | None = None) -> Job:
@@ -29,7 +35,8 @@ def load_job(path: str | Path, sets: list[str] | None = None, out: str | None = 
     `{{ ds }}` and `{{ ds_nodash }}`. Raises InvalidJob with one message.
     """
     path = Path(path)
-    data = _read_yaml(path)
+    data, lines = _read_yaml(path)
+    named = partial(_named_place, path, lines, [item.partition("=")[0] for item in sets or []])
     for item in sets or []:
         _set(data, item)
     if out is not None:
@@ -38,12 +45,53 @@ def load_job(path: str | Path, sets: list[str] | None = None, out: str | None = 
         output = data.get("output")
         data["output"] = {**(output if isinstance(output, dict) else {}), "path": _absolute(out, Path.cwd())}
     try:
-        job = Job.model_validate(_fill_dates(data, logical_date, path))
+        data = _fill_params(data, named)
+        if logical_date is not None:
+            data = {**data, "logical_date": logical_date}
+        job = Job.model_validate(_fill_dates(data, data.get("logical_date"), path))
     except RecursionError:  # a YAML anchor that holds itself
         raise InvalidJob(f"{path}: a value contains itself; write it without YAML anchors") from None
     except ValidationError as error:
-        raise InvalidJob(_explain(error, path)) from None
+        raise InvalidJob(_explain(error, named)) from None
     return _resolve(job, path.parent.absolute())
+
+
+def _fill_params(data: dict[str, Any], named: Callable[[Place], str]) -> dict[str, Any]:
+    given = TypeAdapter(dict[Literal["params"], Params]).validate_python({"params": data["params"]}) if data.get("params") else {}
+    known = given.get("params", {})
+    try:
+        filled = params.values(known)
+    except InvalidJob as error:
+        name = str(error).split(maxsplit=1)[0].partition(".")[2]
+        raise InvalidJob(f"{named(('params', name)).rpartition(': ')[0]}: {error}") from None
+    return params.fill(data, filled, named)
+
+
+def _named_place(path: Path, lines: dict[Place, int], sets: list[str], place: Place) -> str:
+    """`job.yaml, line 7: render.height`, or which --set it is of."""
+    dotted = ".".join(map(str, place))
+    if given := next((name for name in sets if f"{dotted}.".startswith(f"{name}.")), None):
+        return f"{path}: --set {given}: {dotted}"
+    known = next((place[:length] for length in range(len(place), 0, -1) if place[:length] in lines), None)
+    return f"{path}{f', line {lines[known]}' if known else ''}: {dotted or 'job'}"
+
+
+@contextlib.contextmanager
+def at_its_line(path: str | Path, sets: list[str] | None = None) -> Iterator[None]:
+    """What is found wrong with a job's field once model and manifest are known is told with its file and line, too."""
+    try:
+        yield
+    except InvalidJob as error:
+        field = re.match(r"([a-z_0-9]+(?:\.\w+)*)[:\[ ]", str(error))
+        if field is None or field[1].partition(".")[0] not in Job.model_fields:
+            raise
+        place = tuple(field[1].split("."))
+        try:
+            _, lines = _read_yaml(Path(path))
+        except InvalidJob:  # the file is gone, or was edited meanwhile
+            raise error from None
+        named = _named_place(Path(path), lines, [item.partition("=")[0] for item in sets or []], place)
+        raise type(error)(f"{named.removesuffix(f': {field[1]}')}: {error}") from error
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -58,11 +106,25 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _lines(node: yaml.Node | None, place: Place = ()) -> Iterator[tuple[Place, int]]:
+    """The line of each field and item."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield (*place, str(key.value)), key.start_mark.line + 1
+            yield from _lines(value, (*place, str(key.value)))
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            yield (*place, number), value.start_mark.line + 1
+            yield from _lines(value, (*place, number))
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Place, int]]:
+    """What a job file holds, and the line of each field."""
     try:
         if path.stat().st_size > MAX_JOB_BYTES:
             raise InvalidJob(f"{path}: larger than 1 MiB; a job file holds settings, prompts go into the manifest")
-        data = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 - a SafeLoader
+        text = path.read_text(encoding="utf-8")
+        data = yaml.load(text, _UniqueKeys)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
         raise InvalidJob(f"{path}: no such job file; give the path of a YAML file such as jobs/demo.yaml") from None
     except OSError as error:
@@ -77,7 +139,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise InvalidJob(f"{path}: not valid YAML: {error}; quote what is meant as text") from None
     if not isinstance(data, dict):
         raise InvalidJob(f"{path}: a job file is a YAML mapping with at least name, manifest, model and output")
-    return data
+    try:
+        return data, dict(_lines(yaml.compose(text, _UniqueKeys)))
+    except RecursionError:  # an anchor within itself; the job is told so
+        return data, {}
 
 
 def _set(data: dict[str, Any], item: str) -> None:
@@ -89,6 +154,9 @@ def _set(data: dict[str, Any], item: str) -> None:
     except (yaml.YAMLError, ValueError, RecursionError):
         raise InvalidJob(f"--set {item}: the value is not valid YAML") from None
     *parents, last = name.split(".")
+    if parents == ["params"]:
+        _set_param(data, item, last, value)
+        return
     place = data
     for depth, parent in enumerate(parents):
         inner = place.get(parent)
@@ -103,9 +171,20 @@ def _set(data: dict[str, Any], item: str) -> None:
     place[last] = value
 
 
-def _fill_dates(data: dict[str, Any], logical_date: str | None, path: Path) -> dict[str, Any]:
+def _set_param(data: dict[str, Any], item: str, name: str, value: Any) -> None:
+    declared = data.get("params")
+    if not isinstance(declared, dict) or name not in declared:
+        known = list(map(str, declared)) if isinstance(declared, dict) else []
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"it has: {', '.join(known) or 'none'}"
+        raise InvalidJob(f"--set {item}: the job has no parameter {name!r}; {hint}")
+    said = declared[name]
+    data["params"] = {**declared, name: {**(said if isinstance(said, dict) else {"default": said}), "value": value}}
+
+
+def _fill_dates(data: dict[str, Any], logical_date: Any, path: Path) -> dict[str, Any]:
     try:
-        day = dt.date.fromisoformat(logical_date) if logical_date else None
+        day = dt.date.fromisoformat(str(logical_date)) if logical_date else None  # YAML makes a date of it
     except ValueError:
         raise InvalidJob(f"--logical-date {logical_date}: write it as YYYY-MM-DD") from None
     words = {"ds": day.isoformat(), "ds_nodash": day.strftime("%Y%m%d")} if day else {}
@@ -126,25 +205,38 @@ def _fill_dates(data: dict[str, Any], logical_date: str | None, path: Path) -> d
         return [fill(inner) for inner in value] if isinstance(value, list) else value
 
     found = {key: fill(value) if key in ("manifest", "output") else value for key, value in data.items()}
+    found |= {"logical_date": day.isoformat()} if day else {}
     if isinstance(given := data.get("output"), dict) and "card" in given:  # shown as it is written
         found["output"]["card"] = given["card"]
     return found
 
 
-def _explain(error: ValidationError, path: Path) -> str:
-    lines = []
+def _explain(error: ValidationError, named: Callable[[Place], str]) -> str:
+    """One line for each place. What a union's members say of one place is said together."""
+    said: dict[str, list[str]] = {}
     for problem in error.errors():
         # union members and validators add steps such as `list[str]` to the location; only names and indices help
-        place = ".".join(str(step) for step in problem["loc"] if step != "str" and re.fullmatch(r"\w+", str(step)))
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            message = f"unknown field{_nearest(problem['loc'])}"
-        elif problem["type"] == "missing":
-            message = "is required"
-        elif problem["type"] == "literal_error":
-            message += f", not {problem['input']!r}"
-        lines.append(f"{path}: {place or 'job'}: {message}")
-    return "\n".join(dict.fromkeys(lines))
+        place = tuple(step for step in problem["loc"] if step not in UNION_MEMBERS and re.fullmatch(r"\w+", str(step)))
+        if problem["type"] == "extra_forbidden" and problem["loc"][-1] not in place:
+            place = (*place, problem["loc"][-1])
+        said.setdefault(named(place), []).append(_message(problem))
+    return "\n".join(f"{place}: {', or '.join(dict.fromkeys(messages))}" for place, messages in said.items())
+
+
+def _message(problem: ErrorDetails) -> str:
+    message, given = problem["msg"].removeprefix("Value error, "), problem["input"]
+    if problem["type"] == "extra_forbidden":
+        return f"unknown field{_nearest(problem['loc'])}"
+    if problem["type"] == "missing":
+        return "is required"
+    if problem["type"] == "value_error" or problem["loc"][:1] == ("notify",) or not isinstance(given, str | int | float | bool):
+        return message
+    shown = f"{message}, not {given!r}" if len(str(given)) <= 60 else message
+    if problem["type"] == "literal_error":
+        words = re.findall(r"'([^']+)'", problem["ctx"]["expected"])
+        if close := difflib.get_close_matches(str(given), words, n=1):
+            return f"{shown}; did you mean {close[0]!r}?"
+    return shown
 
 
 def _nearest(location: tuple[int | str, ...]) -> str:
@@ -204,9 +296,10 @@ def _model_folder(model_id: str, base: Path) -> str:
 
 
 def _resolve(job: Job, base: Path) -> Job:
-    paths = job.manifest.path if isinstance(job.manifest.path, list) else [job.manifest.path]
-    absolute = [_absolute(path, base) for path in paths]
-    folder = job.inputs.folder
+    absolute = [_absolute(path, base) for path in job.manifest.paths]
+    path = absolute[0] if len(absolute) == 1 else absolute or None
+    folder = job.inputs.folder or (str(base) if job.manifest.rows is not None else None)
+    prompts = job.prompts and job.prompts.model_copy(update={"wildcards": _absolute(job.prompts.wildcards, base)})
     adapters = {name: given.model_copy(update={"weights": _absolute(given.weights, base)}) for name, given in job.model.adapters.items()}
     companions = {name: getattr(job.model, name) for name in COMPANIONS}
     resolved = {name: given and given.model_copy(update={"id": _model_folder(given.id, base)}) for name, given in companions.items()}
@@ -215,7 +308,8 @@ def _resolve(job: Job, base: Path) -> Job:
     }
     return job.model_copy(
         update={
-            "manifest": job.manifest.model_copy(update={"path": absolute if len(absolute) > 1 else absolute[0]}),
+            "manifest": job.manifest.model_copy(update={"path": path}),
+            "prompts": prompts,
             "model": job.model.model_copy(update={"id": _model_folder(job.model.id, base), "adapters": adapters, **resolved}),
             "output": _resolve_output(job.output, base),
             "inputs": job.inputs.model_copy(update={"folder": folder and _absolute(folder, base)}),

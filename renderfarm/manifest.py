@@ -7,12 +7,13 @@ user's own is prefixed (`EXTRA`), so that no name of his can be taken for one of
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,6 +65,8 @@ class Manifest:
     where: dict[str, Any] | None = None
     patience_s: float = PATIENCE_S
     """With the store of files that are streamed."""
+    place: Callable[[int], str] | None = dataclasses.field(default=None, compare=False)
+    """Where a row comes from, if these files were made of something else."""
 
     @property
     def rows(self) -> int:
@@ -75,6 +78,8 @@ class Manifest:
 
     def where_is(self, ordinal: int) -> str:
         """`FILE, row N` (N counts from 0 in that file) for messages."""
+        if self.place is not None:
+            return self.place(ordinal)
         for file in self.files:
             if ordinal < file.rows:
                 return f"{file.path.rsplit('/', 1)[-1]}, row {ordinal}"
@@ -258,7 +263,7 @@ def open_manifest(spec: ManifestSpec, supported: frozenset[str]) -> Manifest:
 
     Raises InvalidJob for whatever can be known without reading a row.
     """
-    paths = _find_files(spec)
+    paths = manifest_files(spec)
     files, schema = [], None
     types: dict[str, pa.DataType] = {}
     for path in paths:
@@ -293,9 +298,17 @@ def _plain(type_: pa.DataType) -> pa.DataType:
     return pa.string() if pa.types.is_string_view(type_) else pa.binary() if pa.types.is_binary_view(type_) else type_
 
 
-def _find_files(spec: ManifestSpec) -> list[str]:
+def column_types(manifest: Manifest) -> dict[str, pa.DataType]:
+    """Of all files' columns together, by their own names."""
+    schemas = [_open_parquet(file.path).schema_arrow for file in manifest.files]
+    plain = [pa.schema([pa.field(field.name, _plain(field.type)) for field in schema]) for schema in schemas]
+    return {field.name: field.type for field in pa.unify_schemas(plain, promote_options="permissive")}
+
+
+def manifest_files(spec: ManifestSpec) -> list[str]:
+    """The paths or URLs that a job's manifest names. Raises InvalidJob where there are none."""
     found: list[str] = []
-    for given in spec.path if isinstance(spec.path, list) else [spec.path]:
+    for given in spec.paths:
         path = expand_env(given)
         if re.match("https?://.*[?#]", path):  # not in stores, where `?` is a pattern
             raise InvalidJob(f"manifest {re.split('[?#]', path)[0]}: leave the URL's query out; it would be written into the output")

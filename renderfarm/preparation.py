@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,8 @@ from renderfarm import after, commit, jxl, signing, weighting
 from renderfarm.adapters import parse, read_files, sha256, written
 from renderfarm.config import COMPANIONS, C2pa, Checkpoint, Job, check_credentials, expand_env, is_path, several_devices
 from renderfarm.errors import InvalidInput, InvalidJob
-from renderfarm.manifest import Manifest, open_manifest
+from renderfarm.frozen_rows import Rows, open_rows
+from renderfarm.manifest import Manifest
 from renderfarm.models.catalog import ModelInfo, describe, for_task, shown_name, with_weights
 from renderfarm.models.families import DISPATCHED
 from renderfarm.models.networks import MAX_PIXELS
@@ -38,6 +40,8 @@ class Prepared:
     model: ModelInfo
     manifest: Manifest
     store: Store
+    rows: Rows
+    """The same rows, and where they come from."""
     after_files: dict[str, bytes] = field(default_factory=dict)
     """Weights that the steps of `after` need, by SHA-256."""
     adapter_files: dict[str, bytes] = field(default_factory=dict)
@@ -95,7 +99,8 @@ class Prepared:
                 "files": self.manifest.fingerprint(),
                 "columns": self.manifest.columns,
                 "where": job.manifest.model_dump(mode="json")["where"],  # YAML knows dates, JSON does not
-            },
+            }
+            | ({} if self.rows.said is None else {"made": self.rows.said}),
             "model": {
                 "id": self.model.name,
                 "revision": self.model.revision,
@@ -159,7 +164,10 @@ def prepare(job: Job) -> Prepared:
         check_credentials(place, expand_env(text))  # what the job file holds was checked when it was read
     _check_packages(job)
     model = with_weights(describe(job.model), job.render.prompt_weighting)
-    manifest = open_manifest(job.manifest, model.arguments)
+    # expanded once and here: a worker's environment and folder may be others
+    store = open_store(expand_env(job.output.path), single_writer=job.output.single_writer)
+    rows = open_rows(job, model.arguments, store)
+    manifest = rows.manifest
     model = for_task(model, manifest.columns)
     _check_render(job, model)
     if model.companions and several_devices(job.workers) is not None:
@@ -178,13 +186,11 @@ def prepare(job: Job) -> Prepared:
             f"workers.attention_backend: {model.pipeline_class or model.name} does not ask diffusers for attention, so a backend would "
             f"change nothing; leave it out (those that do: {', '.join(DISPATCHED)})"
         )
-    # expanded once and here: a worker's environment and folder may be others
-    store = open_store(expand_env(job.output.path), single_writer=job.output.single_writer)
     output = job.output.model_copy(update={"path": store.url, "c2pa": _expanded(job.output.c2pa)})
-    job = job.model_copy(update={"output": output, "after": steps})
     if model.images:
-        job = job.model_copy(update={"inputs": job.inputs.model_copy(update={"folder": _inputs_folder(job, manifest)})})
-    return Prepared(job, model, manifest, store, after_files, adapter_files)
+        job = job.model_copy(update={"inputs": job.inputs.model_copy(update={"folder": _inputs_folder(job, rows.paths)})})
+    job = job.model_copy(update={"output": output, "after": steps, "manifest": rows.spec})
+    return Prepared(job, model, manifest, store, rows, after_files, adapter_files)
 
 
 def _check_packages(job: Job) -> None:
@@ -206,7 +212,7 @@ def _expanded(c2pa: C2pa | None) -> C2pa | None:
     return c2pa.model_copy(update=places)
 
 
-def _inputs_folder(job: Job, manifest: Manifest) -> str | None:
+def _inputs_folder(job: Job, paths: Sequence[str]) -> str | None:
     """Where rows' paths start: as the job says, else the manifest's folder; None where there is no one such folder or store."""
     given = job.inputs.folder or job.manifest.path
     folder = expand_env(given) if isinstance(given, str) else ""
@@ -216,9 +222,9 @@ def _inputs_folder(job: Job, manifest: Manifest) -> str | None:
         return open_store(folder).url
     if job.inputs.folder:
         raise InvalidJob(f"inputs.folder: {job.inputs.folder} is no folder here; give the one in which the rows' paths start")
-    if is_store(folder) and all(file.path.startswith(f"{folder.rstrip('/')}/") for file in manifest.files):
+    if is_store(folder) and all(path.startswith(f"{folder.rstrip('/')}/") for path in paths):
         return open_store(folder).url
-    first, *others = {os.path.dirname(file.path.removeprefix("file://")) for file in manifest.files}
+    first, *others = {os.path.dirname(path.removeprefix("file://")) for path in paths} or {""}
     if others:
         return None
     return open_store(first).url if is_store(first) else os.path.abspath(first) if os.path.isdir(first) else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import tempfile
 import time
@@ -21,8 +19,7 @@ LOG_LINES = 20
 
 def submission_id(job: Job) -> str:
     """The same job value is the same submission, so that a tick that fires twice attaches to the first."""
-    digest = hashlib.sha256(json.dumps(job.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
-    return f"renderfarm-{job.name}-{digest[:12]}"
+    return f"renderfarm-{job.name}-{job.key}"
 
 
 def submit_job(job: Job, address: str) -> tuple[str, bool]:

@@ -187,11 +187,11 @@ def write_manifest(tmp_path: Path) -> Callable[..., Path]:
 def write_job(tmp_path: Path) -> Callable[..., Path]:
     """Write a job file for a manifest, with the fake model and small parts unless told otherwise."""
 
-    def write(manifest: Path, name: str = "job.yaml", **changes: Any) -> Path:
+    def write(manifest: Path | dict[str, Any], name: str = "job.yaml", **changes: Any) -> Path:
         job: dict[str, Any] = {
             "version": 1,
             "name": "test",
-            "manifest": str(manifest),
+            "manifest": manifest if isinstance(manifest, dict) else str(manifest),
             "model": "builtin:fake",
             "render": {"num_inference_steps": 3},
             "workers": {"batch_size": 4},

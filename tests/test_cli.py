@@ -222,6 +222,46 @@ def test_bad_input_gets_one_message_that_says_what_to_do(write_manifest: Write, 
     assert "not an output of renderfarm" in refused("status", tmp_path)
 
 
+def test_a_field_that_only_model_or_manifest_prove_wrong_is_told_with_its_line(write_manifest: Write, write_job: Write) -> None:
+    job = write_job(write_manifest())
+    job.write_text(job.read_text() + "sweep:\n  product:\n    guidence_scale: [1]\n")
+    lines = job.read_text().splitlines()
+    told = f"job.yaml, line {lines.index('    guidence_scale: [1]') + 1}: sweep.product.guidence_scale: no argument or column"
+    assert told in refused("plan", job)
+    assert told in refused("run", job, "--engine", "inline")
+    text = refused("preview", job, "--set", "sweep=null", "--set", "render.height=60")
+    assert f"job.yaml, line {lines.index('render:') + 1}: render: height is 60" in text
+
+
+def test_init_preview_schedule_and_backfill_speak_to_people_and_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    written = json.loads(cli("init", "j.yaml", "--template", "sweep", "--json").stdout)["written"]
+    assert written == ["j.yaml", "job.schema.json"]
+    assert "exists, and is left as it is" in refused("init", "j.yaml")
+    done = cli("preview", "j.yaml", "--rows", "2", "--set", "model=builtin:fake")
+    assert done.returncode == 0, done.stderr
+    assert "2 images of 2 rows" in done.stdout
+    assert "contact sheet: j-preview.png" in done.stdout
+    assert (tmp_path / "j-preview.png").exists()
+    assert len(json.loads(cli("preview", "j.yaml", "--rows", "2", "--set", "model=builtin:fake", "--json").stdout)["pixels"]) == 2
+    assert "put {{ ds }} into output.path" in refused("schedule", "j.yaml", "--kind", "cron")
+
+    (tmp_path / "j.yaml").write_text(
+        (tmp_path / "j.yaml").read_text().replace("out/j", '"out/{{ ds }}"').replace("builtin:shapes", "builtin:fake")
+    )
+    assert "--logical-date" in cli("schedule", "j.yaml", "--kind", "cron").stdout
+    made = cli("schedule", "j.yaml", "--kind", "systemd", "--write", "units", "--json")
+    assert sorted(json.loads(made.stdout)["files"]) == sorted(path.name for path in (tmp_path / "units").iterdir())
+    days = ["--from", "2026-11-27", "--to", "2026-11-28", "--engine", "inline"]
+    planned = cli("backfill", "j.yaml", *days, "--dry-run")
+    assert "next: renderfarm backfill j.yaml --from 2026-11-27 --to 2026-11-28" in planned.stdout
+    assert not (tmp_path / "out").exists()
+    ended = json.loads(cli("backfill", "j.yaml", *days, "--json").stdout)
+    assert [(day["date"], day["todo"]) for day in ended["days"]] == [("2026-11-27", "render"), ("2026-11-28", "render")]
+    assert [(run["date"], run["images"]) for run in ended["runs"]] == [("2026-11-27", 27), ("2026-11-28", 27)]
+    assert json.loads(cli("backfill", "j.yaml", *days, "--json").stdout)["runs"] == []
+
+
 def test_every_shipped_job_file_is_valid() -> None:
     from renderfarm.jobfile import load_job
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ def refusal(path: Path, **options: Any) -> str:
     with pytest.raises(InvalidJob) as caught:
         load_job(path, **options)
     return str(caught.value)
+
+
+def told(path: Path, **options: Any) -> str:
+    """A refusal without the lines that it names."""
+    return re.sub(r"(?m)^(\S+\.yaml), line \d+:", r"\1:", refusal(path, **options))
 
 
 def test_a_minimal_job_gets_every_default(tmp_path: Path) -> None:
@@ -177,7 +183,7 @@ def test_any_bytes_are_a_job_or_one_refusal_that_names_the_file(tmp_path_factory
     ],
 )
 def test_an_unknown_field_is_named_with_its_place_and_the_nearest_word(tmp_path: Path, changes: dict[Any, Any], expected: str) -> None:
-    assert f"{tmp_path}/job.yaml: {expected}" in refusal(write(tmp_path, changes))
+    assert f"{tmp_path}/job.yaml: {expected}" in told(write(tmp_path, changes))
 
 
 @pytest.mark.parametrize("field", ["name", "manifest", "model", "output"])
@@ -187,7 +193,7 @@ def test_a_missing_field_is_said_to_be_required(tmp_path: Path, field: str) -> N
 
 
 def test_all_mistakes_are_told_at_once_one_a_line(tmp_path: Path) -> None:
-    lines = refusal(write(tmp_path, seed=-1, sead=2, render={"height": "tall"})).splitlines()
+    lines = told(write(tmp_path, seed=-1, sead=2, render={"height": "tall"})).splitlines()
     assert [line.split(": ")[1] for line in lines] == ["render.height", "seed", "sead"]
 
 
@@ -238,14 +244,25 @@ def test_all_mistakes_are_told_at_once_one_a_line(tmp_path: Path) -> None:
         ({"manifest": {"path": "a", "columns": 5}}, "manifest.columns", "valid dictionary"),
         ({"manifest": {"path": "a", "columns": {"prompt": 5}}}, "manifest.columns.prompt", "valid string"),
         ({"manifest": {"path": "a", "where": "x"}}, "manifest.where", "valid dictionary"),
-        ({"failure": {"tolerate": 2}}, "failure.tolerate", "less than or equal to 1"),
+        ({"failure": {"tolerate": 2}}, "failure.tolerate", "write a share of all images as 0.005 or 0.5%, not 2"),
+        ({"failure": {"tolerate": "half"}}, "failure.tolerate", "write a share of all images as 0.005 or 0.5%, not 'half'"),
+        ({"output": {"path": "o", "layout": "parqet"}}, "output.layout", "not 'parqet'; did you mean 'parquet'?"),
+        ({"sweep": {"product": {}, "noize": "own"}}, "sweep.noize", "unknown field; did you mean 'noise'?"),
+        ({"sweep": {"product": {"seed": []}}}, "sweep.product.seed", "at least 1 item"),
+        ({"sweep": {"product": {"seed": [1]}, "zip": {"seed": [1]}}}, "sweep", "seed is an axis of product and of zip; name it once"),
+        ({"prompts": {"templates": "randm"}}, "prompts.templates", "did you mean 'random'?"),
+        ({"prompts": {"templates": "combinatorial", "samples": 2}}, "prompts", "prompts.samples is for templates: random"),
+        ({"manifest": {"columns": {}}}, "manifest", "give either path or rows"),
+        ({"params": {"steps": {"kind": "int"}}}, "params.steps.kind", "unknown field"),
+        ({"params": {"steps": {"min": 1}}}, "params.steps", "give a type (int, float, str, bool) or a default"),
+        ({"params": {"style": {"default": "x", "min": 1}}}, "params.style", "min and max are for numbers"),
         ({"failure": {"attempts": 0}}, "failure.attempts", "greater than or equal to 1"),
     ],
 )
 def test_a_wrong_value_names_file_and_field_and_what_would_be_right(
     tmp_path: Path, changes: dict[str, Any], place: str, words: str
 ) -> None:
-    message = refusal(write(tmp_path, changes))
+    message = told(write(tmp_path, changes))
     assert any(line.startswith(f"{tmp_path}/job.yaml: {place}: ") and words in line for line in message.splitlines()), message
 
 
@@ -439,3 +456,68 @@ def test_a_share_of_failures_may_be_given_in_percent() -> None:
     for wrong in ("five", "101%", "-1%", 2):
         with pytest.raises(ValidationError):
             Failure(tolerate=wrong)  # type: ignore[arg-type]
+
+
+# -------------------------------------------------------------------------------------------- lines, and parameters
+
+
+def test_each_mistake_names_its_line_or_the_set_that_made_it(tmp_path: Path) -> None:
+    text = "name: t\nmanifest: p.parquet\nmodel: builtin:fake\n\nrender:\n  # tall\n  heigth: 64\n  override: [width, heigt]\n"
+    text += "output: {path: out}\nseed: -1\n"
+    path = write(tmp_path, text)
+    lines = refusal(path, sets=["workers.max=0", "render.sampler=[1]"]).splitlines()
+    assert {line.split(": ")[0].rsplit("/", 1)[1] + ": " + line.split(": ")[1] for line in lines} == {
+        "job.yaml, line 7: render.heigth",
+        "job.yaml, line 8: render.override.1",
+        "job.yaml, line 10: seed",
+        "job.yaml: --set workers.max",
+        "job.yaml: --set render.sampler",
+    }
+
+
+PARAMS = {
+    "steps": {"type": "int", "default": 20, "min": 1, "max": 50, "description": "more is finer"},
+    "style": {"default": "photo", "choices": ["photo", "drawing"]},
+    "scale": 5,
+    "note": {"type": "str"},
+}
+
+
+def with_params(folder: Path, **changes: Any) -> Path:
+    render = {"num_inference_steps": "${params.steps}", "negative_prompt": "no ${params.style}, ${params.steps} ${HOME}"}
+    return write(folder, {"params": PARAMS, "render": render, "output": {"path": "out/${params.style}-${params.note}"}, **changes})
+
+
+def test_a_parameter_keeps_its_type_alone_and_becomes_text_within_a_text(tmp_path: Path) -> None:
+    job = load_job(with_params(tmp_path), sets=["params.note=7", "params.steps=30"])
+    assert job.render.num_inference_steps == 30
+    assert job.render.negative_prompt == "no photo, 30 ${HOME}"
+    assert job.output.path == f"{tmp_path}/out/photo-7"
+    again = load_job(write(tmp_path, job.model_dump(mode="json"), name="job"))  # as `submit` sends it
+    assert again.render == job.render
+
+
+@pytest.mark.parametrize(
+    ("sets", "words"),
+    [
+        ([], "params.note has no default; give --set params.note=…"),
+        (["params.note=x", "params.step=3"], "the job has no parameter 'step'; did you mean 'steps'?"),
+        (["params.note=x", "params.steps=60"], "params.steps is 60; the most is 50"),
+        (["params.note=x", "params.steps=0"], "params.steps is 0; the least is 1"),
+        (["params.note=x", "params.steps=many"], "params.steps is 'many', and must be a whole number"),
+        (["params.note=x", "params.steps=true"], "params.steps is True, and must be a whole number"),
+        (["params.note=x", "params.scale=x"], "params.scale is 'x', and must be a whole number"),
+        (["params.note=x", "params.style=draw"], "params.style is 'draw'; it may be 'photo', 'drawing'; did you mean 'drawing'?"),
+    ],
+)
+def test_a_parameter_that_is_not_allowed_is_told_what_is(tmp_path: Path, sets: list[str], words: str) -> None:
+    assert words in refusal(with_params(tmp_path), sets=sets)
+
+
+def test_a_use_of_an_unknown_parameter_names_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: t\nparams: {steps: 20}\nrender:\n  num_inference_steps: ${params.stesp}\n")
+    assert refusal(path) == (
+        f"{path}, line 4: render.num_inference_steps: ${{params.stesp}}: no such parameter in params; did you mean 'steps'?"
+    )
+    path = write(tmp_path, "name: t\nparams:\n  steps: {default: 20, max: 10}\nrender: {}\n")
+    assert refusal(path) == f"{path}, line 3: params.steps is 20; the most is 10"

@@ -1,4 +1,4 @@
-"""Commands that take a job file: run, validate, plan, submit."""
+"""Commands that take a job file: init, run, validate, plan, preview, submit."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import threading
 import time
 from enum import StrEnum
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -44,12 +45,12 @@ def run(
 ) -> None:
     """Render what the output does not hold yet. Run it again and it continues."""
     from renderfarm.api import run as run_job
-    from renderfarm.jobfile import load_job
+    from renderfarm.jobfile import at_its_line, load_job
     from renderfarm.report.live import Watcher
 
     loaded = load_job(job, sets, out, logical_date)
-    stop, stop_now = _stop_on_signals()
-    with Watcher(console, quiet=as_json) as watcher:
+    stop, stop_now = stop_on_signals()
+    with Watcher(console, quiet=as_json) as watcher, at_its_line(job, sets):
         signals = {"stop": stop, "stop_now": stop_now}
         summary = run_job(loaded, engine=engine.value, address=address, observe=watcher, repair=repair, grace_s=grace, **signals)
     if as_json:
@@ -66,7 +67,7 @@ def run(
     raise typer.Exit(summary.exit_code)
 
 
-def _stop_on_signals() -> tuple[threading.Event, threading.Event]:
+def stop_on_signals() -> tuple[threading.Event, threading.Event]:
     """The first Ctrl-C or SIGTERM lets leases in flight finish; the second one ends at once; the third does not even say so in the
     output, which may be what everything waits for.
 
@@ -159,11 +160,12 @@ def validate(
     as_json: AsJson = False,
 ) -> None:
     """Check the job file and every row of its manifest; nothing is rendered or written."""
-    from renderfarm.jobfile import load_job
+    from renderfarm.jobfile import at_its_line, load_job
     from renderfarm.preparation import prepare
     from renderfarm.validation import validate_rows
 
-    found = validate_rows(prepare(load_job(job, sets, out, logical_date)))
+    with at_its_line(job, sets):
+        found = validate_rows(prepare(load_job(job, sets, out, logical_date)))
     if as_json:
         print_json({**vars(found), "ok": found.ok})
     else:
@@ -180,16 +182,79 @@ def validate(
 
 @command()
 def plan(job: JobFile, sets: Sets = None, out: Out = None, logical_date: LogicalDate = None, as_json: AsJson = False) -> None:
-    """Show what `run` would do: rows, parts done and left, images, bytes and time."""
+    """Show what `run` would do: rows, parts done and left, images, bytes, time and cost. The rows of a sweep are made now, and kept."""
     from renderfarm.estimate import estimate
-    from renderfarm.jobfile import load_job
+    from renderfarm.jobfile import at_its_line, load_job
     from renderfarm.preparation import prepare
 
-    found = estimate(prepare(load_job(job, sets, out, logical_date)))
+    with at_its_line(job, sets):
+        prepared = prepare(load_job(job, sets, out, logical_date))
+    prepared.rows.keep(prepared.store)
+    found = estimate(prepared)
     if as_json:
         print_json(found)
     else:
         print_pairs(found)
+
+
+@command()
+def preview(
+    job: JobFile,
+    rows: Annotated[int, typer.Option(help="How many, spread over the manifest and its sweep.")] = 9,
+    file: Annotated[
+        Path | None, typer.Option(help="The contact sheet, a PNG. [default: JOB-preview.png in this folder]", show_default=False)
+    ] = None,
+    sets: Sets = None,
+    logical_date: LogicalDate = None,
+    as_json: AsJson = False,
+) -> None:
+    """Render some rows here, in the pixels of the later run, and leave nothing but a contact sheet of them."""
+    from dataclasses import asdict
+
+    from renderfarm.jobfile import at_its_line, load_job
+    from renderfarm.preview import preview as preview_job
+    from renderfarm.report.live import Watcher
+
+    loaded, sheet = load_job(job, sets, None, logical_date), file or Path(f"{job.stem}-preview.png")
+    with Watcher(console, quiet=as_json) as watcher, at_its_line(job, sets):
+        found = preview_job(loaded, sheet, rows, watcher)
+    if as_json:
+        print_json(asdict(found))
+        raise typer.Exit(found.exit_code)
+    said = f"{found.images:,} images of {len(found.rows):,} rows in {found.seconds:.0f} s"
+    out_console.print(f"{said} ({found.images_per_second:.3g} images/s while rendering)")
+    for reason in found.reasons[:20]:
+        out_console.print(reason, markup=False)
+    if found.file is not None:
+        out_console.print(f"contact sheet: {shown_path(found.file)}", markup=False)
+    raise typer.Exit(found.exit_code)
+
+
+class StarterChoice(StrEnum):
+    t2i = "t2i"
+    sweep = "sweep"
+    dataset = "dataset"
+    img2img = "img2img"
+
+
+@command()
+def init(
+    file: Annotated[Path, typer.Argument(help="The job file to write.")] = Path("job.yaml"),
+    template: Annotated[
+        StarterChoice, typer.Option(help="Pictures from prompts; one prompt with many settings; a dataset; pictures from pictures.")
+    ] = StarterChoice.t2i,
+    as_json: AsJson = False,
+) -> None:
+    """Write a job file to begin with, explained line by line; it runs as it is. Nothing is overwritten."""
+    from renderfarm.starters import write_starter
+
+    written = [str(path) for path in write_starter(template.value, file)]
+    if as_json:
+        print_json({"written": written})
+        return
+    out_console.print(f"wrote {', '.join(written)}", markup=False)
+    me = "renderfarm" if shutil.which("renderfarm") else sys.argv[0]
+    out_console.print(f"next: {me} plan {shlex.quote(str(file))}", markup=False, soft_wrap=True)
 
 
 @command()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import textwrap
+from collections.abc import Callable
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -16,13 +18,17 @@ KEY = "_renderfarm/report/contact_sheet.png"
 CELL_PX, CAPTION_PX, GAP_PX, COLUMNS = 128, 34, 8, 6
 
 
-def write_contact_sheet(output: Output, limit: int = 36) -> str | None:
+def _prompt(record: dict[str, Any]) -> str:
+    return str(record["prompt"])
+
+
+def write_contact_sheet(output: Output, limit: int = 36, caption: Callable[[dict[str, Any]], str] = _prompt) -> str | None:
     """Put a sheet of up to `limit` images, spread over the output, at KEY. None if there is no image."""
     cells = []
     for sample in output.spread(limit):
         # a view must not fail for a picture that somebody removed or damaged
         with contextlib.suppress(KeyError, RenderfarmError, *UNDECODABLE):
-            cells.append((sample.image().convert("RGB"), sample.record["prompt"]))
+            cells.append((sample.image().convert("RGB"), caption(sample.record)))
     if not cells:
         return None
     buffer = io.BytesIO()
