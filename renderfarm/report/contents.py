@@ -59,13 +59,14 @@ def summary(output: Output, entries: commit.Entries) -> dict[str, Any]:
 
 
 def runs(output: Output) -> list[dict[str, Any]]:
-    """The summaries of the last runs that ended by themselves, the latest first."""
-    kept = ("run_id", "state", "new_images", "new_errors", "seconds", "images_per_second", "useful_slots", "lost_workers", "copies")
+    """How the last runs ended, the latest first. Of one that an error ended there is its last heartbeat."""
+    kept = ("run_id", "state", "new_images", "new_errors", "images_per_second", "useful_slots", "lost_workers", "copies")
     found = []
     for key in sorted(output.store.list(commit.RUNS))[-RUNS_SHOWN:][::-1]:
         with contextlib.suppress(*_GONE):
             said = json.loads(output.store.read(key))
-            found.append({name: said.get(name) for name in kept})
+            seconds = said["seconds"] if "seconds" in said else said["updated"] - said["started"]
+            found.append({name: said[name] for name in kept} | {"seconds": seconds})
     return found
 
 

@@ -28,7 +28,7 @@ function buildFacts() {
     run.images_per_second ? number(Number(run.images_per_second.toPrecision(3))) : '—', run.useful_slots ? `${number(Math.round(run.useful_slots * 1000) / 10)} %` : '—', number(run.lost_workers), number(run.copies)]);
   panel.append(runs.length
     ? tableOf(['run', 'ended', 'new images', 'new errors', 'time', 'images/s', 'useful slots', 'workers lost', 'copies'], runs, {class: 'list', 'aria-label': 'Runs'})
-    : element('p', {class: 'nothing'}, 'No run has ended by itself yet.'));
+    : element('p', {class: 'nothing'}, 'No run has ended yet.'));
   panel.append(element('h2', {}, 'What was rendered'));
   const facts = [['model', summary.model], ['layout, format', [summary.layout, summary.format].filter(Boolean).join(', ')], ['output', summary.out]];
   const some = summary.counted < summary.images ? ` (of ${number(summary.counted)} images)` : '';
