@@ -20,6 +20,7 @@ from renderfarm.reading import Output
 from renderfarm.report.card import write_card
 from renderfarm.report.contact_sheet import KEY as SHEET
 from renderfarm.report.contact_sheet import write_contact_sheet
+from renderfarm.report.contents import runs
 from renderfarm.report.figures import figures
 from renderfarm.report.gallery import Bounds
 from renderfarm.report.html import AT_THE_END, IN_A_HURRY, write_report
@@ -91,10 +92,17 @@ def _run(prepared: Prepared, driver: Driver, engine: EngineName, address: str | 
         raise
     write_contact_sheet(Output(prepared.store.url))
     _write_card(prepared)
-    if not summary.new_images and not summary.new_errors and prepared.store.exists(REPORT):
+    if _is_shown(prepared, summary):
         return summary
     warning = _write_report(prepared, IN_A_HURRY if summary.exit_code == EXIT_INTERRUPTED else AT_THE_END)
     return replace(summary, warnings=(*summary.warnings, warning)) if warning else summary
+
+
+def _is_shown(prepared: Prepared, summary: RunSummary) -> bool:
+    """Whether there is a report that shows the output as it is: nothing is new, and the run before ended the same way."""
+    if summary.new_images or summary.new_errors or not prepared.store.exists(REPORT):
+        return False
+    return [run["state"] for run in runs(Output(prepared.store.url), most=2)] == [summary.state] * 2
 
 
 def _write_report(prepared: Prepared, bounds: Bounds) -> str | None:

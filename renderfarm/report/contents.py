@@ -23,7 +23,8 @@ from renderfarm.stages import STAGES
 
 PARTS_SHOWN, RUNS_SHOWN, FAILURES_SHOWN = 2_000, 50, 5_000
 READERS = 8
-_GONE = (KeyError, RenderfarmError, pa.ArrowException, OSError, ValueError, TypeError)  # a view must not fail for what `verify` will name
+# a view must not fail for what `verify` will name
+_GONE = (KeyError, RenderfarmError, pa.ArrowException, OSError, ValueError, TypeError, AttributeError)
 
 
 def summary(output: Output, entries: commit.Entries) -> dict[str, Any]:
@@ -58,15 +59,14 @@ def summary(output: Output, entries: commit.Entries) -> dict[str, Any]:
     }
 
 
-def runs(output: Output) -> list[dict[str, Any]]:
-    """How the last runs ended, the latest first. Of one that an error ended there is its last heartbeat."""
-    kept = ("run_id", "state", "new_images", "new_errors", "images_per_second", "useful_slots", "lost_workers", "copies")
+def runs(output: Output, most: int = RUNS_SHOWN) -> list[dict[str, Any]]:
+    """How the last runs ended, the latest first. Of one that an error ended less is known, and the `error`."""
+    kept = ("run_id", "state", "new_images", "new_errors", "seconds", "images_per_second", "useful_slots", "lost_workers", "copies")
     found = []
-    for key in sorted(output.store.list(commit.RUNS))[-RUNS_SHOWN:][::-1]:
+    for key in sorted(output.store.list(commit.RUNS))[-most:][::-1]:
         with contextlib.suppress(*_GONE):
             said = json.loads(output.store.read(key))
-            seconds = said["seconds"] if "seconds" in said else said["updated"] - said["started"]
-            found.append({name: said[name] for name in kept} | {"seconds": seconds})
+            found.append({name: said.get(name) for name in (*kept, "error")})
     return found
 
 

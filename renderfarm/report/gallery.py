@@ -88,7 +88,7 @@ def _samples(output: Output, entries: commit.Entries, limit: int) -> list[Stored
 
 
 def _records(table: pa.Table) -> list[dict[str, Any]]:
-    """The rows; a column that Python has no values for (a date beyond its own) is as Arrow prints it, or left out."""
+    """The rows. A column that Python has no values for (a date beyond its own) is as Arrow writes it, or only named."""
     try:
         return list(json_ready(table))
     except (pa.ArrowException, ValueError, OverflowError):
@@ -97,10 +97,18 @@ def _records(table: pa.Table) -> list[dict[str, Any]]:
         try:
             values = [record[name] for record in json_ready(table.select([name]))]
         except (pa.ArrowException, ValueError, OverflowError):
-            values = [str(value) for value in table.column(name)]
+            values = _printed(table.column(name))
         for record, value in zip(records, values, strict=True):
             record[name] = value
     return records
+
+
+def _printed(column: pa.ChunkedArray) -> list[str | None]:
+    try:
+        found: list[str | None] = column.cast(pa.string()).to_pylist()
+        return found
+    except pa.ArrowException:
+        return [f"({column.type})"] * len(column)
 
 
 def _longest_side(record: dict[str, Any]) -> int:
