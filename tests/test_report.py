@@ -61,7 +61,7 @@ def test_every_row_is_in_it_with_its_values_and_its_picture(layout: str, write_m
         assert values(pictures["columns"], name) == [sample.record[name] for sample in samples]
     (sheet,) = re.findall(r'<script type="text/plain" class="sheet">(.*?)</script>', page)
     picture = Image.open(io.BytesIO(base64.b64decode(sheet)))
-    assert (pictures["side"], pictures["across"], picture.size) == (64, 32, (8 * 64, 64))
+    assert (pictures["side"], pictures["across"], picture.size) == (64, 16, (8 * 64, 64))
     for k in range(8):
         thumbnail = picture.crop((64 * k, 0, 64 * k + 64, 64))
         differences = [difference(thumbnail, sample.image()) for sample in samples]

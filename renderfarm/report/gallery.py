@@ -24,7 +24,7 @@ from renderfarm.report.columnar import column, columns_of
 
 SIDES = ((150, 448), (600, 320), (2500, 208))  # of a thumbnail in pixels, by how many there are; more than that: SMALL
 SMALL = 144
-SHEET_PX = 2048
+SHEET_PX = 1024  # what a search finds lies in many sheets, and each of them must be decoded
 DECODERS = 4
 _PARAMETERS = Metadata(provenance=False, row=False)
 

@@ -8,13 +8,19 @@ const choice = {
   listeners: [],
 };
 
-let searchable = null; // of each image all its values, in small letters
+// Hashes hold any short word; who looks for one pastes at least so many of its digits.
+const HASHED = new Set(['file_name', 'file_sha256', 'pixel_sha256', 'profile_sha256', 'original_file', 'original_file_sha256', 'original_pixel_sha256']);
+const OF_A_HASH = 8;
+const texts = {}; // of each image all its values, in small letters
 
-function searchTexts() {
-  searchable ??= Array.from({length: COUNT}, (_, index) =>
-    COLUMNS.map((column) => column.get(index)).filter((given) => given !== null).join('\n').toLowerCase());
-  return searchable;
+function searchTexts(hashed) {
+  texts[hashed] ??= Array.from({length: COUNT}, (_, index) =>
+    COLUMNS.filter((column) => hashed || !HASHED.has(column.name)).map((column) => column.get(index)).filter((given) => given !== null).join('\n').toLowerCase());
+  return texts[hashed];
 }
+
+// Words, and phrases in quotation marks
+const wordsOf = (text) => [...text.toLowerCase().matchAll(/"([^"]+)"?|[^\s"]+/g)].map(([word, phrase]) => phrase ?? word);
 
 function fits(index, but = null) {
   for (const [name, wanted] of choice.facets) {
@@ -26,7 +32,7 @@ function fits(index, but = null) {
       return false;
     }
   }
-  return choice.words.length === 0 || choice.words.every((word) => searchTexts()[index].includes(word));
+  return choice.words.length === 0 || choice.words.every((word) => searchTexts(word.length >= OF_A_HASH)[index].includes(word));
 }
 
 function choose() {

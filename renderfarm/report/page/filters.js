@@ -23,7 +23,7 @@ function ordered(columns) {
 function buildFilters() {
   const search = byId('search');
   search.addEventListener('input', () => {
-    choice.words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
+    choice.words = wordsOf(search.value);
     choose();
   });
   byId('clear').addEventListener('click', () => {

@@ -5,10 +5,17 @@ const WIDTHS = new Column(PICTURES.width);
 const HEIGHTS = new Column(PICTURES.height);
 const PER_SHEET = PICTURES.across * PICTURES.across;
 
+function bytesOf(base64) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(base64);
+  const text = atob(base64);
+  const found = new Uint8Array(text.length);
+  for (let place = 0; place < text.length; place += 1) found[place] = text.charCodeAt(place);
+  return found;
+}
+
 function sheetUrl(sheet) {
   if (!SHEET_URLS[sheet]) {
-    const data = Uint8Array.from(atob(SHEETS[sheet].textContent), (sign) => sign.charCodeAt(0));
-    SHEET_URLS[sheet] = URL.createObjectURL(new Blob([data], {type: 'image/webp'}));
+    SHEET_URLS[sheet] = URL.createObjectURL(new Blob([bytesOf(SHEETS[sheet].textContent)], {type: 'image/webp'}));
     SHEETS[sheet].textContent = ''; // its text has done its work
   }
   return SHEET_URLS[sheet];
