@@ -103,7 +103,10 @@ function tileOf(place) {
   }, frame, element('span', {class: 'caption'}, shown(value('prompt', index)) || ' '), element('span', {class: 'caption muted'}, caption(index)));
 }
 
-const caption = (index) => [key(index), value('sampler', index), `${value('num_inference_steps', index)} steps`, `guidance ${value('guidance_scale', index)}`].join(' · ');
+// Which image it is, and what tells it from its neighbours
+const TELLING = [['sampler', (given) => given], ['num_inference_steps', (given) => counted(given, 'step')], ['guidance_scale', (given) => `cfg ${given}`], ['seed', (given) => `seed ${given}`]]
+  .filter(([name]) => BY_NAME.has(name) && BY_NAME.get(name).countedWithGaps().length > 1);
+const caption = (index) => [key(index), ...TELLING.map(([name, as]) => as(value(name, index)))].join(' · ');
 
 function nothingYet() {
   const {state} = DATA.summary;
