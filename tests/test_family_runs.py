@@ -107,7 +107,8 @@ def rendered_by_one_and_by_two(write_job: Write, manifest: Path, tmp_path: Path,
 SHORT = {"height": 32, "width": 32, "num_inference_steps": 2}
 
 
-@pytest.mark.parametrize("name", only(["qwen-image"], ["sdxl", "qwen-image"]))  # slots and calls
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sdxl", "qwen-image"])  # slots and calls
 def test_twelve_rows_with_adapters_of_their_own_have_the_same_pixels_through_ray(
     name: str, tiny_model: Callable[[str], Path], local_ray: None, write_manifest: Write, write_job: Write, tmp_path: Path
 ) -> None:

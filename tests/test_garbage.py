@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from covering import covering
 from test_cli import cli, refused
 
 import renderfarm
@@ -91,8 +92,9 @@ def lives(out: Path, *, updated: float = 0, started: float = 60) -> None:
     (out / commit.PROGRESS).write_text(json.dumps({"state": "RUNNING", "updated": now - updated, "started": now - started}))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["local", "memory", "s3", "azure"])
+@pytest.mark.parametrize(
+    ("layout", "kind"), covering([(layout, kind) for layout in LAYOUTS for kind in ("local", "memory", "s3", "azure")])
+)
 def test_orphans_go_and_everything_else_is_as_before(
     layout: str, kind: str, write: Callable[..., Path], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from checker import check_complete, error_rows, image_rows, lasting
+from covering import covering
 from PIL import Image
 from test_commit import errors, images
 from test_commit import publish as publish_part
@@ -98,7 +99,9 @@ def expected(write: Write, tmp_path: Path) -> dict[tuple[int, int], dict[str, An
     return rows_of(str(tmp_path / "expected"))
 
 
-@pytest.mark.parametrize("kind", ["local", "memory", "s3"])
+@pytest.mark.parametrize(
+    ("layout", "kind"), covering([(layout, kind) for layout in LAYOUTS for kind in ("local", "memory", "s3")]), indirect=["layout"]
+)
 def test_a_job_gives_the_same_rows_and_pixels_in_every_layout_and_store(
     kind: str,
     layout: str,

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from checker import image_rows
-from covering import covering, only
+from covering import covering
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from oracle import DTYPES, LEGAL, Model
@@ -182,9 +182,8 @@ def test_rows_of_every_family_keep_their_pixels(name: str, dtype: str, threads: 
     keeps_their_pixels(Model(name, tiny_model(name), dtype, threads, batch_size=2 + threads), examples=2)
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), only([("lcm", "bfloat16")], [(name, DTYPES[number % 2]) for number, name in enumerate(FAMILIES)])
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "dtype"), [(name, DTYPES[number % 2]) for number, name in enumerate(FAMILIES)])
 def test_rows_of_every_family_keep_their_pixels_through_ray(
     name: str, dtype: str, tiny_model: Callable[[str], Path], local_ray: None
 ) -> None:

@@ -13,6 +13,7 @@ from random import Random
 
 import pytest
 import torch
+from covering import only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -195,7 +196,7 @@ def test_the_shipped_model_obeys_prompts_that_training_never_showed() -> None:
     assert result.one.shape >= 0.92
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", only(["ddpm"], ["ddim", "ddpm"]))
 def test_samplers_that_clip_unless_told_not_to_paint_the_right_colour(sampler: str) -> None:
     torch.set_num_threads(2)
     result = evaluation.evaluate(evaluation.load_pipeline(MODEL), one=16, two=0, sampler=sampler)

@@ -21,6 +21,7 @@ import pytest
 import torch
 from checker import check_complete, error_rows, image_rows
 from compel import CompelForSD, CompelForSDXL
+from covering import covering
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import DTYPES, REFERENCE, B, Model, pixels, plain_pipeline, row
@@ -124,8 +125,7 @@ def mixed_rows(name: str) -> list[Sample]:
     return rows
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", FAMILIES_COMPARED)
+@pytest.mark.parametrize(("name", "dtype"), covering([(name, dtype) for name in FAMILIES_COMPARED for dtype in DTYPES]))
 def test_a_mixed_batch_gives_each_row_the_pixels_of_diffusers_with_compels_embeddings(name: str, dtype: str, weighted: Models) -> None:
     one, rows = weighted(name, dtype), mixed_rows(name)
     made = one.render(rows)
@@ -225,8 +225,9 @@ def test_adapters_of_the_text_encoder_reach_weighted_and_padded_texts(
         np.testing.assert_array_equal(ours, oracle.reference(pipe, wanted, embeddings=compelled(pipe, wanted, True)), err_msg=str(wanted))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "task"), [pair for pair in CLASSES if pair[0] in FAMILIES_COMPARED])
+@pytest.mark.parametrize(
+    ("name", "task", "dtype"), covering([(*pair, dtype) for pair in CLASSES if pair[0] in FAMILIES_COMPARED for dtype in DTYPES])
+)
 def test_images_to_begin_with_and_weighted_texts(name: str, task: str, dtype: str, tiny_model: Callable[[str], Path]) -> None:
     folder, inpaint = tiny_model(name), task == "inpainting"
     info = for_task(with_weights(describe(ModelSpec(id=str(folder))), "a1111"), ("image", "mask_image") if inpaint else ("image",))
