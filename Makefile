@@ -8,12 +8,12 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 demo: .venv/installed
 	$(BIN)/renderfarm run jobs/demo.yaml
 
-# Three processes for two cores, as tests of runs wait now and then, each with its own Ray and its own tiny models; a wait that spins
-# would take another's core. What kills processes and counts on their time runs by itself afterwards.
-PROCESSES ?= 3
+# Two processes, each with its own Ray and its own tiny models; a wait that spins would take the other's core. What kills
+# processes and counts on their time runs by itself afterwards.
+PROCESSES ?= 2
 TEST := OMP_NUM_THREADS=1 GOMP_SPINCOUNT=0 $(BIN)/python -m pytest
 test: .venv/installed-dev .venv/azurite
-	RENDERFARM_TEST_SCHEDULES=1000 $(TEST) -n $(PROCESSES) --dist worksteal $(or $(PYTEST_OPTIONS),-m "not slow and not chaos")
+	$(TEST) -n $(PROCESSES) --dist worksteal $(or $(PYTEST_OPTIONS),-m "not slow and not chaos")
 	$(if $(PYTEST_OPTIONS),,$(TEST) -m "chaos and not slow")
 
 # What is marked slow as well: the rest of each cross product, and what waits long
