@@ -49,7 +49,6 @@ def _snapshot(model: str, commit: str, patterns: Iterable[str]) -> Path:
 
 def _translated(error: Exception, model: str, commit: str) -> RenderfarmError:
     """The hub client's error as ours, most specific first."""
-    from httpx2 import RemoteProtocolError  # of the HTTP library that the hub's client uses
     from huggingface_hub import errors
 
     causes = [error, error.__cause__]
@@ -67,7 +66,9 @@ def _translated(error: Exception, model: str, commit: str) -> RenderfarmError:
         return Fatal(f"model {model}: is not wholly on {platform.node()} at {commit}, and HF_HUB_OFFLINE forbids to fetch it; unset that")
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
         return Fatal(f"model {model}: cannot be stored in the hub's cache: {error.strerror}; HF_HOME names another place for it")
-    kind = CutOff if any(isinstance(cause, RemoteProtocolError | _TooManyRestarts) for cause in causes) else Transient
+    # RemoteProtocolError: of the HTTP library that the hub's client uses, which is the client's own affair
+    cut_off = any(isinstance(cause, _TooManyRestarts) or type(cause).__name__ == "RemoteProtocolError" for cause in causes)
+    kind = CutOff if cut_off else Transient
     lines = str(error.__cause__ or error).strip().splitlines()
     return kind(f"model {model}: cannot be fetched at {commit}: {lines[0] if lines else type(error).__name__}; run again to go on")
 
