@@ -73,8 +73,10 @@ def sweep(write_manifest: Write, write_job: Write, tmp_path: Path) -> Path:
 
 def tiles(page: Any) -> list[str]:
     """What the tiles are called, in the order in which they are seen."""
-    placed = [(tile.bounding_box(), tile.get_attribute("aria-label")) for tile in page.locator(".tile").all()]
-    return [name for _, name in sorted(placed, key=lambda pair: (pair[0]["y"], pair[0]["x"]))]
+    placed = page.locator(".tile").evaluate_all(
+        "tiles => tiles.map(tile => [tile.getBoundingClientRect().y, tile.getBoundingClientRect().x, tile.ariaLabel])"
+    )
+    return [name for _, _, name in sorted(placed)]
 
 
 def count(page: Any) -> str:

@@ -22,7 +22,7 @@ Write = Callable[..., Path]
 
 def entries(out: Path) -> list[dict[str, Any]]:
     store = open_store(str(out))
-    return [commit.committed_by(store, key) for key, _ in commit.index_entries(store).values()]
+    return [commit.committed_by(store, entry.key) for entry in commit.index_entries(store).values()]
 
 
 def test_an_entry_says_when_its_part_began_and_where_the_time_went(

@@ -22,7 +22,7 @@ function buildGallery() {
   });
   addEventListener('scroll', () => drawGallery(false), {passive: true});
   addEventListener('resize', () => drawGallery(true));
-  choice.listeners.push(() => { gallery.active = 0; drawGallery(true); });
+  choice.listeners.push(() => { gallery.active = 0; paintGallery(true); });
   roving(byId('gallery'), moveInGallery);
 }
 
