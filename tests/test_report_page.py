@@ -209,11 +209,11 @@ def test_everything_can_be_done_by_keyboard(page: Callable[..., Any], sweep: Pat
     shown.keyboard.press("ArrowRight")
     assert (shown.locator("#detail-title").inner_text(), shown.locator("#detail-place").inner_text()) == ("Row 2, image 0", "3 of 6")
     shown.keyboard.press("Escape")
-    assert not shown.locator("#detail").is_visible()
+    shown.locator("#detail").wait_for(state="hidden")
     focus_comes_back("Row 2, image 0: a red circle")  # one goes on where one has looked
     shown.focus("#tab-images")
     shown.keyboard.press("ArrowRight")
-    assert shown.locator("#panel-grid").is_visible()
+    shown.locator("#panel-grid").wait_for(state="visible")
     shown.focus(".cell[tabindex='0']")
     shown.keyboard.press("ArrowRight")
     assert focused().startswith("Row 3, image 0: a red circle")
@@ -314,10 +314,10 @@ def test_each_layout_with_failures_and_retries(
 def test_an_output_without_images_says_so(page: Callable[..., Any], write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
     renderfarm.run(write_job(write_manifest({"prompt": ["", ""]})), engine="inline")
     shown = page(tmp_path / "out" / KEY)
-    assert shown.locator("#panel-failures").is_visible(), "what there is to see"
+    shown.locator("#panel-failures").wait_for(state="visible")
     for tab in ("images", "grid", "timeline", "facts"):
         shown.click(f"#tab-{tab}")
-        assert shown.locator(f"#panel-{tab}").is_visible()
+        shown.locator(f"#panel-{tab}").wait_for(state="visible")
     shown.click("#tab-images")
     assert "has ended as an error" in shown.locator("#nothing").inner_text()
 
@@ -342,7 +342,7 @@ def test_the_timeline_shows_each_part_and_its_table_says_the_same(page: Callable
     assert shown.locator("#by-worker td").all_inner_texts()[0] == "w0"
     assert re.fullmatch(r"\d+(\.\d)? %", shown.locator("#by-worker td").nth(4).inner_text())
     shown.locator("#chart rect.render").first.hover()
-    assert shown.locator("#tip").is_visible()
+    shown.locator("#tip").wait_for(state="visible")
     assert "render" in shown.locator("#tip").inner_text()
     width = shown.locator("#chart svg").bounding_box()["width"]
     shown.get_by_label("Zoom in").click()
