@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +30,7 @@ EngineName = Literal["ray", "inline"]
 
 
 def run(
-    job: Job | str | Path,
+    job: Job | Prepared | str | Path,
     *,
     engine: EngineName = "ray",
     address: str | None = None,
@@ -41,29 +40,14 @@ def run(
     repair: bool = False,
     grace_s: float = GRACE_S,
 ) -> RunSummary:
-    """Render what the job's output does not hold yet; run it again and it continues.
+    """Render what the output of a job (or its file, or what `prepare` made of it) does not hold yet; run it again and it continues.
 
     `engine="inline"` renders in this process with one worker; `address` joins a Ray cluster instead of starting one.
     Setting `stop` ends the run after the leases in flight, or after `grace_s` seconds; `stop_now` at once with Interrupted.
     `repair` checks every committed part first: what can be rebuilt is, what is damaged is set aside and rendered again. Raises
     InvalidJob or Fatal; a bad row raises nothing.
     """
-    with nullcontext() if isinstance(job, Job) else at_its_line(job):
-        prepared = prepare(job if isinstance(job, Job) else load_job(job))
-    return run_prepared(prepared, engine, address, observe, stop, stop_now, repair, grace_s)
-
-
-def run_prepared(
-    prepared: Prepared,
-    engine: EngineName = "ray",
-    address: str | None = None,
-    observe: Observer = lambda progress: None,
-    stop: threading.Event | None = None,
-    stop_now: threading.Event | None = None,
-    repair: bool = False,
-    grace_s: float = GRACE_S,
-) -> RunSummary:
-    """`run` of a job that was looked at before."""
+    prepared = _prepared(job)
     if engine == "ray" and prepared.store.url.startswith("memory://"):
         raise InvalidJob("memory:// is this process's memory, which Ray's workers do not share; use --engine inline or a folder")
     driver = Driver(prepared, stop or threading.Event(), observe, grace_s, stop_now, repair)
@@ -78,6 +62,15 @@ def run_prepared(
         raise
     warning = notify.send(told, summary.to_dict(), at_once=summary.exit_code == EXIT_INTERRUPTED)  # whoever stops us waits
     return replace(summary, warnings=(*summary.warnings, warning)) if warning else summary
+
+
+def _prepared(job: Job | Prepared | str | Path) -> Prepared:
+    if isinstance(job, Prepared):
+        return job
+    if isinstance(job, Job):
+        return prepare(job)
+    with at_its_line(job):
+        return prepare(load_job(job))
 
 
 def _run(prepared: Prepared, driver: Driver, engine: EngineName, address: str | None) -> RunSummary:

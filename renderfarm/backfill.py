@@ -38,7 +38,7 @@ class Day:
     state: State
     images: int
     errors: int
-    todo: str | None
+    action: str | None
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,15 @@ def survey(job: Path, dates: list[str], reprocess: Reprocess, sets: list[str] | 
 
 def _day(date: str, out: str, reprocess: Reprocess) -> Day:
     state, images, errors = _state(out)
-    todo = None
+    action = None
     if state in WANTED[reprocess]:
-        todo = {
+        action = {
             "missing": "render",
             "unfinished": "go on",
             "failed": "render what failed again",
             "done": "check, and render again what is damaged",
         }[state]
-    return Day(date, out, state, images, errors, todo)
+    return Day(date, out, state, images, errors, action)
 
 
 def _state(out: str) -> tuple[State, int, int]:
@@ -114,7 +114,7 @@ def backfill(
     """Render the days that `survey` says, in order; `options` are those of `run`. Ends with the first that did not end by itself
     (interrupted, cancelled, stopped): whoever runs the same command again goes on there. Rows that fail end no day but their own."""
     for day in planned:
-        if day.todo is None:
+        if day.action is None:
             continue
         told(day)
         if reprocess != "missing" and day.state in ("failed", "unfinished", "done") and day.errors:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from renderfarm import commit
-from renderfarm.api import run_prepared
+from renderfarm.api import run
 from renderfarm.config import Job, Output
 from renderfarm.driver import Observer, RunSummary
 from renderfarm.errors import InvalidJob
@@ -55,7 +55,7 @@ def preview(job: Job, file: Path, rows: int = 9, observe: Observer = lambda prog
     prepared, started = prepare(job), time.monotonic()
     chosen = spread(prepared, rows)
     with tempfile.TemporaryDirectory(prefix="renderfarm-preview-") as folder:
-        summary = run_prepared(_elsewhere(prepared, chosen, folder), "inline", observe=observe)
+        summary = run(_elsewhere(prepared, chosen, folder), engine="inline", observe=observe)
         output = open_output(folder)
         axes = [*job.sweep.product, *job.sweep.zip] if job.sweep else []
         sheet = write_contact_sheet(output, min(MAX_CELLS, max(1, summary.images)), lambda record: _caption(record, axes))

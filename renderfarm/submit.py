@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import yaml
 from ray.exceptions import AuthenticationError, RayError
 
 from renderfarm.config import Job
-from renderfarm.errors import Fatal, InvalidJob
+from renderfarm.errors import EXIT_INTERRUPTED, EXIT_OK, Fatal, InvalidJob
 
 LOG_LINES = 20
+SIGNALLED = 128  # shells' exit codes from here on mean a signal
 
 
 def submission_id(job: Job) -> str:
@@ -76,13 +78,27 @@ def _reason(error: Exception) -> str:
     return f"{first}; is a Ray head with its dashboard running there?"
 
 
-def wait_for(id_: str, address: str, poll_s: float = 1.0) -> tuple[str, str]:
-    """Wait until the submission has ended; its Ray status (SUCCEEDED, FAILED, STOPPED), and the last lines that it wrote."""
+@dataclass(frozen=True)
+class Ended:
+    """How a submission has ended. `status`: Ray's word (SUCCEEDED, FAILED, STOPPED); `exit_code`: of its `renderfarm run`, 75 where
+    something killed it; `log_tail`: the last lines that it wrote."""
+
+    status: str
+    exit_code: int
+    log_tail: str
+
+
+def wait_for(id_: str, address: str, poll_s: float = 1.0) -> Ended:
+    """Wait until the submission has ended. Raises Fatal where the head is lost sight of."""
     try:
         client = _client(address)
         while not (status := client.get_job_status(id_)).is_terminal():
             time.sleep(poll_s)
         tail = "\n".join(client.get_job_logs(id_).splitlines()[-LOG_LINES:])
+        code = client.get_job_info(id_).driver_exit_code
     except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise Fatal(f"lost sight of {id_} at {address}: {_reason(error)}; the same command attaches to it again") from error
-    return str(status.value), tail
+    if status.value == "SUCCEEDED":
+        return Ended(status.value, EXIT_OK, tail)
+    # none, or a signal's number: what would have gone on was ended from outside
+    return Ended(str(status.value), code if code and 0 < code < SIGNALLED else EXIT_INTERRUPTED, tail)

@@ -253,11 +253,12 @@ def test_init_preview_schedule_and_backfill_speak_to_people_and_as_json(tmp_path
     made = cli("schedule", "j.yaml", "--kind", "systemd", "--write", "units", "--json")
     assert sorted(json.loads(made.stdout)["files"]) == sorted(path.name for path in (tmp_path / "units").iterdir())
     days = ["--from", "2026-11-27", "--to", "2026-11-28", "--engine", "inline"]
-    planned = cli("backfill", "j.yaml", *days, "--dry-run")
-    assert "next: renderfarm backfill j.yaml --from 2026-11-27 --to 2026-11-28" in planned.stdout
+    planned = cli("backfill", "j.yaml", *days, "--every", "2", "--set", "seed=1", "--dry-run")
+    again = "backfill j.yaml --from 2026-11-27 --to 2026-11-28 --reprocess missing --every 2 --set seed=1 --engine inline"
+    assert planned.stdout.splitlines()[-1].endswith(again), "what was typed, without --dry-run"
     assert not (tmp_path / "out").exists()
     ended = json.loads(cli("backfill", "j.yaml", *days, "--json").stdout)
-    assert [(day["date"], day["todo"]) for day in ended["days"]] == [("2026-11-27", "render"), ("2026-11-28", "render")]
+    assert [(day["date"], day["action"]) for day in ended["days"]] == [("2026-11-27", "render"), ("2026-11-28", "render")]
     assert [(run["date"], run["images"]) for run in ended["runs"]] == [("2026-11-27", 27), ("2026-11-28", 27)]
     assert json.loads(cli("backfill", "j.yaml", *days, "--json").stdout)["runs"] == []
 

@@ -252,7 +252,7 @@ def test_the_same_tick_is_one_run_and_another_date_or_parameter_another(nightly:
 
 
 def states(job: Path, dates: list[str], reprocess: Any = "missing") -> list[tuple[str, str | None]]:
-    return [(day.state, day.todo) for day in survey(job, dates, reprocess)]
+    return [(day.state, day.action) for day in survey(job, dates, reprocess)]
 
 
 def test_a_backfill_renders_what_is_missing_and_goes_on_with_what_was_begun(

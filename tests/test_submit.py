@@ -20,7 +20,7 @@ from checker import check_complete
 
 from renderfarm.errors import InvalidJob
 from renderfarm.jobfile import load_job
-from renderfarm.submit import submit_job
+from renderfarm.submit import submit_job, wait_for
 
 Write = Callable[..., Path]
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-the-tests-0123456789abcdef"}
@@ -94,10 +94,28 @@ def test_a_submitted_job_renders_on_the_cluster_and_the_same_job_is_one_submissi
 
 
 @pytest.mark.slow
-def test_a_job_that_fails_on_the_cluster_fails_the_waiting_command(head: str, write_manifest: Write, write_job: Write) -> None:
-    done = submit(write_job(write_manifest({"prompt": ["", "x"]}), name="bad.yaml"), head, "--wait")
-    assert done.returncode == 3, done.stdout + done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["status"] == "FAILED"
+@pytest.mark.parametrize(("failure", "code"), [({}, 3), ({"stop_after": 1}, 4)])
+def test_the_waiting_command_exits_as_the_run_on_the_cluster_did(
+    failure: dict[str, int], code: int, head: str, write_manifest: Write, write_job: Write
+) -> None:
+    done = submit(write_job(write_manifest({"prompt": ["", "x"]}), name="bad.yaml", failure=failure), head, "--wait")
+    assert done.returncode == code, done.stdout + done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert (said["status"], said["exit_code"]) == ("FAILED", code)
+
+
+@pytest.mark.slow
+def test_a_submission_that_somebody_stops_is_to_be_run_again(head: str, write_manifest: Write, write_job: Write) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    job = write_job(write_manifest({"prompt": ["x [hang]"]}), name="stopped.yaml")
+    id_ = json.loads(submit(job, head).stdout.splitlines()[-1])["submission_id"]
+    JobSubmissionClient(head, headers={"Authorization": f"Bearer {TOKEN['RAY_AUTH_TOKEN']}"}).stop_job(id_)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in TOKEN.items():
+            patch.setenv(name, value)
+        ended = wait_for(id_, head)
+    assert (ended.status, ended.exit_code) == ("STOPPED", 75)
 
 
 def test_an_address_where_nobody_answers_is_one_message(write_manifest: Write, write_job: Write) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +33,12 @@ out_console = Console(soft_wrap=True, highlight=False, emoji=False, width=None i
 console = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 
+class EngineChoice(StrEnum):
+    ray = "ray"
+    inline = "inline"
+
+
+Engine = Annotated[EngineChoice, typer.Option(help="inline: one worker in this process.")]
 JobFile = Annotated[Path, typer.Argument(help="The job's YAML file.", show_default=False)]
 
 
@@ -40,6 +48,7 @@ Sets = Annotated[list[str] | None, typer.Option("--set", help="Change a field: r
 Out = Annotated[str | None, typer.Option("--out", help="Output folder instead of the job's.")]
 
 
+Address = Annotated[str | None, typer.Option(help="A Ray cluster to join (auto, or ray://…); else a private local Ray.")]
 LogicalDate = Annotated[str | None, typer.Option("--logical-date", help="YYYY-MM-DD for {{ ds }} in the job's paths.")]
 
 
@@ -85,6 +94,26 @@ def seconds(text: str, option: str) -> float:
     if match is None:
         raise InvalidJob(f"{option} {text!r}: give a number with its unit, for example 12h or 1d")
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def as_called() -> str:
+    """This program, as a person would have to type it here."""
+    if shutil.which("renderfarm"):
+        return "renderfarm"
+    return "python -m renderfarm" if sys.argv[0].endswith("__main__.py") else sys.argv[0]
+
+
+def typed(
+    sets: list[str] | None = None,
+    logical_date: str | None = None,
+    engine: EngineChoice = EngineChoice.ray,
+    address: str | None = None,
+) -> list[str]:
+    """The options that a command was given, for the command that it says comes next."""
+    words = [word for item in sets or [] for word in ("--set", item)]
+    words += ["--logical-date", logical_date] if logical_date else []
+    words += ["--engine", engine.value] if engine is not EngineChoice.ray else []
+    return words + (["--address", address] if address else [])
 
 
 def print_json(value: Any) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import signal
-import sys
 import threading
 import time
 from enum import StrEnum
@@ -16,7 +14,24 @@ from typing import Annotated, Any
 
 import typer
 
-from renderfarm.cli.common import AsJson, JobFile, LogicalDate, Out, Sets, app, console, out_console, print_json, print_pairs, shown_path
+from renderfarm.cli.common import (
+    Address,
+    AsJson,
+    Engine,
+    EngineChoice,
+    JobFile,
+    LogicalDate,
+    Out,
+    Sets,
+    app,
+    as_called,
+    console,
+    out_console,
+    print_json,
+    print_pairs,
+    shown_path,
+    typed,
+)
 from renderfarm.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_ROWS_FAILED
 
 command = partial(app.command, rich_help_panel="Jobs")
@@ -24,18 +39,13 @@ command = partial(app.command, rich_help_panel="Jobs")
 SAME_SIGNAL_S = 0.3
 
 
-class EngineChoice(StrEnum):
-    ray = "ray"
-    inline = "inline"
-
-
 @command()
 def run(
     job: JobFile,
     sets: Sets = None,
     out: Out = None,
-    engine: Annotated[EngineChoice, typer.Option(help="inline: one worker in this process.")] = EngineChoice.ray,
-    address: Annotated[str | None, typer.Option(help="A Ray cluster to join (auto, or ray://…); else a private local Ray.")] = None,
+    engine: Engine = EngineChoice.ray,
+    address: Address = None,
     logical_date: LogicalDate = None,
     repair: Annotated[
         bool, typer.Option("--repair", help="First check every committed part; rebuild its views, or set it aside and render it again.")
@@ -62,8 +72,8 @@ def run(
             out_console.print("nothing to repair: each committed part is what it was")
         _print_summary(summary.to_dict(), some_rows=loaded.manifest.where is not None)
         if summary.state not in ("INTERRUPTED", "CANCELLED"):
-            how = " --engine inline" if engine is EngineChoice.inline else f" --address {shlex.quote(address)}" if address else ""
-            _print_next(summary.to_dict(), shlex.join([str(job), *_changes(sets, logical_date)]), how, loaded.model)
+            how = shlex.join(typed(engine=engine, address=address))
+            _print_next(summary.to_dict(), shlex.join([str(job), *typed(sets, logical_date)]), how, loaded.model)
     raise typer.Exit(summary.exit_code)
 
 
@@ -126,28 +136,23 @@ def _print_summary(summary: dict[str, Any], some_rows: bool) -> None:
         out_console.print(f"report: {out}/{REPORT}")
 
 
-def _changes(sets: list[str] | None, logical_date: str | None) -> list[str]:
-    return [*(word for item in sets or [] for word in ("--set", item)), *(["--logical-date", logical_date] if logical_date else [])]
-
-
 def _print_next(summary: dict[str, Any], job: str, how: str, model: Any) -> None:
     """Three commands to try, as they would have to be typed after this one. `job`: its file and what was changed in it; `how`: it was run;
     `model`: the job's ModelSpec."""
     from renderfarm.config import COMPANIONS
 
-    called = "python -m renderfarm" if sys.argv[0].endswith("__main__.py") else sys.argv[0]
-    me = "renderfarm" if shutil.which("renderfarm") else called
     out = shlex.quote(shown_path(summary["out"]))
     folders = {"": model.id, **{f"{name}=": given.id for name in COMPANIONS if (given := getattr(model, name))}}
     folders |= {f"{name}=": given.id for name, given in model.components.items()}
     models = "".join(f" --model {shlex.quote(name + shown_path(id_))}" for name, id_ in folders.items() if os.path.isabs(id_))
+    again = " ".join(filter(None, (job, how)))
     out_console.print("next:")
     for command in (
         f"status {out}",
         f"verify {out} --sample 3{models}" if summary["images"] else f"validate {job}",
-        f"validate {job}" if summary["errors"] else f"run {job}{how} --set render.num_inference_steps=8 --out {out}-8-steps",
+        f"validate {job}" if summary["errors"] else f"run {again} --set render.num_inference_steps=8 --out {out}-8-steps",
     ):
-        out_console.print(f"  {me} {command}", markup=False, soft_wrap=True)
+        out_console.print(f"  {as_called()} {command}", markup=False, soft_wrap=True)
 
 
 @command()
@@ -253,8 +258,7 @@ def init(
         print_json({"written": written})
         return
     out_console.print(f"wrote {', '.join(written)}", markup=False)
-    me = "renderfarm" if shutil.which("renderfarm") else sys.argv[0]
-    out_console.print(f"next: {me} plan {shlex.quote(str(file))}", markup=False, soft_wrap=True)
+    out_console.print(f"next: {as_called()} plan {shlex.quote(str(file))}", markup=False, soft_wrap=True)
 
 
 @command()
@@ -264,7 +268,7 @@ def submit(
     sets: Sets = None,
     out: Out = None,
     logical_date: LogicalDate = None,
-    wait: Annotated[bool, typer.Option(help="Wait for the end; exit 0 only if the job succeeded.")] = False,
+    wait: Annotated[bool, typer.Option(help="Wait for the end, and exit as the job's own `run` did.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a job on a running Ray cluster; the same job twice is one submission."""
@@ -275,15 +279,14 @@ def submit(
     id_, new = submit_job(loaded, address)
     ended = wait_for(id_, address) if wait else None
     if as_json:
-        print_json(
-            {"submission_id": id_, "new": new, "status": ended and ended[0], "log_tail": ended and ended[1], "out": loaded.output.path}
-        )
+        how = vars(ended) if ended else {"status": None, "log_tail": None}
+        print_json({"submission_id": id_, "new": new, **how, "out": loaded.output.path})
     else:
         out_console.print(f"{'submitted' if new else 'already running, attached'}: {id_}")
         out_console.print(f"renderfarm status {loaded.output.path}")
         if ended:
-            out_console.print(f"ended: {ended[0]}")
-            if ended[0] != "SUCCEEDED":
-                out_console.print(ended[1], markup=False)
-    if ended is not None and ended[0] != "SUCCEEDED":
-        raise typer.Exit(EXIT_ROWS_FAILED)
+            out_console.print(f"ended: {ended.status}")
+            if ended.exit_code:
+                out_console.print(ended.log_tail, markup=False)
+    if ended:
+        raise typer.Exit(ended.exit_code)

@@ -12,8 +12,22 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from renderfarm.cli.common import AsJson, JobFile, Sets, app, console, out_console, print_json, shown_path
-from renderfarm.cli.jobs import EngineChoice, stop_on_signals
+from renderfarm.cli.common import (
+    Address,
+    AsJson,
+    Engine,
+    EngineChoice,
+    JobFile,
+    Sets,
+    app,
+    as_called,
+    console,
+    out_console,
+    print_json,
+    shown_path,
+    typed,
+)
+from renderfarm.cli.jobs import stop_on_signals
 from renderfarm.errors import EXIT_OK, EXIT_ROWS_FAILED, InvalidJob
 
 command = partial(app.command, rich_help_panel="Jobs")
@@ -101,8 +115,8 @@ def backfill(
     every: Annotated[int, typer.Option(min=1, help="Days from one tick to the next: 7 for a weekly job.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be rendered.")] = False,
     sets: Sets = None,
-    engine: Annotated[EngineChoice, typer.Option(help="inline: one worker in this process.")] = EngineChoice.ray,
-    address: Annotated[str | None, typer.Option(help="A Ray cluster to join (auto, or ray://…); else a private local Ray.")] = None,
+    engine: Engine = EngineChoice.ray,
+    address: Address = None,
     as_json: AsJson = False,
 ) -> None:
     """Render the ticks of days that are past, one after the other. Run it again and it continues."""
@@ -114,7 +128,7 @@ def backfill(
     if not as_json:
         _print_days(planned)
     code, ended = EXIT_OK, []
-    if not dry_run and any(day.todo for day in planned):
+    if not dry_run and any(day.action for day in planned):
         stop, stop_now = stop_on_signals()
         with Watcher(console, quiet=as_json) as watcher:
             options: dict[str, Any] = {"engine": engine.value, "address": address, "observe": watcher, "stop": stop, "stop_now": stop_now}
@@ -130,8 +144,10 @@ def backfill(
                     out_console.print(f"{done.date} {done.summary.state.lower()}: {said}", markup=False)
     if as_json:
         print_json({"days": [vars(day) for day in planned], "runs": ended, "exit_code": code})
-    elif dry_run and any(day.todo for day in planned):
-        out_console.print(f"next: renderfarm backfill {shlex.quote(str(job))} --from {first} --to {last} --reprocess {reprocess.value}")
+    elif dry_run and any(day.action for day in planned):
+        how = ["--from", first, "--to", last, "--reprocess", reprocess.value, *(["--every", str(every)] if every > 1 else [])]
+        again = shlex.join([str(job), *how, *typed(sets, engine=engine, address=address)])
+        out_console.print(f"next: {as_called()} backfill {again}", markup=False, soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -140,6 +156,6 @@ def _print_days(planned: list[Any]) -> None:
     for column in ("date", "is", "images", "errors", "to do", "output"):
         table.add_column(column)
     for day in planned:
-        cells = (day.date, day.state, f"{day.images:,}", f"{day.errors:,}", day.todo or "nothing", shown_path(day.out))
+        cells = (day.date, day.state, f"{day.images:,}", f"{day.errors:,}", day.action or "nothing", shown_path(day.out))
         table.add_row(*(Text(cell, overflow="fold") for cell in cells))
     out_console.print(table)
