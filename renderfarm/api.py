@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from renderfarm import commit, notify
 from renderfarm.config import Job
-from renderfarm.driver import GRACE_S, Driver, Observer, RunSummary
+from renderfarm.driver import GRACE_S, Driver, Observer
 from renderfarm.engines.base import Engine
 from renderfarm.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, Interrupted, InvalidJob, RenderfarmError
 from renderfarm.jobfile import at_its_line, load_job
@@ -24,6 +24,7 @@ from renderfarm.report.figures import figures
 from renderfarm.report.gallery import Bounds
 from renderfarm.report.html import AT_THE_END, IN_A_HURRY, write_report
 from renderfarm.report.html import KEY as REPORT
+from renderfarm.summary import RunSummary
 from renderfarm.worker import WorkerSpec
 
 EngineName = Literal["ray", "inline"]

@@ -11,12 +11,12 @@ from typing import Any, Literal
 from renderfarm import commit
 from renderfarm.api import run
 from renderfarm.config import expand_env
-from renderfarm.driver import RunSummary
 from renderfarm.errors import EXIT_OK, EXIT_ROWS_FAILED, InvalidJob
 from renderfarm.failures import Choice, retry
 from renderfarm.heartbeat import is_alive
 from renderfarm.jobfile import load_job
 from renderfarm.storage import open_store
+from renderfarm.summary import RunSummary
 
 Reprocess = Literal["missing", "failed", "all"]
 State = Literal["missing", "unfinished", "running", "failed", "done"]

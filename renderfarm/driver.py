@@ -22,19 +22,17 @@ import random
 import threading
 import time
 import uuid
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 from renderfarm import commit, control
+from renderfarm.blame import Blame
 from renderfarm.engines.base import Done, Engine, Event, Failed, Leaving, Ready
 from renderfarm.errors import (
     EXIT_INTERRUPTED,
-    EXIT_OK,
-    EXIT_ROWS_FAILED,
-    EXIT_STOPPED_BY_USER,
     CutOff,
     DeviceLost,
     Fatal,
@@ -52,16 +50,15 @@ from renderfarm.plan import Grid, choose_part_rows, leases, retry_leases
 from renderfarm.pool import DEVICE_LOSSES, NODE_LOSSES, Pool
 from renderfarm.preparation import Prepared
 from renderfarm.progress import Progress, WorkerProgress
-from renderfarm.records import Lease, Part, PartId, WorkerReady
+from renderfarm.records import Lease, PartId, WorkerReady
 from renderfarm.repair import Repaired, refuse_if_alive, repair
 from renderfarm.storage import Store, open_store, probe
+from renderfarm.summary import RunSummary, end_of, summarise
 from renderfarm.worker import LEASES_IN_FLIGHT, leases_held
 
 GRACE_S = 30.0
 TRANSIENT_ATTEMPTS = 8
-LOSSES_BEFORE_ANNOUNCING = 2
 START_ATTEMPTS = 3
-NODE_LOSSES_A_LEASE = 5  # nodes that go away under one lease before its rows may be to blame
 PAUSED_S = 0.5
 AWAY_S = 5.0  # before a worker is started again whose node went away, or that did not reach the store
 UNMEASURED_S = 1.0  # an image, where the first worker could not measure one
@@ -69,41 +66,6 @@ LAST_S = 10.0  # for a store that is away when a run is to end
 
 Observer = Callable[[Progress], None]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """How a run ended. Counts are of the whole output; `new_*` of this run."""
-
-    run_id: str
-    job: str
-    out: str
-    state: str
-    exit_code: int
-    rows: int
-    images: int
-    errors: int
-    new_images: int
-    new_errors: int
-    error_classes: dict[str, int]
-    workers_left_out: dict[str, int]
-    """Why workers took no part (they have another render profile, or could not be started), and how many."""
-    seconds: float
-    images_per_second: float
-    useful_slots: float | None
-    bytes: int
-    lost_workers: int
-    copies: int
-    """Leases that a second worker rendered, too, since the first was slow."""
-    warnings: tuple[str, ...] = ()
-    """What a user of the dataset should know of the model's rendering."""
-    repaired: tuple[Repaired, ...] = ()
-    """With `--repair`: the parts that were not as they had been committed."""
-    waived: int = 0
-    """Of the errors, those that may stay."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Driver:
@@ -142,7 +104,6 @@ class Driver:
         self.is_done = bytearray()  # by part of the grid
         self.retries_done: set[PartId] = set()
         self.retries_open = 0  # when they were last taken up
-        self.died_before: Counter[tuple[Part, ...]] = Counter()  # workers that had a lease of which there is a copy
         self.asked_before: dict[str, Any] | None = None
         self.shares, self.begin_at = False, 0
         """The part to begin with: another one than a run that is already at work began with."""
@@ -153,7 +114,7 @@ class Driver:
         self.again: deque[tuple[float, Lease]] = deque()  # (not before, lease)
         self.untaken: list[Event] = []  # until the store can be asked
         self.restarts: list[float] = []  # when to try again to start a worker
-        self.start_failures = self.worker_number = self.attempts = 0
+        self.start_failures = self.worker_number = 0
         self.heartbeat = Heartbeat(self.store.url, self._wanted)
 
     def _wanted(self, store: Store) -> str:
@@ -202,6 +163,7 @@ class Driver:
 
     def run(self, make_engine: Callable[[], Engine]) -> RunSummary:
         """Render what is not done. Starts no worker when all is."""
+        self.blame = Blame(self.progress.run_id, self.job.failure.attempts)
         try:
             if (grid := self.prepared.grid()) is not None:
                 if self.repair:
@@ -598,10 +560,10 @@ class Driver:
         for lease in self.pool.remove(worker):
             if self._is_done(lease):
                 continue
-            if self.pool.holders(lease):  # the copy that is left goes on, and it counts if that one dies, too
-                self.died_before[lease.parts] += not isinstance(error, NodeLost)
+            if self.pool.holders(lease):
+                self.blame.remember(lease, error)
             else:
-                self.again.append((0.0, self._suspect(lease, error, announced)))
+                self.again.append((0.0, self.blame.suspect(lease, error, announced)))
         if not isinstance(error, NodeLost) and self.pool.lost_on(node):
             self.progress.workers[worker].reason = f"{NODE_LOSSES} workers died on node {node}, which gets no more of them: {error}"
         if isinstance(error, DeviceLost) and self.pool.broke_on(node, devices):
@@ -614,25 +576,6 @@ class Driver:
                 self._ready(engine, event)
         if len(self.pool) < engine.max_workers:
             self._start_worker(engine)
-
-    def _suspect(self, lease: Lease, error: WorkerLost, announced: frozenset[int]) -> Lease:
-        if isinstance(error, NodeLost) and lease.node_losses < NODE_LOSSES_A_LEASE:
-            return self._anew(replace(lease, node_losses=lease.node_losses + 1))
-        rows = {row for row in announced if any(part.start <= row < part.stop for part in lease.parts)}
-        lease = replace(lease, killers=lease.killers | rows)
-        losses = lease.losses + self.died_before.pop(lease.parts, 0) + 1
-        if losses > self.job.failure.attempts + len(lease.killers):
-            rows_text = f"rows {lease.parts[0].start} to {lease.parts[-1].stop - 1}"
-            raise Fatal(
-                f"{losses} workers died on {rows_text} and no row could be named ({error}); "
-                "look at the workers' memory and logs, then run again"
-            )
-        return self._anew(replace(lease, losses=losses))
-
-    def _anew(self, lease: Lease) -> Lease:
-        """To be handed out once more. What an attempt announces must never be taken for what a later one did."""
-        self.attempts += 1
-        return replace(lease, announce_as=f"{self.progress.run_id}.{self.attempts}" if lease.losses >= LOSSES_BEFORE_ANNOUNCING else None)
 
     def _start_failed(self, worker: str, error: RenderfarmError) -> None:
         self.pool.starting.discard(worker)
@@ -665,7 +608,7 @@ class Driver:
         if self.pool.holders(lease) or self._is_done(lease):  # a copy of it is on its way, or was faster
             return
         pause = (min(30.0, 0.5 * 2**failures) if away_since is None else 30.0) * random.uniform(0.5, 1.0)
-        self.again.append((time.monotonic() + pause, self._anew(replace(lease, transient_failures=failures))))
+        self.again.append((time.monotonic() + pause, self.blame.anew(replace(lease, transient_failures=failures))))
 
     # ------------------------------------------------------------------------------------------ records of the run
 
@@ -692,37 +635,11 @@ class Driver:
         # the grace may have ended before an answer came, and another run may have committed images where this one saw errors
         if progress.waived or self._is_counted_otherwise(entries):
             progress.recount(self._surely(lambda: commit.totals(self.quick, entries)))
-        failed = (progress.errors - progress.waived) / max(1, progress.errors + progress.images)
-        if self.grid is None or self._left() or (self._is_to_end() and self._open_retries(entries)):
-            cancelled = self.heartbeat.wanted == "cancel"  # who ends a paused run has interrupted it: the next one goes on
-            progress.state, code = ("CANCELLED", EXIT_STOPPED_BY_USER) if cancelled else ("INTERRUPTED", EXIT_INTERRUPTED)
-        elif failed > self.job.failure.tolerate:
-            progress.state, code = "PARTIAL", EXIT_ROWS_FAILED
-        else:
-            progress.state, code = "SUCCEEDED", EXIT_OK
-        summary = RunSummary(
-            run_id=progress.run_id,
-            job=progress.job,
-            out=self.store.url,
-            state=progress.state,
-            exit_code=code,
-            rows=progress.rows,
-            images=progress.images,
-            errors=progress.errors,
-            waived=progress.waived,
-            new_images=progress.new_images,
-            new_errors=progress.new_errors,
-            error_classes=dict(progress.error_classes),
-            workers_left_out=progress.left_out,
-            seconds=round(progress.seconds, 2),
-            images_per_second=round(progress.images_per_second, 3),
-            useful_slots=progress.useful_slots,
-            bytes=progress.bytes,
-            lost_workers=progress.lost_workers,
-            copies=progress.copies,
-            warnings=tuple(self.warnings),
-            repaired=tuple(self.repaired),
-        )
+        unfinished = self.grid is None or self._left() > 0 or (self._is_to_end() and self._open_retries(entries))
+        # who ends a paused run has interrupted it: the next one goes on
+        ends = {"unfinished": unfinished, "cancelled": self.heartbeat.wanted == "cancel"}
+        progress.state, code = end_of(progress, **ends, tolerate=self.job.failure.tolerate)
+        summary = summarise(progress, self.store.url, code, self.warnings, self.repaired)
         self._surely(lambda: self.quick.put(run_key(progress.run_id), json.dumps(summary.to_dict(), indent=1).encode()))
         self.heartbeat.close(progress.snapshot())
         return summary

@@ -15,13 +15,14 @@ import numpy as np
 from renderfarm import commit
 from renderfarm.api import run
 from renderfarm.config import Job, Output
-from renderfarm.driver import Observer, RunSummary
+from renderfarm.driver import Observer
 from renderfarm.errors import InvalidJob
 from renderfarm.manifest import ROW, parse_ranges
 from renderfarm.preparation import Prepared, prepare
 from renderfarm.reading import open as open_output
 from renderfarm.report.contact_sheet import KEY, write_contact_sheet
 from renderfarm.storage import open_store
+from renderfarm.summary import RunSummary
 
 MAX_ROWS = 1000
 MAX_CELLS = 240

@@ -197,6 +197,12 @@ _TOKEN_ENV = [
 ]
 
 
+def _when_due(tick: Tick, kind: tuple[str, str], **spec: Any) -> dict[str, Any]:
+    """`kind`: its API's version, and its name there."""
+    timed = {"schedule": tick.at, "timeZone": "Etc/UTC", **spec}
+    return {"apiVersion": kind[0], "kind": kind[1], "metadata": {"name": tick.name}, "spec": timed}
+
+
 def _cronjob(tick: Tick) -> Schedule:
     if tick.image is None or not is_url(tick.address or "") or tick.in_ray:
         raise InvalidJob("cronjob: give --image (one with renderfarm in it) and --address http://RAY-HEAD:8265, to which each tick submits")
@@ -211,18 +217,13 @@ def _cronjob(tick: Tick) -> Schedule:
     }
     never_again = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2, 3, 4, 5]}}  # as `renderfarm --help` has them
     pod = {"restartPolicy": "Never", "containers": [container], "volumes": [_job_volume(tick)]}
-    cronjob = {
-        "apiVersion": "batch/v1",
-        "kind": "CronJob",
-        "metadata": {"name": tick.name},
-        "spec": {
-            "schedule": tick.at,
-            "timeZone": "Etc/UTC",
-            "concurrencyPolicy": "Allow" if tick.overlap == "allow" else "Forbid",
-            "startingDeadlineSeconds": DEADLINE_S[tick.overlap],
-            "jobTemplate": {"spec": {"backoffLimit": 3, "podFailurePolicy": {"rules": [never_again]}, "template": {"spec": pod}}},
-        },
-    }
+    cronjob = _when_due(
+        tick,
+        ("batch/v1", "CronJob"),
+        concurrencyPolicy="Allow" if tick.overlap == "allow" else "Forbid",
+        startingDeadlineSeconds=DEADLINE_S[tick.overlap],
+        jobTemplate={"spec": {"backoffLimit": 3, "podFailurePolicy": {"rules": [never_again]}, "template": {"spec": pod}}},
+    )
     said = "each tick submits the job under the date, in UTC, that the tick was due. The token is in the secret renderfarm-ray."
     return _manifests(tick, said, cronjob)
 
@@ -247,16 +248,8 @@ def _raycronjob(tick: Tick) -> Schedule:
         "headGroupSpec": {"rayStartParams": {"num-cpus": "0"}, "template": _ray_pod(tick, {"cpu": "2", "memory": "8Gi"}, "ray-head")},
         "workerGroupSpecs": [worker],
     }
-    raycronjob = {
-        "apiVersion": "ray.io/v1",
-        "kind": "RayCronJob",
-        "metadata": {"name": tick.name},
-        "spec": {
-            "schedule": tick.at,
-            "timeZone": "Etc/UTC",
-            "jobTemplate": {"entrypoint": entrypoint, "shutdownAfterJobFinishes": True, "backoffLimit": 2, "rayClusterSpec": cluster},
-        },
-    }
+    job = {"entrypoint": entrypoint, "shutdownAfterJobFinishes": True, "backoffLimit": 2, "rayClusterSpec": cluster}
+    raycronjob = _when_due(tick, ("ray.io/v1", "RayCronJob"), jobTemplate=job)
     said = (
         "each tick renders on a cluster of its own, under the date, in UTC, on which it starts: KubeRay tells it no other.\n"
         "# RayCronJob is an alpha of KubeRay, behind its feature gate; `--kind cronjob` needs none."

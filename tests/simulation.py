@@ -24,7 +24,7 @@ from unittest.mock import patch
 from greenlet import getcurrent, greenlet
 
 from renderfarm import commit, control, driver, garbage, heartbeat, outage, progress, reading, requests, worker
-from renderfarm.driver import Driver, RunSummary
+from renderfarm.driver import Driver
 from renderfarm.engines.base import Done, Event, Failed, Leaving, Ready
 from renderfarm.errors import AlreadyExists, Fatal, Interrupted, NodeLost, NonFiniteOutput, RenderfarmError, Transient, WorkerLost
 from renderfarm.layouts import LAYOUTS
@@ -34,6 +34,7 @@ from renderfarm.preparation import Prepared
 from renderfarm.records import Lease, PartId, Retry, Sample
 from renderfarm.slots import Counters, Rendered
 from renderfarm.storage import Stored
+from renderfarm.summary import RunSummary
 from renderfarm.worker import Worker, WorkerSpec
 
 LATENCY_S = 0.05  # of a request, at most

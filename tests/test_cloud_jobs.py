@@ -25,11 +25,11 @@ from covering import covering
 from servers import FaultProxy, lose_reply, s3_error
 
 import renderfarm
-from renderfarm.driver import RunSummary
 from renderfarm.errors import InvalidJob
 from renderfarm.progress import Progress
 from renderfarm.status import read_status
 from renderfarm.storage import Store, cloud, open_store
+from renderfarm.summary import RunSummary
 from renderfarm.verification import Choice, verify
 
 Forward = Callable[[], Awaitable[web.Response]]

@@ -16,7 +16,7 @@ from covering import covering
 
 import renderfarm
 from renderfarm import driver as driver_module
-from renderfarm.driver import Driver, RunSummary
+from renderfarm.driver import Driver
 from renderfarm.engines.base import Done, Event, Failed, Ready
 from renderfarm.errors import CutOff, DeviceLost, Fatal, ProfileMismatch, RenderFailed, RenderfarmError, Transient, WorkerLost
 from renderfarm.jobfile import load_job
@@ -24,6 +24,7 @@ from renderfarm.models.fake import Fake, State
 from renderfarm.preparation import Prepared, prepare
 from renderfarm.records import Lease
 from renderfarm.status import read_status
+from renderfarm.summary import RunSummary
 from renderfarm.worker import Worker, WorkerSpec
 
 Write = Callable[..., Path]

@@ -20,12 +20,12 @@ from typer.testing import CliRunner
 import renderfarm
 from renderfarm import commit
 from renderfarm.cli import app
-from renderfarm.driver import RunSummary
 from renderfarm.errors import InvalidJob, Transient
 from renderfarm.layouts import LAYOUTS
 from renderfarm.reading import Output
 from renderfarm.repair import DAMAGED, repair
 from renderfarm.storage import LocalStore, open_store
+from renderfarm.summary import RunSummary
 from renderfarm.verification import Choice, verify
 
 FILES_ONLY = Choice(sample=0)

@@ -19,7 +19,6 @@ from test_commit import errors, images, publish
 
 import renderfarm
 from renderfarm import commit, requests
-from renderfarm.driver import RunSummary
 from renderfarm.errors import AlreadyExists, Fatal, OutOfMemory
 from renderfarm.export import Options, export
 from renderfarm.garbage import collect
@@ -29,6 +28,7 @@ from renderfarm.models.fake import Fake, State
 from renderfarm.reading import Output
 from renderfarm.records import Part, PartId, Retry, SampleKey
 from renderfarm.storage import Store, open_store
+from renderfarm.summary import RunSummary
 from renderfarm.verification import Choice, inspect, verify
 
 FILES_ONLY = Choice(sample=0)
