@@ -20,7 +20,7 @@ from checker import check_complete
 
 from renderfarm.errors import InvalidJob
 from renderfarm.jobfile import load_job
-from renderfarm.submit import submit_job, wait_for
+from renderfarm.submit import submit_job
 
 Write = Callable[..., Path]
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-the-tests-0123456789abcdef"}
@@ -108,14 +108,13 @@ def test_the_waiting_command_exits_as_the_run_on_the_cluster_did(
 def test_a_submission_that_somebody_stops_is_to_be_run_again(head: str, write_manifest: Write, write_job: Write) -> None:
     from ray.job_submission import JobSubmissionClient
 
-    job = write_job(write_manifest({"prompt": ["x [hang]"]}), name="stopped.yaml")
+    manifest, long = write_manifest({"prompt": ["a red circle"] * 200}), {"num_inference_steps": 500}
+    job = write_job(manifest, name="stopped.yaml", model="builtin:shapes", render=long)
     id_ = json.loads(submit(job, head).stdout.splitlines()[-1])["submission_id"]
     JobSubmissionClient(head, headers={"Authorization": f"Bearer {TOKEN['RAY_AUTH_TOKEN']}"}).stop_job(id_)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in TOKEN.items():
-            patch.setenv(name, value)
-        ended = wait_for(id_, head)
-    assert (ended.status, ended.exit_code) == ("STOPPED", 75)
+    waiting = [sys.executable, "-c", f"from renderfarm.submit import wait_for; print(vars(wait_for({id_!r}, {head!r})))"]
+    ended = subprocess.run(waiting, capture_output=True, text=True, env={**os.environ, **TOKEN}, timeout=120)
+    assert "'status': 'STOPPED', 'exit_code': 75" in ended.stdout, ended.stdout + ended.stderr
 
 
 def test_an_address_where_nobody_answers_is_one_message(write_manifest: Write, write_job: Write) -> None:
