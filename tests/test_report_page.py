@@ -307,6 +307,7 @@ def test_each_layout_with_failures_and_retries(
     assert shown.locator("#panel-failures tbody tr").all_inner_texts()[0].split("\t")[0] == "2:0"
     assert shown.locator("#panel-failures tbody tr").count() == 1
     shown.click("#tab-timeline")
+    shown.locator("#by-part tbody tr").first.wait_for()
     assert set(shown.locator("#by-part tbody td:first-child").all_inner_texts()) == {"0.r1", "1.r1"}, "of the last run, by their start"
     assert shown.locator("#panel-timeline select option").count() == 2
 

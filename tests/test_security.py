@@ -16,7 +16,7 @@ from checker import error_rows, image_rows
 from covering import only
 from pictures_given import encoded, picture
 from servers import answering
-from test_tasks import Site
+from test_input_urls import Site
 
 ROOT = Path(__file__).parent.parent
 CANARY = "canary5d1f"  # stands in each secret

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from simulation import FAULTS, Fault, Schedule, SimStore, World, simulate, world_of
 
-from renderfarm import commit, driver, garbage, pool
+from renderfarm import blame, commit, garbage, pool
 from renderfarm.errors import RenderfarmError
 from renderfarm.jobfile import load_job
 from renderfarm.preparation import Prepared, prepare
@@ -274,7 +274,7 @@ def test_a_run_outlives_a_store_that_is_away_for_ten_minutes(
 BROKEN = {
     "create is no longer if-absent": (SimStore, "put_if_absent", SimStore.put),
     "nothing is read back": (commit, "find_commit", lambda *_: None),
-    "no row is announced": (driver, "LOSSES_BEFORE_ANNOUNCING", 10**9),
+    "no row is announced": (blame, "LOSSES_BEFORE_ANNOUNCING", 10**9),
     "nobody reads what was announced": (commit, "announced_row", lambda *_: None),
     "nobody looks for workers that hang": (pool.Pool, "hung", lambda *_: []),
     "gc knows no table": (garbage, "_named", lambda *_: set()),
