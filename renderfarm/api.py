@@ -113,7 +113,8 @@ def _ended_by(error: Exception, driver: Driver, prepared: Prepared) -> dict[str,
     """What is told of a run that an error ended: of a summary what is known of it, and the error."""
     code = error.exit_code if isinstance(error, RenderfarmError) else EXIT_INTERNAL
     known = driver.progress.snapshot()
-    counts = {name: known[name] for name in ("run_id", "job", "rows", "images", "errors", "waived", "new_images", "new_errors", "bytes")}
+    of_the_run = ("run_id", "job", "key", "logical_date", "rows", "images", "errors", "waived", "new_images", "new_errors", "bytes")
+    counts = {name: known[name] for name in of_the_run}
     state = "INTERRUPTED" if isinstance(error, Interrupted) else "FAILED"
     return counts | {
         "out": prepared.store.url,

@@ -8,6 +8,7 @@
     _renderfarm/parts/…        one key a part, its counts in its name, so that one listing tells what is done, and in it the
                                SHA-256 of the commit object (see layouts) and who committed it; derived: a missing entry costs one
                                request, never an image
+    _renderfarm/logs/…         what each run said while it went on (see journal)
     _renderfarm/retries/…      requests to render failed samples again, each as a part of its own (see requests)
     _renderfarm/waived/…       failed samples that may stay errors (see requests)
     _renderfarm/inputs/…       files that rows and job gave (images, LoRA adapters, networks), by their SHA-256
@@ -55,6 +56,7 @@ JOB, GRID, PROFILE, PROFILES, PROGRESS, PARTS, RUNS, ANNOUNCED = (
 
 
 KEPT = "_renderfarm/inputs"
+FAILED_SAID = 10  # of a part's errors, by its receipt
 
 
 def keep(store: Store, data: bytes) -> str:
@@ -424,7 +426,13 @@ def _receipt(part: Part, committed: Committed, superseded: dict[str, int], *, ad
         error_classes={str(item["values"]): int(item["counts"]) for item in pc.value_counts(errors.column("error_class")).to_pylist()},
         retry=part.retry,
         superseded=superseded,
+        failed=_first_failed(errors),
     )
+
+
+def _first_failed(errors: pa.Table) -> tuple[tuple[int, int, str, str], ...]:
+    names = ("row", "image_index", "row_id", "error_class")
+    return tuple(tuple(row[name] for name in names) for row in errors.slice(0, FAILED_SAID).select(names).to_pylist())  # type: ignore[misc]
 
 
 def entry_key(part: Part, committed: Committed) -> str:

@@ -45,6 +45,7 @@ from renderfarm.errors import (
     WorkerLost,
 )
 from renderfarm.heartbeat import STALE_S, Heartbeat, is_alive, run_key
+from renderfarm.journal import Journal
 from renderfarm.outage import ASKED_S, Outage, given_up, is_given_up
 from renderfarm.plan import Grid, choose_part_rows, leases, retry_leases
 from renderfarm.pool import DEVICE_LOSSES, NODE_LOSSES, Pool
@@ -93,6 +94,8 @@ class Driver:
             run_id=time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()) + "-" + uuid.uuid4().hex[:6],
             job=self.job.name,
             rows=prepared.manifest.rows,
+            key=prepared.key,
+            logical_date=self.job.logical_date,
         )
         self.grid: Grid | None = None
         self.held = LEASES_IN_FLIGHT
@@ -115,7 +118,10 @@ class Driver:
         self.untaken: list[Event] = []  # until the store can be asked
         self.restarts: list[float] = []  # when to try again to start a worker
         self.start_failures = self.worker_number = 0
-        self.heartbeat = Heartbeat(self.store.url, self._wanted)
+        self.journal = Journal()
+        self.heartbeat = Heartbeat(self.store.url, self._wanted, self.journal)
+        self.said: tuple[str, str | None] = (self.progress.state, None)
+        """The state and the trouble that the journal knows."""
 
     def _wanted(self, store: Store) -> str:
         """What is asked of this run; what was asked before it began was asked of another."""
@@ -143,7 +149,9 @@ class Driver:
         self.progress.rate_before = float(commit.read_progress(self.store).get("images_per_second") or 0.0)
         for data in (*self.prepared.adapter_files.values(), *self.prepared.after_files.values()):
             commit.keep(self.store, data)
-        self.heartbeat.beat(self.progress.snapshot())  # from now on others see that somebody is at it
+        about = {"job": self.job.name, "key": self.progress.key, "logical_date": self.job.logical_date, "shares": self.shares or None}
+        self.journal.say("began", **about, rows_of_manifest=self.progress.rows)
+        self.heartbeat.beat(self._snapshot())  # from now on others see that somebody is at it
 
     def _meet_the_other_run(self) -> None:
         """Two runs of one output are harmless: what both render, the first commits. They share the work, or this one leaves."""
@@ -182,8 +190,9 @@ class Driver:
             if isinstance(error, Transient):  # in the driver's own hands: the store was away for too long
                 error.exit_code = EXIT_INTERRUPTED
             self.progress.state = "INTERRUPTED" if isinstance(error, Interrupted | Transient) else "FAILED"
-            said = self.progress.snapshot()
-            ended = {name: said[name] for name in ("run_id", "job", "state", "new_images", "new_errors")}
+            said = self._snapshot()
+            self.journal.say("ended", state=self.progress.state, reason=f"{type(error).__name__}: {error}")
+            ended = {name: said[name] for name in ("run_id", "job", "key", "logical_date", "state", "new_images", "new_errors")}
             self.heartbeat.close(said, ended | {"error": str(error), "error_class": type(error).__name__})
             raise
 
@@ -195,8 +204,9 @@ class Driver:
             worker.state = "let go" if worker.state in ("ready", "starting", "leaving") else worker.state
         while self.heartbeat.wanted == "pause" and not self.stop.is_set() and not self.stop_now.is_set():
             self.progress.state = "PAUSED"
+            self._note_changes()
             if self.heartbeat.is_due():
-                self.progress.trouble = self.heartbeat.beat(self.progress.snapshot())
+                self.progress.trouble = self.heartbeat.beat(self._snapshot())
             self.observe(self.progress)
             time.sleep(PAUSED_S)
         return not self._is_to_end()
@@ -228,11 +238,11 @@ class Driver:
             self.progress.parts_done, self.progress.parts = number, of
             self.observe(self.progress)
             if self.heartbeat.is_due():
-                self.heartbeat.beat(self.progress.snapshot())
+                self.heartbeat.beat(self._snapshot())
             if self.stop.is_set():
                 raise Interrupted("stopped while parts were being checked; run the same command again to continue")
 
-        self.heartbeat.beat(self.progress.snapshot())
+        self.heartbeat.beat(self._snapshot())
         repair(self.store, self.job.output.layout, self.progress.run_id, each)
         self.progress.state, self.progress.parts_done = "STARTING", 0
 
@@ -245,6 +255,7 @@ class Driver:
         for index in commit.parts_of_the_grid(entries):
             self.is_done[index] = 1
         self.progress.recount(totals)
+        self.journal.say("planned", parts=grid.count, part_rows=grid.part_rows, parts_done=totals.parts_done)
 
     # ------------------------------------------------------------------------------------------ the loop
 
@@ -324,6 +335,7 @@ class Driver:
         if retries:
             self.source, self.exhausted = retry_leases(self.manifest, self.grid, retries), False
             self.retries_open = len(retries)
+            self.journal.say("retries", parts=[retry.part.name for retry in retries[:100]], count=len(retries))
             for _ in range(min(engine.max_workers, len(retries)) - len(self.pool)):
                 self._start_worker(engine)
         return bool(retries)
@@ -346,15 +358,16 @@ class Driver:
                 return
             self._submit(engine, worker, lease)
 
-    def _submit(self, engine: Engine, worker: str, lease: Lease) -> None:
+    def _submit(self, engine: Engine, worker: str, lease: Lease, *, copy: bool = False) -> None:
         self.pool.take(worker, lease, time.monotonic())
+        self.journal.leased(worker, lease, copy=copy)
         engine.submit(worker, lease)
 
     def _copy_what_is_late(self, engine: Engine) -> None:
         """The first of the two to publish wins; what the other one has put is for `gc`."""
         if (found := self.pool.late(time.monotonic(), self._is_done)) is not None:
             self.progress.copies += 1
-            self._submit(engine, *found)
+            self._submit(engine, *found, copy=True)
 
     def _share(self) -> int:
         """Leases a worker may hold: enough to keep its slots full, few enough to leave work for the others at the end."""
@@ -386,7 +399,7 @@ class Driver:
         for worker in self.pool.empty_handed():
             engine.stop_worker(worker)
             self.pool.remove(worker)
-            self.progress.workers[worker].state = "let go"
+            self._let_go(worker, "its node goes away")
             self._start_worker(engine)
         self._see_who_is_there(engine, now)
 
@@ -411,14 +424,35 @@ class Driver:
         rows = [self.outage.ask(partial(commit.announced_row, self.quick, part, token)) for part, token in asked]
         return frozenset(row for row in rows if row is not None)
 
+    def _snapshot(self) -> dict[str, Any]:
+        if (grid := self.grid) is not None:
+            done = grid.rows_in(self.progress.parts_done, last=bool(self.is_done) and bool(self.is_done[-1]))
+            flying = {part.index: part.stop - part.start for lease in self._open_leases() for part in lease.parts if not part.retry}
+            planned = grid.rows_in(grid.count, last=bool(grid.wanted) and grid.wanted[-1].stop == grid.total)
+            held = sum(flying.values())
+            self.progress.rows_by_state = {"done": done, "in flight": held, "left": max(0, planned - done - held)}
+        return self.progress.snapshot()
+
     def _beat(self) -> None:
         if self.heartbeat.is_due():
-            trouble = self.heartbeat.beat(self.progress.snapshot())
+            trouble = self.heartbeat.beat(self._snapshot())
             if trouble:
                 self.pool.excuse(time.monotonic())
             away = trouble or self.outage.trouble or self.manifest_outage.trouble
             self.progress.trouble = str(away) if away else self._waiting_for()
             self.progress.state = self._state()
+        self._note_changes()
+
+    def _note_changes(self) -> None:
+        """In the journal, what has changed of the run as a whole."""
+        state, trouble = self.progress.state, self.progress.trouble
+        if (state, trouble) != self.said:
+            self.journal.say("waits" if trouble and trouble != self.said[1] else "state", state=state, reason=trouble)
+        self.said = state, trouble
+
+    def _let_go(self, worker: str, reason: str) -> None:
+        self.progress.workers[worker].state = "let go"
+        self.journal.say("let go", worker=worker, reason=reason)
 
     def _waiting_for(self) -> str | None:
         if self.pool.members or self.heartbeat.wanted != "run":
@@ -457,6 +491,7 @@ class Driver:
                 if worker in self.pool.members:
                     self.pool.members[worker].leaving = True
                     self.progress.workers[worker].state = "leaving"
+                    self.journal.say("leaving", worker=worker)
             case Failed():
                 self._failed(engine, event)
 
@@ -469,6 +504,7 @@ class Driver:
         self.pool.starting.add(name)
         self.progress.forget()
         self.progress.workers[name] = WorkerProgress()
+        self.journal.say("asked for", routine=True, worker=name)
         engine.start_worker(name, frozenset(self.pool.benched))
 
     def _ready(self, engine: Engine, event: Ready) -> None:
@@ -480,6 +516,7 @@ class Driver:
         self._hold()
         self.pool.join(event.worker, event.info, time.monotonic())
         self.start_failures = 0
+        self.journal.ready(event.info)
         shown = self.progress.workers[event.worker]
         shown.state, shown.device, shown.node = "ready", event.info.device, event.info.node
         self.progress.first_ready = self.progress.first_ready or time.time()
@@ -495,8 +532,9 @@ class Driver:
         shown = self.progress.workers[event.worker]
         if self.pool.is_on_benched_device(event.info):
             shown.state, self.parked[event.worker] = "benched", event
+            self.journal.say("benched", worker=event.worker, reason="its device is benched")
         else:
-            shown.state = "let go"
+            self._let_go(event.worker, "it came up on a benched node")
             engine.stop_worker(event.worker)
         self._start_worker(engine)
         return True
@@ -530,6 +568,7 @@ class Driver:
             else:
                 self.is_done[part.index] = 1
         self.progress.add(event.worker, event.receipt)
+        self.journal.committed(event.worker, event.lease, event.receipt)
         if event.receipt.slot_groups > self.slot_groups:
             self.slot_groups = event.receipt.slot_groups
             self._hold()
@@ -546,6 +585,7 @@ class Driver:
         elif isinstance(event.error, WorkerLost):
             self._lost(engine, event.worker, event.error)
         elif event.lease is not None and self.pool.give_back(event.worker, event.lease, time.monotonic()) is not None:
+            self.journal.retried(event.worker, event.lease, event.error)
             self._retry(event.lease, event.error)
 
     def _lost(self, engine: Engine, worker: str, error: WorkerLost, announced: frozenset[int] | None = None) -> None:
@@ -557,7 +597,9 @@ class Driver:
         node, devices = self.pool.members[worker].place
         self.progress.lost_workers += 1
         self.progress.workers[worker].state = "lost"
-        for lease in self.pool.remove(worker):
+        held = self.pool.remove(worker)
+        self.journal.lost(worker, error, held, announced)
+        for lease in held:
             if self._is_done(lease):
                 continue
             if self.pool.holders(lease):
@@ -569,6 +611,8 @@ class Driver:
         if isinstance(error, DeviceLost) and self.pool.broke_on(node, devices):
             where = f"device {', '.join(devices)} of node {node}"
             self.progress.workers[worker].reason = f"{DEVICE_LOSSES} contexts broke on {where}, which gets no more work: {error}"
+        if reason := self.progress.workers[worker].reason:
+            self.journal.say("benched", worker=worker, reason=reason)
         if not self.pool.members:
             self.pool.pardon()
             parked, self.parked = self.parked, {}
@@ -583,6 +627,7 @@ class Driver:
         if isinstance(error, NodeLost | Transient) and not isinstance(error, CutOff):
             # says nothing of the worker; another one is waited for as long as for the first
             shown.state = "lost"
+            self.journal.lost(worker, error, [], frozenset())
             self.restarts.append(time.monotonic() + AWAY_S)
             return
         shown.state, shown.reason = "failed to start", str(error)
@@ -590,6 +635,7 @@ class Driver:
         self.start_failures += 1
         if isinstance(error, ProfileMismatch):
             shown.state = "benched"
+        self.journal.say(shown.state, worker=worker, reason=f"{type(error).__name__}: {error}")
         # those that were asked for may wait for nodes that never come
         tried_enough = not self.pool.members and self.start_failures >= START_ATTEMPTS
         if tried_enough or (alone and isinstance(error, Fatal)):
@@ -640,6 +686,7 @@ class Driver:
         ends = {"unfinished": unfinished, "cancelled": self.heartbeat.wanted == "cancel"}
         progress.state, code = end_of(progress, **ends, tolerate=self.job.failure.tolerate)
         summary = summarise(progress, self.store.url, code, self.warnings, self.repaired)
+        self.journal.say("ended", state=progress.state, exit_code=code, images=progress.images, errors=progress.errors)
         self._surely(lambda: self.quick.put(run_key(progress.run_id), json.dumps(summary.to_dict(), indent=1).encode()))
-        self.heartbeat.close(progress.snapshot())
+        self.heartbeat.close(self._snapshot())
         return summary

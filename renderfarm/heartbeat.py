@@ -14,6 +14,7 @@ from typing import Any
 
 from renderfarm import commit
 from renderfarm.errors import RenderfarmError, Transient
+from renderfarm.journal import Journal, log_key
 from renderfarm.storage import Store, open_store
 
 EVERY_S = 5.0
@@ -44,9 +45,9 @@ class Heartbeat:
     """Says every EVERY_S how far a run is, and hears what is wanted of it. Each time is tried once: the next one says more than a
     repetition."""
 
-    def __init__(self, url: str, hear: Callable[[Store], str]) -> None:
-        """`hear`: reads what is wanted. Raises Transient where it cannot, and then the same is wanted as before."""
-        self.hear, self.wanted = hear, "run"
+    def __init__(self, url: str, hear: Callable[[Store], str], journal: Journal | None = None) -> None:
+        """`hear`: reads what is wanted. Raises Transient where it cannot, and then the same is wanted as before. `journal`: is put, too."""
+        self.hear, self.wanted, self.journal = hear, "run", journal or Journal()
         self.store = open_store(url, patience_s=0)
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="heartbeat")
         self.last, self.put = 0.0, Future[None]()
@@ -64,13 +65,15 @@ class Heartbeat:
         trouble = self._trouble()
         self.away_since = (self.away_since or self.last) if trouble else None
         self.last = time.monotonic()
-        self.put = self.thread.submit(self._say_and_hear, snapshot)
+        self.put = self.thread.submit(self._say_and_hear, snapshot, self.journal.due(anyway=trouble is not None))
         return trouble
 
-    def _say_and_hear(self, snapshot: dict[str, Any]) -> None:
+    def _say_and_hear(self, snapshot: dict[str, Any], log: bytes | None) -> None:
         self._see_others(snapshot["run_id"])
         self.store.put(commit.PROGRESS, commit.to_json(snapshot))
         self.wanted = self.hear(self.store)
+        if log is not None:
+            self.store.put(log_key(snapshot["run_id"]), log)
 
     def _see_others(self, own: str) -> dict[str, Any]:
         there = commit.read_progress(self.store)
@@ -81,15 +84,17 @@ class Heartbeat:
     def close(self, snapshot: dict[str, Any], record: dict[str, Any] | None = None) -> None:
         """The last one, whatever came before. A store that is away now neither undoes a run nor keeps it from ending. `record`: for
         `runs/`, where that does not say yet how the run ended."""
-        last = self.thread.submit(self._end, snapshot, record)
+        last = self.thread.submit(self._end, snapshot, record, self.journal.due(anyway=True))
         self.thread.shutdown(wait=False)
         with contextlib.suppress(RenderfarmError, TimeoutError):
             last.result(LAST_S)
 
-    def _end(self, snapshot: dict[str, Any], record: dict[str, Any] | None) -> None:
+    def _end(self, snapshot: dict[str, Any], record: dict[str, Any] | None, log: bytes | None) -> None:
         own = snapshot["run_id"]
         if record is not None:
             self.store.put(run_key(own), commit.to_json(record))
+        if log is not None:  # before it is known that the run has ended: then nobody waits for more of it
+            self.store.put(log_key(own), log)
         there, other = self._see_others(own), self.other
         if other is None or not is_alive(other) or self.store.exists(run_key(other["run_id"])):
             self.store.put(commit.PROGRESS, commit.to_json(snapshot))

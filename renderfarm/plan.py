@@ -55,6 +55,10 @@ class Grid:
         """Parts to render."""
         return sum(len(span) for span in self.wanted)
 
+    def rows_in(self, parts: int, *, last: bool) -> int:
+        """Rows of so many parts. `last`: the grid's last one, which may be a short one, is among them."""
+        return parts * self.part_rows - (self.total * self.part_rows - self.rows) * last
+
     def __iter__(self) -> Iterator[Part]:
         return (self.part(index) for span in self.wanted for index in span)
 

@@ -29,6 +29,7 @@ USUAL_ROWS = 32
 # datasets 5.2: in folders it goes by the names of files; elsewhere, told by schema or card, by what Pillow opens
 UNKNOWN_TO_DATASETS = {"files": ("avif", "jxl"), "parquet": ("jxl",), "webdataset": ("jxl",)}
 CONTROL = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "denoising_end")
+RUN_KEY = "RENDERFARM_RUN_KEY"  # the variable in which `submit` says the key of a job whose paths are other ones where it runs
 TAKEN_BY_SOME = ("negative_prompt", "guidance_scale", "true_cfg_scale", *CONTROL)
 
 
@@ -46,6 +47,8 @@ class Prepared:
     """Weights that the steps of `after` need, by SHA-256."""
     adapter_files: dict[str, bytes] = field(default_factory=dict)
     """LoRA adapters, by name."""
+    key: str = ""
+    """`Job.key` of the job as somebody wrote it: the same tick has the same, whoever runs it, and however often."""
 
     @cached_property
     def warnings(self) -> tuple[str, ...]:
@@ -160,6 +163,7 @@ def _frozen(companion: Checkpoint) -> dict[str, Any]:
 
 def prepare(job: Job) -> Prepared:
     """Raises InvalidJob for everything that can be known now."""
+    key = os.environ.get(RUN_KEY) or job.key
     for place, text in job.places():
         check_credentials(place, expand_env(text))  # what the job file holds was checked when it was read
     _check_packages(job)
@@ -190,7 +194,7 @@ def prepare(job: Job) -> Prepared:
     if model.images:
         job = job.model_copy(update={"inputs": job.inputs.model_copy(update={"folder": _inputs_folder(job, rows.paths)})})
     job = job.model_copy(update={"output": output, "after": steps, "manifest": rows.spec})
-    return Prepared(job, model, manifest, store, rows, after_files, adapter_files)
+    return Prepared(job, model, manifest, store, rows, after_files, adapter_files, key)
 
 
 def _check_packages(job: Job) -> None:

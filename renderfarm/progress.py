@@ -30,10 +30,15 @@ class Progress:
     run_id: str
     job: str
     rows: int
+    key: str = ""
+    """Of the job, its parameters and its date; `run_id` is this go at it."""
+    logical_date: str | None = None
     parts: int = 0
     """0 until a worker has measured how large they should be, where that was left to it."""
     state: str = "STARTING"
     parts_done: int = 0
+    rows_by_state: dict[str, int] = field(default_factory=dict)
+    """done: all their images have ended; in flight: with a worker; left. Empty until parts are known."""
     images: int = 0
     errors: int = 0
     bytes: int = 0
@@ -117,8 +122,11 @@ class Progress:
         return {
             "run_id": self.run_id,
             "job": self.job,
+            "key": self.key,
+            "logical_date": self.logical_date,
             "state": self.state,
             "rows": self.rows,
+            "rows_by_state": self.rows_by_state,
             "parts": self.parts,
             "parts_done": self.parts_done,
             "images": self.images,
@@ -136,5 +144,6 @@ class Progress:
             "copies": self.copies,
             "workers": {name: vars(worker) for name, worker in self.workers.items()},
             "started": round(self.started, 3),
+            "first_ready": self.first_ready and round(self.first_ready, 3),
             "updated": round(time.time(), 3),
         }

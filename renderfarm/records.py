@@ -167,6 +167,8 @@ class PartReceipt:
     error_classes: dict[str, int] = field(default_factory=dict)
     retry: int = 0
     superseded: dict[str, int] = field(default_factory=dict)
+    failed: tuple[tuple[int, int, str, str], ...] = field(default=(), compare=False)
+    """Of its errors the first ones: row, image index, row id, class."""
 
     @property
     def id(self) -> PartId:

@@ -23,8 +23,12 @@ def read_status(out: str) -> dict[str, Any]:
     return {
         "out": output.store.url,
         "job": progress.get("job"),
+        "run": progress.get("run_id"),
+        "run key": progress.get("key"),
+        "logical date": progress.get("logical_date"),
         "state": state_of(progress, unfinished=grid is not None and totals.parts_done < grid.count),
         "rows": sum(file["rows"] for file in output.job["manifest"]["files"]),
+        "rows by state": progress.get("rows_by_state") if running else None,
         "parts": grid.count if grid is not None else None,
         "parts done": totals.parts_done,
         "images": totals.images,

@@ -40,6 +40,9 @@ class RunSummary:
     """With `--repair`: the parts that were not as they had been committed."""
     waived: int = 0
     """Of the errors, those that may stay."""
+    key: str = ""
+    """Hash of the job, its parameters and its logical date: every go at the same tick has the same."""
+    logical_date: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -58,6 +61,8 @@ def summarise(progress: Progress, out: str, exit_code: int, warnings: list[str],
     return RunSummary(
         run_id=progress.run_id,
         job=progress.job,
+        key=progress.key,
+        logical_date=progress.logical_date,
         out=out,
         state=progress.state,
         exit_code=exit_code,

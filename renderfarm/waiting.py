@@ -1,9 +1,9 @@
-"""`renderfarm wait`: until the run of an output has ended, seen from the store alone."""
+"""`renderfarm wait` and `renderfarm watch`: how the run of an output goes on, and that it has ended, seen from the store alone."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from renderfarm.errors import (
 )
 from renderfarm.heartbeat import STALE_S, is_alive
 from renderfarm.reading import open as open_output
+from renderfarm.storage import Store
 
 POLL_S = 2.0
 ENDED = {
@@ -30,6 +31,21 @@ ENDED = {
     "PAUSED": EXIT_STOPPED_BY_USER,
     "INTERRUPTED": EXIT_INTERRUPTED,
 }
+
+
+@dataclass(frozen=True)
+class Seen:
+    """How far a run was when somebody looked. `progress`: what it had said last, with the `state` that follows from it; `trouble`: why
+    the store could not be read, and then the state is UNKNOWN."""
+
+    state: str
+    progress: dict[str, Any]
+    trouble: str = ""
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of the run; None while it is at work."""
+        return ENDED.get(self.state)
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,17 @@ class Waited:
     seconds: float
 
 
+def watch(out: str, every_s: float = POLL_S) -> Iterator[Seen]:
+    """How far it is, again and again, until no run is at work, or one is paused: the last one has an exit code. A run that says nothing
+    for a minute is dead: INTERRUPTED. Raises InvalidJob for what is no output."""
+    store, began = open_output(out).store, time.monotonic()
+    while True:
+        yield (seen := _look(store, time.monotonic() - began))
+        if seen.exit_code is not None:
+            return
+        time.sleep(every_s)
+
+
 def wait(out: str, timeout_s: float | None = None, say: Callable[[str], None] = lambda text: None) -> Waited:
     """Until no run is at work, or one is paused. A run that says nothing for a minute is dead: INTERRUPTED.
 
@@ -52,26 +79,32 @@ def wait(out: str, timeout_s: float | None = None, say: Callable[[str], None] = 
     """
     store, began = open_output(out).store, time.monotonic()
     while True:
-        waited, progress, trouble = time.monotonic() - began, dict[str, Any](), ""
-        try:
-            progress = commit.read_progress(store)
-            if progress.get("state") == "PAUSED" and control.said(store, str(progress.get("run_id"))) == "run":
-                progress["state"] = "RUNNING"  # it has been told to go on, and has not said so yet
-        except Transient as error:
-            trouble = str(error)
-        state = _state(progress, waited) if not trouble else "UNKNOWN"
-        if state in ENDED or (timeout_s is not None and waited >= timeout_s):
+        waited = time.monotonic() - began
+        seen = _look(store, waited)
+        if seen.exit_code is not None or (timeout_s is not None and waited >= timeout_s):
             return Waited(
                 out=store.url,
-                run_id=progress.get("run_id"),
-                state=state,
-                exit_code=ENDED.get(state, EXIT_TIMED_OUT),
-                images=int(progress.get("images", 0)),
-                errors=int(progress.get("errors", 0)),
+                run_id=seen.progress.get("run_id"),
+                state=seen.state,
+                exit_code=EXIT_TIMED_OUT if seen.exit_code is None else seen.exit_code,
+                images=int(seen.progress.get("images", 0)),
+                errors=int(seen.progress.get("errors", 0)),
                 seconds=round(waited, 1),
             )
-        say(trouble or f"{state.lower()}: part {progress.get('parts_done', 0)} of {progress.get('parts') or '?'}")
+        parts = f"part {seen.progress.get('parts_done', 0)} of {seen.progress.get('parts') or '?'}"
+        say(seen.trouble or f"{seen.state.lower()}: {parts}")
         time.sleep(POLL_S if timeout_s is None else max(0.0, min(POLL_S, timeout_s - waited)))
+
+
+def _look(store: Store, waited_s: float) -> Seen:
+    try:
+        progress = commit.read_progress(store)
+        if progress.get("state") == "PAUSED" and control.said(store, str(progress.get("run_id"))) == "run":
+            progress["state"] = "RUNNING"  # it has been told to go on, and has not said so yet
+    except Transient as error:
+        return Seen("UNKNOWN", {}, str(error))
+    state = _state(progress, waited_s)
+    return Seen(state, progress | {"state": state})
 
 
 def _state(progress: dict[str, Any], waited_s: float) -> str:

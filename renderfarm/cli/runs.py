@@ -1,7 +1,8 @@
-"""Commands that watch and steer an output's runs: status, wait, pause, resume, cancel, errors, retry, waive."""
+"""Commands that watch and steer an output's runs: status, watch, wait, logs, pause, resume, cancel, errors, retry, waive."""
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from functools import partial
 from typing import Annotated, Any, cast
@@ -26,6 +27,57 @@ def status(out: OutputFolder, as_json: AsJson = False) -> None:
         print_json(found)
     else:
         print_pairs(found)
+
+
+@command()
+def watch(
+    out: OutputFolder,
+    interval: Annotated[str, typer.Option(help="Look again after so long: 2s, 1m.")] = "2s",
+    as_json: AsJson = False,
+) -> None:
+    """Show how a run goes on, from any machine that can read its output, until it ends; exits as it did. Ctrl-C ends the watching only."""
+    from renderfarm.report.live import Changes
+    from renderfarm.waiting import watch as look_again
+
+    every_s, code = seconds(interval, "--interval"), 0
+    with Changes(out_console) as changes:
+        for seen in look_again(out, every_s):
+            said = seen.progress | {"state": seen.state, "trouble": seen.trouble or seen.progress.get("trouble")}
+            if not as_json:
+                changes(said)
+            elif changes.is_new(said) or seen.exit_code is not None:
+                print_json({"out": out, **said, "exit_code": seen.exit_code})
+                sys.stdout.flush()
+            code = seen.exit_code or 0
+    if not as_json:
+        counts = f"{said.get('images', 0):,} images, {said.get('errors', 0):,} errors in {out}"
+        out_console.print(f"{seen.state.lower()}: {counts}", markup=False)
+    raise typer.Exit(code)
+
+
+@command()
+def logs(
+    out: OutputFolder,
+    run: Annotated[str | None, typer.Option(help="Of this run only, by its id.", show_default=False)] = None,
+    worker: Annotated[str | None, typer.Option(help="Of this worker only: w0.", show_default=False)] = None,
+    rows: Annotated[str | None, typer.Option(help="Only what is about these rows: 0-5,7.", show_default=False)] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on with what comes, until no run is at work.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print what the runs of an output said of leases, parts, failed rows and workers, also after a crash. With --json, an object a line."""
+    from renderfarm.logs import Choice, line_of, read_logs
+
+    anything = False
+    for event in read_logs(out, Choice(run, worker, rows), follow=follow):
+        anything = True
+        if as_json:
+            print_json(event)
+        else:
+            out_console.print(shown_value(line_of(event)), markup=False)
+        if follow:
+            sys.stdout.flush()
+    if not anything:
+        console.print("nothing: no run has said such a thing here", markup=False)
 
 
 @command()

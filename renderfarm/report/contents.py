@@ -61,7 +61,19 @@ def summary(output: Output, entries: commit.Entries) -> dict[str, Any]:
 
 def runs(output: Output, most: int = RUNS_SHOWN) -> list[dict[str, Any]]:
     """How the last runs ended, the latest first. Of one that an error ended less is known, and the `error`."""
-    kept = ("run_id", "state", "new_images", "new_errors", "seconds", "images_per_second", "useful_slots", "lost_workers", "copies")
+    kept = (
+        "run_id",
+        "key",
+        "logical_date",
+        "state",
+        "new_images",
+        "new_errors",
+        "seconds",
+        "images_per_second",
+        "useful_slots",
+        "lost_workers",
+        "copies",
+    )
     found = []
     for key in sorted(output.store.list(commit.RUNS))[-most:][::-1]:
         with contextlib.suppress(*_GONE):

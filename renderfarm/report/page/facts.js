@@ -25,10 +25,10 @@ function buildFacts() {
   const panel = byId('panel-facts');
   panel.append(element('h2', {}, 'Runs'));
   const known = (given, as = number) => (typeof given === 'number' ? as(given) : '—'); // of a run that an error ended, less is
-  const runs = DATA.runs.map((run) => [run.run_id, String(run.state).toLowerCase(), known(run.new_images), known(run.new_errors), known(run.seconds, duration),
+  const runs = DATA.runs.map((run) => [run.run_id, run.logical_date ?? '—', run.key ?? '—', String(run.state).toLowerCase(), known(run.new_images), known(run.new_errors), known(run.seconds, duration),
     known(run.images_per_second, (rate) => number(Number(rate.toPrecision(3)))), known(run.useful_slots, (share) => `${number(Math.round(share * 1000) / 10)} %`), known(run.lost_workers), known(run.copies), run.error ?? '']);
   panel.append(runs.length
-    ? tableOf(['run', 'ended', 'new images', 'new errors', 'time', 'images/s', 'useful slots', 'workers lost', 'copies', ''], runs, {class: 'list', 'aria-label': 'Runs'})
+    ? tableOf(['run', 'logical date', 'key', 'ended', 'new images', 'new errors', 'time', 'images/s', 'useful slots', 'workers lost', 'copies', ''], runs, {class: 'list', 'aria-label': 'Runs'})
     : element('p', {class: 'nothing'}, 'No run has ended yet.'));
   panel.append(element('h2', {}, 'What was rendered'));
   const facts = [['model', summary.model], ['layout, format', [summary.layout, summary.format].filter(Boolean).join(', ')], ['output', summary.out]];
