@@ -2,13 +2,13 @@
 
     _renderfarm/logs/RUN_ID.jsonl    {"n": 7, "at": 1796000000.1, "event": "committed", "worker": "w0", "part": "part-00000003", …}
 
-Ray's own logs go with their cluster; these stay with the output. The driver writes them, for its workers too: whatever a worker has to say
-(it is ready, a part is committed with these failed rows, it cannot start, it died) comes to the driver as a value. One object a run, put anew
-beside the heartbeat: at once where something went wrong, else every EVERY_S; what a killed driver had not put yet is lost.
+Ray's own logs go with their cluster; these stay with the output. The driver writes them, for its workers too: what a worker has to say
+(it is ready, a part is committed with these failed rows, it cannot start, it died) comes to the driver as a value. One object a run, put
+anew beside the heartbeat: at once where something went wrong, else every EVERY_S; what a killed driver had not put yet is lost.
 
-An object stays below MAX_BYTES, however long the run is. Of leases and commits the last ones are kept; of what went wrong the first ones and
-the last ones; `left_out` says how many lines are gone. Rows are named by ordinal and id, never by their prompts, which are personal, and
-a message is shown without what may be a secret.
+An object stays below MAX_BYTES, however long the run is. Of leases and commits the last ones are kept; of what went wrong the first ones
+and the last ones; `left_out` says how many lines are gone. Rows are named by ordinal and id, never by their prompts, which are personal,
+and a message is shown without what may be a secret.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def _meets(wanted: range, start: int, stop: int) -> bool:
 
 
 def line_of(event: Event) -> str:
-    """`2026-11-28T07:51:02Z 20261128T075100Z-ab12cd w0 committed part-00000003 rows 48-63: images 15, errors 1; row 50 (cat-50): InvalidInput`"""
+    """`2026-11-28T07:51:02Z RUN w0 committed part-00000003 rows 48-63: images 15, errors 1; row 50 (cat-50) image 0: InvalidInput`"""
     if event["event"] == "left out":
         return f"{event['run']}: {event['count']:,} lines were left out"
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(event.get("at", 0)))

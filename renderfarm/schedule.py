@@ -17,10 +17,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
-
 from renderfarm.config import Job, is_url
 from renderfarm.errors import InvalidJob
+from renderfarm.kubernetes import (
+    CLUSTER_VARIABLE,
+    MAX_FILES_BYTES,
+    MAX_NAME,
+    MOUNT,
+    TOKEN,
+    Files,
+    Pods,
+    checked,
+    kubernetes_name,
+    ray_job,
+    remarks,
+    to_yaml,
+)
+from renderfarm.parcel import pack
 
 Kind = Literal["cron", "systemd", "cronjob", "raycronjob", "airflow"]
 Overlap = Literal["skip", "wait", "allow"]
@@ -38,7 +51,7 @@ WHY = {
     "airflow": "Airflow queues its runs",
 }
 DEADLINE_S = {"skip": 300, "wait": 86_400, "allow": 300}  # of a Kubernetes CronJob: how late a tick may still start
-TODAY = '"$(date +%F)"'
+TODAY, DAY = '"$(date +%F)"', '"$day"'
 DAYS, MONTHS = ("Sun", "Mon", "Tue", "Wed", "Thu", "Fri", "Sat"), 12
 _FIELDS = (("minute", 0, 59), ("hour", 0, 23), ("day of the month", 1, 31), ("month", 1, MONTHS), ("day of the week", 0, 7))
 _PIECE = re.compile(r"(?P<every>\*)|(?P<first>\d{1,2})(?:-(?P<last>\d{1,2}))?")
@@ -63,6 +76,8 @@ class Tick:
     sets: tuple[str, ...] = ()
     address: str | None = None
     image: str | None = None
+    namespace: str | None = None
+    secrets: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -185,47 +200,79 @@ def _weekdays(field: str) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------ Kubernetes
 
-_MOUNT = "/jobs"
 # Jobs are named CRONJOB-MINUTES, minutes since 1970 of the tick, however late they start
 _DAY_OF_TICK = (
     'minutes="${JOB_NAME##*-}"; '
     'case "$minutes" in ""|*[!0-9]*) day="$(date -u +%F)";; *) day="$(date -u -d "@$((minutes * 60))" +%F)";; esac; '
 )
+# RayJobs are, too (KubeRay 1.7), and a RayCluster has its RayJob's name and five letters more; before that, the day on which it starts
+_RUN_FILE = "run.sh"
+_RUN_OF_TICK = f"""tick="${{{CLUSTER_VARIABLE}%-*}}"
+minutes="${{tick##*-}}"
+case "$minutes" in
+  {"[0-9]" * 8}) day="$(date -u -d "@$((minutes * 60))" +%F)";;
+  *) day="$(date -u +%F)";;
+esac
+"""
+_MAX_CRON_NAME = MAX_NAME - len("-29772135")
 _TOKEN_ENV = [
-    {"name": "RAY_AUTH_MODE", "value": "token"},
+    TOKEN,
     {"name": "RAY_AUTH_TOKEN", "valueFrom": {"secretKeyRef": {"name": "renderfarm-ray", "key": "token", "optional": True}}},
 ]
 
 
-def _when_due(tick: Tick, kind: tuple[str, str], **spec: Any) -> dict[str, Any]:
+def _when_due(tick: Tick, pods: Pods, kind: tuple[str, str], **spec: Any) -> dict[str, Any]:
     """`kind`: its API's version, and its name there."""
     timed = {"schedule": tick.at, "timeZone": "Etc/UTC", **spec}
-    return {"apiVersion": kind[0], "kind": kind[1], "metadata": {"name": tick.name}, "spec": timed}
+    return {"apiVersion": kind[0], "kind": kind[1], "metadata": pods.metadata(_cron_name(tick)), "spec": timed}
+
+
+def _cron_name(tick: Tick) -> str:
+    return kubernetes_name(tick.job.name, _MAX_CRON_NAME)
+
+
+def _pods(tick: Tick) -> Pods:
+    return checked(Pods(tick.image or "", tick.namespace, tick.secrets))
+
+
+def _files(tick: Tick, **more: str) -> Files:
+    """The job file as it is, whose paths begin where it lies, and what it names below its own folder."""
+    beside = {name: path.read_bytes() for name, path in _beside(tick).items()}
+    return Files(_cron_name(tick), {"job.yaml": tick.file.read_bytes(), **{name: text.encode() for name, text in more.items()}, **beside})
+
+
+def _beside(tick: Tick) -> dict[str, Path]:
+    """By their names there: manifests and lists of words that are small enough to go with it."""
+    folder = tick.file.parent
+    found = pack(tick.job, MAX_FILES_BYTES).files.values()
+    return {path.relative_to(folder).as_posix(): path for path in found if path.is_relative_to(folder)}
 
 
 def _cronjob(tick: Tick) -> Schedule:
     if tick.image is None or not is_url(tick.address or "") or tick.in_ray:
         raise InvalidJob("cronjob: give --image (one with renderfarm in it) and --address http://RAY-HEAD:8265, to which each tick submits")
-    script = f"{_DAY_OF_TICK}exec {tick.command(f'{_MOUNT}/job.yaml', chr(34) + '$day' + chr(34))}"
+    pods, files = _pods(tick), _files(tick)
+    script = f"{_DAY_OF_TICK}exec {tick.command(f'{MOUNT}/job.yaml', DAY)}"
     label = {"fieldRef": {"fieldPath": "metadata.labels['batch.kubernetes.io/job-name']"}}
     container = {
         "name": "submit",
         "image": tick.image,
         "command": ["sh", "-c", script],
-        "env": [{"name": "JOB_NAME", "valueFrom": label}, *_TOKEN_ENV],
-        "volumeMounts": [{"name": "job", "mountPath": _MOUNT}],
+        **pods.environment({"name": "JOB_NAME", "valueFrom": label}, *_TOKEN_ENV),
+        "volumeMounts": [{"name": "job", "mountPath": MOUNT}],
     }
     never_again = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2, 3, 4, 5]}}  # as `renderfarm --help` has them
-    pod = {"restartPolicy": "Never", "containers": [container], "volumes": [_job_volume(tick)]}
+    pod = {"restartPolicy": "Never", "containers": [container], "volumes": [files.volume()]}
     cronjob = _when_due(
         tick,
+        pods,
         ("batch/v1", "CronJob"),
         concurrencyPolicy="Allow" if tick.overlap == "allow" else "Forbid",
         startingDeadlineSeconds=DEADLINE_S[tick.overlap],
         jobTemplate={"spec": {"backoffLimit": 3, "podFailurePolicy": {"rules": [never_again]}, "template": {"spec": pod}}},
     )
     said = "each tick submits the job under the date, in UTC, that the tick was due. The token is in the secret renderfarm-ray."
-    return _manifests(tick, said, cronjob)
+    return _manifests(tick, said, files.config_map(pods), cronjob)
 
 
 def _raycronjob(tick: Tick) -> Schedule:
@@ -233,67 +280,25 @@ def _raycronjob(tick: Tick) -> Schedule:
         raise InvalidJob(
             "raycronjob: give --image (one with renderfarm and Ray in it), and no --address: each tick has a cluster of its own"
         )
-    entrypoint = Tick(**{**vars(tick), "address": "auto"}).command(f"{_MOUNT}/job.yaml", "$(date -u +%F)")
-    gpu = {} if tick.job.workers.device == "cpu" else {"nvidia.com/gpu": "1"}
-    worker = {
-        "groupName": "workers",
-        "replicas": 0,
-        "minReplicas": 0,
-        "maxReplicas": tick.job.workers.max,
-        "rayStartParams": {},
-        "template": _ray_pod(tick, {"cpu": "4", "memory": "16Gi", **gpu}, "ray-worker"),
-    }
-    cluster = {
-        "enableInTreeAutoscaling": True,
-        "headGroupSpec": {"rayStartParams": {"num-cpus": "0"}, "template": _ray_pod(tick, {"cpu": "2", "memory": "8Gi"}, "ray-head")},
-        "workerGroupSpecs": [worker],
-    }
-    job = {"entrypoint": entrypoint, "shutdownAfterJobFinishes": True, "backoffLimit": 2, "rayClusterSpec": cluster}
-    raycronjob = _when_due(tick, ("ray.io/v1", "RayCronJob"), jobTemplate=job)
+    command = Tick(**{**vars(tick), "address": "auto"}).command(f"{MOUNT}/job.yaml", DAY)
+    # a file: whatever is in the command is read by one shell, and not by those between KubeRay and the head
+    pods, files = _pods(tick), _files(tick, **{_RUN_FILE: f"{_RUN_OF_TICK}exec {command}\n"})
+    job = ray_job(tick.job, pods, files, f"sh {MOUNT}/{_RUN_FILE}")
+    raycronjob = _when_due(tick, pods, ("ray.io/v1", "RayCronJob"), jobTemplate=job)
     said = (
-        "each tick renders on a cluster of its own, under the date, in UTC, on which it starts: KubeRay tells it no other.\n"
+        "each tick renders on a cluster of its own, under the date, in UTC, that it was due, as KubeRay 1.7 names it; with an older one,\n"
+        "# under that of its start.\n"
         "# RayCronJob is an alpha of KubeRay, behind its feature gate; `--kind cronjob` needs none."
     )
-    return _manifests(tick, said, raycronjob)
+    return _manifests(tick, said, files.config_map(pods), raycronjob)
 
 
-def _ray_pod(tick: Tick, limits: dict[str, str], name: str) -> dict[str, Any]:
-    container = {
-        "name": name,
-        "image": tick.image,
-        "resources": {"limits": limits, "requests": limits},
-        "volumeMounts": [{"name": "job", "mountPath": _MOUNT}],
-    }
-    return {"spec": {"containers": [container], "volumes": [_job_volume(tick)]}}
-
-
-def _job_volume(tick: Tick) -> dict[str, Any]:
-    return {"name": "job", "configMap": {"name": tick.name}}
-
-
-class _Dumper(yaml.SafeDumper):
-    """Texts of several lines as they are, and no anchors."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Dumper.add_representer(str, _text)
-
-
-def _manifests(tick: Tick, said: str, manifest: dict[str, Any]) -> Schedule:
-    """With the job file beside it, as a ConfigMap."""
-    text = tick.file.read_text(encoding="utf-8")
-    config = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": tick.name}, "data": {"job.yaml": text}}
-    local = [f"#   {place}" for place, path in tick.job.places() if path.startswith("/")]
-    why = f"# in no store; in the pods, where relative paths begin at {_MOUNT}, these must lead to a volume or into the image:"
-    note = "".join(f"{line}\n" for line in (why, *local)) if local else ""
-    documents = yaml.dump_all([config, manifest], Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
-    return Schedule({f"{tick.name}.yaml": _heading(tick, said) + note + documents}, f"kubectl apply -f {tick.name}.yaml")
+def _manifests(tick: Tick, said: str, *documents: dict[str, Any]) -> Schedule:
+    sent = set(map(str, _beside(tick).values()))
+    local = [f"  {place}" for place, path in tick.job.places() if path.startswith("/") and path not in sent]
+    why = f"in no store; in the pods, where relative paths begin at {MOUNT}, these must lead to a volume or into the image:"
+    note = remarks(why, *local) if local else ""
+    return Schedule({f"{tick.name}.yaml": _heading(tick, said) + note + to_yaml(*documents)}, f"kubectl apply -f {tick.name}.yaml")
 
 
 # ------------------------------------------------------------------------------------------------ Airflow

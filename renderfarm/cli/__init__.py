@@ -10,7 +10,7 @@ import os
 import sys
 from typing import NoReturn
 
-from renderfarm.cli import jobs, schedules, runs, outputs, about
+from renderfarm.cli import jobs, submissions, schedules, runs, outputs, about
 from renderfarm.cli.common import app, console, print_json
 from renderfarm.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USAGE, RenderfarmError
 

@@ -1,4 +1,4 @@
-"""Commands that take a job file: init, run, validate, plan, preview, submit."""
+"""Commands that take a job file: init, run, validate, plan, preview."""
 
 from __future__ import annotations
 
@@ -259,34 +259,3 @@ def init(
         return
     out_console.print(f"wrote {', '.join(written)}", markup=False)
     out_console.print(f"next: {as_called()} plan {shlex.quote(str(file))}", markup=False, soft_wrap=True)
-
-
-@command()
-def submit(
-    job: JobFile,
-    address: Annotated[str, typer.Option(help="The Ray head's dashboard, http://HOST:8265.", show_default=False)],
-    sets: Sets = None,
-    out: Out = None,
-    logical_date: LogicalDate = None,
-    wait: Annotated[bool, typer.Option(help="Wait for the end, and exit as the job's own `run` did.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Run a job on a running Ray cluster; the same job twice is one submission."""
-    from renderfarm.jobfile import load_job
-    from renderfarm.submit import submit_job, wait_for
-
-    loaded = load_job(job, sets, out, logical_date)
-    id_, new = submit_job(loaded, address)
-    ended = wait_for(id_, address) if wait else None
-    if as_json:
-        how = vars(ended) if ended else {"status": None, "log_tail": None}
-        print_json({"submission_id": id_, "new": new, **how, "out": loaded.output.path})
-    else:
-        out_console.print(f"{'submitted' if new else 'already running, attached'}: {id_}")
-        out_console.print(f"renderfarm status {loaded.output.path}")
-        if ended:
-            out_console.print(f"ended: {ended.status}")
-            if ended.exit_code:
-                out_console.print(ended.log_tail, markup=False)
-    if ended:
-        raise typer.Exit(ended.exit_code)

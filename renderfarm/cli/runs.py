@@ -64,7 +64,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", help="Go on with what comes, until no run is at work.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print what the runs of an output said of leases, parts, failed rows and workers, also after a crash. With --json, an object a line."""
+    """Print what the runs of an output said of parts, failed rows and workers, also after a crash. With --json, an object a line."""
     from renderfarm.logs import Choice, line_of, read_logs
 
     anything = False

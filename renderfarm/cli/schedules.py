@@ -59,6 +59,13 @@ def schedule(
     sets: Sets = None,
     address: Annotated[str | None, typer.Option(help="As run's; http://HEAD:8265: each tick is submitted there.")] = None,
     image: Annotated[str | None, typer.Option(help="cronjob, raycronjob: a container image with renderfarm in it.")] = None,
+    namespace: Annotated[
+        str | None, typer.Option(help="cronjob, raycronjob: of Kubernetes. [default: kubectl's]", show_default=False)
+    ] = None,
+    secrets: Annotated[
+        list[str] | None,
+        typer.Option("--secret", help="cronjob, raycronjob: a Kubernetes secret, for the pods' environment. May be repeated."),
+    ] = None,
     write: Annotated[Path | None, typer.Option(help="Write the files into this folder instead of printing them.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -70,7 +77,10 @@ def schedule(
 
     outputs(job, ["2024-02-28", "2024-02-29"], sets)  # two ticks have two
     loaded = load_job(job, sets, None, "2024-02-29")
-    tick = Tick(loaded, job.absolute(), at, sets=tuple(sets or ()), address=address, image=image)
+    if kind.value not in ("cronjob", "raycronjob") and (namespace or secrets):
+        raise InvalidJob("--namespace and --secret are for cronjob and raycronjob; leave them out")
+    made_of = {"address": address, "image": image, "namespace": namespace, "secrets": tuple(secrets or ())}
+    tick = Tick(loaded, job.absolute(), at, sets=tuple(sets or ()), **made_of)
     made = make(tick, kind.value, cast(Any, overlap and overlap.value))
     if write is not None:
         for name, text in made.files.items():

@@ -1,0 +1,119 @@
+"""`renderfarm submit --to kuberay`: a RayJob, which KubeRay gives a cluster of its own, and what becomes of it, through kubectl.
+
+Its name ends in the hash of the job, its parameters and its date: the same tick is one RayJob. One that has ended is replaced, which goes
+on with its output.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+from renderfarm.config import Job
+from renderfarm.errors import Fatal, InvalidJob
+from renderfarm.kubernetes import MAX_FILES_BYTES, MAX_NAME, MOUNT, Files, Pods, checked, kubernetes_name, ray_job, remarks, to_yaml
+from renderfarm.parcel import JOB_FILE, Parcel, pack
+from renderfarm.preparation import RUN_KEY
+from renderfarm.submit import submission_id
+
+KUBECTL_S = 60
+ENDED = ("Complete", "Failed")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`text`: YAML of a ConfigMap and a RayJob of that name. `notes`: what somebody must have seen to."""
+
+    name: str
+    namespace: str | None
+    text: str
+    parcel: Parcel
+
+    @property
+    def notes(self) -> list[str]:
+        return [note.replace("on every node", f"in the pods (a volume, the image; {MOUNT} is the job's)") for note in self.parcel.notes()]
+
+
+def manifest(job: Job, pods: Pods) -> Manifest:
+    """Raises InvalidJob for what pods cannot be given."""
+    parcel, name = pack(job, MAX_FILES_BYTES - len(job.model_dump_json())), name_of(job)
+    files = Files(name, {JOB_FILE: parcel.text.encode(), **{name: path.read_bytes() for name, path in parcel.files.items()}})
+    entrypoint = f"renderfarm run {MOUNT}/{JOB_FILE} --address auto"
+    spec = {"jobId": submission_id(job), **ray_job(job, checked(pods), files, entrypoint, {RUN_KEY: job.key})}
+    document = {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": pods.metadata(name), "spec": spec}
+    made = Manifest(name, pods.namespace, to_yaml(files.config_map(pods), document), parcel)
+    date = f" of {job.logical_date}" if job.logical_date else ""
+    heading = remarks(f"renderfarm job {job.name}{date}, for KubeRay 1.5 or later: kubectl apply -f THIS FILE", *made.notes)
+    return Manifest(name, pods.namespace, heading + made.text, parcel)
+
+
+def name_of(job: Job) -> str:
+    """As KubeRay takes it, and another for each job, parameters and date."""
+    return f"{kubernetes_name(job.name, MAX_NAME - len(job.key) - 1)}-{job.key}"
+
+
+def apply(made: Manifest) -> bool:
+    """Whether it is new; one that is at work is left alone. Raises InvalidJob for an output that no pod could write, Fatal where kubectl
+    fails."""
+    if (out := made.parcel.there.get("output.path")) is not None:
+        raise InvalidJob(
+            f"output.path: {out} is a folder of this machine, and pods do not see it: give a store (--out s3://bucket/folder); or print the "
+            "manifest with --dry-run, and put a volume that has it into that"
+        )
+    ended = _status(made.name, made.namespace)
+    if ended is not None and ended not in ENDED:
+        return False
+    if ended is not None:
+        _kubectl("delete", "rayjob", made.name, "--wait", namespace=made.namespace)
+    _kubectl("apply", "-f", "-", namespace=made.namespace, given=made.text)
+    return True
+
+
+def status(job: Job, namespace: str | None) -> str:
+    """KubeRay's words for how far it is. Raises InvalidJob where there is none."""
+    found = _status(name_of(job), namespace)
+    if found is None:
+        raise InvalidJob(f"no RayJob {name_of(job)}: nothing was submitted there, or the job, its parameters or its date were others")
+    return found
+
+
+def logs(job: Job, namespace: str | None) -> str:
+    """What its driver wrote; the submitter, a Job of the same name, has it."""
+    status(job, namespace)
+    return _kubectl("logs", f"job/{name_of(job)}", namespace=namespace)
+
+
+def stop(job: Job, namespace: str | None) -> None:
+    """Its cluster goes with it; what is committed stays."""
+    status(job, namespace)
+    _kubectl("delete", "rayjob", name_of(job), "--wait=false", namespace=namespace)
+
+
+def _status(name: str, namespace: str | None) -> str | None:
+    """None: there is no such RayJob."""
+    text = _kubectl("get", "rayjob", name, "--ignore-not-found", "-o", "json", namespace=namespace)
+    if not text.strip():
+        return None
+    try:
+        return str(json.loads(text).get("status", {}).get("jobDeploymentStatus") or "New")
+    except (ValueError, AttributeError) as error:
+        raise Fatal(f"kubectl get rayjob {name}: its answer is no object of Kubernetes") from error
+
+
+def _kubectl(*words: str, namespace: str | None, given: str | None = None) -> str:
+    """What it prints. Raises Fatal with what it says."""
+    if (program := shutil.which("kubectl")) is None:
+        raise InvalidJob(
+            "kubectl is not on this machine: print the manifest (--dry-run > rayjob.yaml), and where kubectl is: kubectl apply -f rayjob.yaml"
+        )
+    command = [program, *words, *(["--namespace", namespace] if namespace else [])]
+    try:
+        done = subprocess.run(command, input=given, capture_output=True, text=True, timeout=KUBECTL_S)  # noqa: S603 - words of ours
+    except subprocess.TimeoutExpired:
+        raise Fatal(f"kubectl {words[0]}: no answer in {KUBECTL_S} s; does `kubectl cluster-info` reach the cluster?") from None
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip()
+        raise Fatal(f"kubectl {words[0]}: {said.splitlines()[-1] if said else 'failed'}; does `kubectl get rayjobs` work here?")
+    return done.stdout
