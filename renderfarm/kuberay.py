@@ -59,8 +59,8 @@ def apply(made: Manifest) -> bool:
     fails."""
     if (out := made.parcel.there.get("output.path")) is not None:
         raise InvalidJob(
-            f"output.path: {out} is a folder of this machine, and pods do not see it: give a store (--out s3://bucket/folder); or print the "
-            "manifest with --dry-run, and put a volume that has it into that"
+            f"output.path: {out} is a folder of this machine, and pods do not see it: give a store (--out s3://bucket/folder); or "
+            "print the manifest with --dry-run, and put a volume that has it into that"
         )
     ended = _status(made.name, made.namespace)
     if ended is not None and ended not in ENDED:
@@ -106,7 +106,8 @@ def _kubectl(*words: str, namespace: str | None, given: str | None = None) -> st
     """What it prints. Raises Fatal with what it says."""
     if (program := shutil.which("kubectl")) is None:
         raise InvalidJob(
-            "kubectl is not on this machine: print the manifest (--dry-run > rayjob.yaml), and where kubectl is: kubectl apply -f rayjob.yaml"
+            "kubectl is not on this machine: print the manifest (--dry-run > rayjob.yaml), and apply it where kubectl is: kubectl apply -f "
+            "rayjob.yaml"
         )
     command = [program, *words, *(["--namespace", namespace] if namespace else [])]
     try:

@@ -1,6 +1,6 @@
 """Kubernetes' objects, as values and as YAML: the pods of a Ray cluster that renders a job, and the files that they are given.
 
-Secrets are named and never held: pods take what `Pods.secrets` hold into their environment (`envFrom`); Ray's token KubeRay makes and keeps.
+Secrets are named and never held: pods take what `Pods.secrets` hold into their environment (`envFrom`); Ray's token KubeRay makes.
 """
 
 from __future__ import annotations

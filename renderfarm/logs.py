@@ -18,6 +18,7 @@ from renderfarm.reading import open as open_output
 from renderfarm.storage import Store
 
 FOLLOW_S = 2.0
+SAID_APART = ("run", "n", "at", "event", "worker", "part", "rows", "reason", "failed", "failed_unnamed")
 Event = dict[str, Any]
 """As the journal has it, with `run`. `{"event": "left out", "count": 3}` stands for lines that the journal dropped."""
 
@@ -122,19 +123,13 @@ def line_of(event: Event) -> str:
     if event["event"] == "left out":
         return f"{event['run']}: {event['count']:,} lines were left out"
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(event.get("at", 0)))
-    words = [at, event["run"], event.get("worker", "driver"), event["event"], event.get("part", "")]
-    if event.get("rows"):
-        words.append(f"rows {event['rows'][0]}-{event['rows'][1] - 1}")
-    known = ("run", "n", "at", "event", "worker", "part", "rows", "reason", "failed", "failed_unnamed")
-    counts = [f"{name} {_shown(value)}" for name, value in event.items() if name not in known]
+    rows = f"rows {event['rows'][0]}-{event['rows'][1] - 1}" if event.get("rows") else ""
+    head = " ".join(filter(None, (at, event["run"], event.get("worker", "driver"), event["event"], event.get("part"), rows)))
+    counts = ", ".join(f"{name} {_shown(value)}" for name, value in event.items() if name not in SAID_APART)
     failed = [f"row {one['row']} ({one['row_id']}) image {one['image_index']}: {one['error_class']}" for one in event.get("failed", ())]
-    more = event.get("failed_unnamed", 0)
-    said = [
-        "; ".join(
-            filter(None, [", ".join(counts), *failed, f"{more:,} more: renderfarm errors" if more > 0 else "", event.get("reason", "")])
-        )
-    ]
-    return f"{' '.join(filter(None, words))}{': ' if said[0] else ''}{said[0]}"
+    more = f"{event['failed_unnamed']:,} more: renderfarm errors" if event.get("failed_unnamed", 0) > 0 else ""
+    said = "; ".join(filter(None, (counts, *failed, more, event.get("reason"))))
+    return f"{head}{': ' if said else ''}{said}"
 
 
 def _shown(value: Any) -> str:
