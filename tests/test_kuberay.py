@@ -156,7 +156,7 @@ def test_no_secret_is_in_what_is_printed_and_names_that_are_none_are_refused(
     made = manifest(job, PODS)
     assert "canary" not in made.text
     assert "must be set there: HOOK" in made.text.splitlines()[2]
-    with pytest.raises(InvalidJob, match="--secret 'AKIA/SECRET=' is no name of Kubernetes: .* never a secret's value"):
+    with pytest.raises(InvalidJob, match=r"--secret 'AKIA/SECRET=' is no name of Kubernetes: .* never a secret's value"):
         manifest(job, Pods("i", None, ("AKIA/SECRET=",)))
     with pytest.raises(InvalidJob, match="--namespace 'A B' is no name"):
         manifest(job, Pods("i", "A B"))

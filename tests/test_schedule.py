@@ -157,18 +157,40 @@ def crd(name: str) -> dict[str, Any]:
     return dict(closed(json.loads((KUBERAY / f"{name}.v1.schema.json").read_text())["openAPIV3Schema"]))
 
 
-def test_a_ray_cron_job_is_what_kuberay_publishes(nightly: Path) -> None:
+def test_a_ray_cron_job_is_what_kuberay_publishes_and_gets_the_date_of_its_tick(nightly: Path, tmp_path: Path) -> None:
     config, manifest = documents(nightly, "raycronjob")
     schema = crd("raycronjobs")
     schema["properties"]["metadata"] = {"type": "object"}
     jsonschema.validate(manifest, schema)
     assert config["data"]["job.yaml"] == nightly.read_text()
     template = manifest["spec"]["jobTemplate"]
-    assert shlex.split(template["entrypoint"])[:2] == ["renderfarm", "run"]
-    assert template["entrypoint"].endswith("--address auto --logical-date $(date -u +%F)")
+    assert template["entrypoint"] == "sh /jobs/run.sh"
+    head = template["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    variable = next(one for one in head["env"] if one["name"] == "RENDERFARM_RAY_CLUSTER")
+    assert variable["valueFrom"]["fieldRef"]["fieldPath"] == "metadata.labels['ray.io/cluster']"
+    name = manifest["metadata"]["name"]
+    assert len(name) + len("-29772135-xxxxx") <= 53, "a RayCluster's name"
+    minutes = int(datetime.fromisoformat("2026-11-28T23:59:00+00:00").timestamp()) // 60
+    now = datetime.now(UTC).date().isoformat()
+    for cluster, date in ((f"{name}-{minutes}-x2v5k", "2026-11-28"), (f"{name}-24567-x2v5k", now), ("", now)):
+        words = argv(f"RENDERFARM_RAY_CLUSTER={cluster}\n{config['data']['run.sh']}", tmp_path)
+        assert words == expected("/jobs/job.yaml", date, "--address", "auto")
     broken = {**manifest, "spec": {**manifest["spec"], "concurrencyPolicy": "Forbid"}}
     with pytest.raises(jsonschema.ValidationError, match="concurrencyPolicy"):
         jsonschema.validate(broken, schema)
+
+
+def test_what_lies_beside_a_job_goes_with_it_and_secrets_are_named(nightly: Path) -> None:
+    (nightly.parent / "wildcards").mkdir()
+    (nightly.parent / "wildcards/colours.txt").write_text("red\n")
+    nightly.write_text(nightly.read_text() + "prompts: {templates: combinatorial}\n")
+    made = {"namespace": "renders", "secrets": ("store", "hub")}
+    for kind, more in (("raycronjob", {}), ("cronjob", {"address": HEAD})):
+        config, manifest = documents(nightly, kind, **made, **more)  # type: ignore[arg-type]
+        assert {config["metadata"]["namespace"], manifest["metadata"]["namespace"]} == {"renders"}
+        paths = re.findall(r"'path': '([^']+)'", str(manifest))
+        assert {"job.yaml", "wildcards/colours.txt", "prompts.parquet"} <= set(paths)
+        assert "{'secretRef': {'name': 'store'}}, {'secretRef': {'name': 'hub'}}" in str(manifest)
 
 
 def test_a_cron_jobs_pod_is_one_and_gets_the_date_of_its_tick(nightly: Path, tmp_path: Path) -> None:

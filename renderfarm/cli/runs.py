@@ -73,7 +73,7 @@ def logs(
         if as_json:
             print_json(event)
         else:
-            out_console.print(shown_value(line_of(event)), markup=False)
+            out_console.print(shown_value(" ".join(line_of(event).split())), markup=False)
         if follow:
             sys.stdout.flush()
     if not anything:

@@ -1,0 +1,141 @@
+"""`watch`: a run as the output shows it, a line for each change, until it ends; who stops watching stops nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import renderfarm
+from renderfarm import commit
+from renderfarm.cli import app
+from renderfarm.errors import InvalidJob
+from renderfarm.storage import Store, open_store
+
+JOB = {"manifest": {"where": None, "files": [{"rows": 24}]}, "output": {"part_rows": 3, "layout": "files"}, "model": {}, "render": {}}
+WORKER = {"device": "cpu", "node": "n", "images": 9, "leases": 3, "state": "ready", "reason": ""}
+
+
+@pytest.fixture
+def store() -> Store:
+    store = open_store(f"memory://{uuid.uuid4().hex}")
+    store.put(commit.JOB, commit.to_json(JOB))
+    return store
+
+
+def heart(store: Store, state: str = "RUNNING", **said: Any) -> None:
+    now = time.time()
+    known = {"run_id": "r1", "parts": 8, "parts_done": 2, "images": 5, "errors": 1, "workers": {"w0": WORKER}, "images_per_second": 2.0}
+    known |= {"error_classes": {"InvalidInput": 1}, "rows_by_state": {"done": 6, "in flight": 3, "left": 15}, "eta_seconds": 9.0}
+    store.put(commit.PROGRESS, commit.to_json(known | {"state": state, "updated": now, "first_ready": now - 4} | said))
+
+
+def steps(store: Store, monkeypatch: pytest.MonkeyPatch, *states: tuple[str, dict[str, Any]]) -> None:
+    """What the run says between two looks."""
+    left = list(states)
+
+    def sleep(seconds: float) -> None:
+        state, said = left.pop(0)
+        heart(store, state, **said)
+
+    monkeypatch.setattr("renderfarm.waiting.time.sleep", sleep)
+
+
+def test_a_line_for_each_change_and_the_runs_exit_code(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    heart(store)
+    steps(
+        store,
+        monkeypatch,
+        ("RUNNING", {"eta_seconds": 8.0, "images_per_second": 2.1}),  # time alone tells nothing
+        ("RUNNING", {"parts_done": 3, "images": 8}),
+        ("RUNNING", {"parts_done": 3, "images": 8, "trouble": "the store is away"}),
+        ("PARTIAL", {"parts_done": 8, "images": 23}),
+    )
+    result = CliRunner().invoke(app, ["watch", store.url], catch_exceptions=False)
+    assert result.exit_code == 3
+    lines = result.stdout.splitlines()
+    assert [line.split(",")[0] for line in lines[:-1]] == [
+        "running: part 2 of 8", "running: part 3 of 8", "running: part 3 of 8", "partial: part 8 of 8",
+    ]  # fmt: skip
+    assert "5 images, 1 errors, 2.0 images/s, 0:09 left, 1 workers" in lines[0]
+    assert lines[2].endswith("; waiting: the store is away")
+    assert lines[-1] == f"partial: 23 images, 1 errors in {store.url}"
+
+
+def test_json_is_an_object_a_line_and_the_last_one_has_the_exit_code(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    heart(store)
+    steps(store, monkeypatch, ("RUNNING", {}), ("RUNNING", {"parts_done": 3}), ("SUCCEEDED", {"parts_done": 8}))
+    result = CliRunner().invoke(app, ["watch", store.url, "--json", "--interval", "1m"], catch_exceptions=False)
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [(said["state"], said["parts_done"], said["exit_code"]) for said in found] == [
+        ("RUNNING", 2, None), ("RUNNING", 3, None), ("SUCCEEDED", 8, 0),
+    ]  # fmt: skip
+    assert found[0]["rows_by_state"] == {"done": 6, "in flight": 3, "left": 15}
+    assert found[0]["workers"]["w0"]["state"] == "ready"
+    assert result.exit_code == 0
+
+
+def test_a_run_that_has_ended_or_died_is_shown_once(store: Store) -> None:
+    for state, said, code, shown in (
+        ("SUCCEEDED", {}, 0, "succeeded: part 2"),
+        ("CANCELLED", {}, 5, "cancelled: part 2"),
+        ("RUNNING", {"updated": time.time() - 1e6}, 75, "interrupted: part 2"),
+    ):
+        heart(store, state, **said)
+        result = CliRunner().invoke(app, ["watch", store.url], catch_exceptions=False)
+        assert (result.exit_code, len(result.stdout.splitlines())) == (code, 2)
+        assert result.stdout.startswith(shown)
+    with pytest.raises(InvalidJob, match="--interval '2': give a number with its unit"):
+        CliRunner().invoke(app, ["watch", store.url, "--interval", "2"], catch_exceptions=False)
+
+
+def watching(out: Path, **options: Any) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "110"}
+    command = [sys.executable, "-m", "renderfarm", "watch", str(out), "--interval", "0.2s"]
+    return subprocess.Popen(command, env=environment, **options)
+
+
+def test_ctrl_c_ends_the_watching_quietly_and_touches_nothing(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "out"))
+    store.put(commit.JOB, commit.to_json(JOB))
+    heart(store, updated=time.time() + 1e6)  # alive, whatever this machine does
+    before = store.list("")
+    process = watching(tmp_path / "out", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith(b"running: part 2 of 8")
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert (process.returncode, said) == (130, b"")
+    assert store.list("") == before
+
+
+def test_a_terminal_shows_rows_rates_failures_and_workers_of_a_real_run(
+    write_manifest: Callable[..., Path], write_job: Callable[..., Path], tmp_path: Path
+) -> None:
+    renderfarm.run(write_job(write_manifest({"prompt": ["a", "", "b", "c"]})), engine="inline")
+    master, terminal = pty.openpty()
+    with os.fdopen(master, "rb", buffering=0) as seen:
+        process = watching(tmp_path / "out", stdout=terminal)
+        os.close(terminal)
+        shown = b""
+        while process.poll() is None or not shown.endswith(b"\n"):
+            try:
+                shown += seen.read(1 << 16)
+            except OSError:  # the other end is closed
+                break
+        process.wait(timeout=120)
+    assert process.returncode == 3
+    text = shown.decode()
+    for word in ("partial: part 2 of 2, 3 images, 1 errors", "rows: 4 done, 0 in flight, 0 left", "w0", "cpu", "errors: InvalidInput 1"):
+        assert word in text
