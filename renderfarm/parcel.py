@@ -47,7 +47,8 @@ class Parcel:
     @property
     def text(self) -> str:
         """Of the job file."""
-        return yaml.safe_dump(self.job, sort_keys=False, allow_unicode=True)
+        said = Job.model_validate(self.job).model_dump(mode="json", exclude_defaults=True)
+        return yaml.safe_dump({"version": self.job["version"], **said}, sort_keys=False, allow_unicode=True)
 
     def notes(self) -> list[str]:
         """What somebody must have seen to, a line each."""

@@ -72,7 +72,7 @@ def test_text_is_sent_as_it_is_and_what_is_too_large_or_elsewhere_is_named(write
         assert parcel.files == {}
         assert parcel.job["manifest"]["path"] == parcel.there["manifest.path"]
         assert any("manifest.path: " in note and "must be under this path on every node, or in a store" in note for note in parcel.notes())
-    stores = load_job(write_job(Path("s3://bucket/rows.csv"), output={"path": "s3://bucket/out"}, model="org/name@" + "0" * 40))
+    stores = load_job(write_job({"path": "s3://bucket/rows.csv"}, output={"path": "s3://bucket/out"}))
     assert (pack(stores, ROOM).there, pack(stores, ROOM).notes()) == ({}, [])
 
 
@@ -113,7 +113,7 @@ def test_the_environments_variables_are_named_and_nothing_of_them_is_sent(
 ) -> None:
     monkeypatch.setenv("BUCKET", "canary5d1f")
     notify = {"url": "${HOOK}", "headers": {"Authorization": "Bearer ${HOOK_TOKEN}"}}
-    job = load_job(write_job(Path("${BUCKET}/rows.parquet"), output={"path": "s3://${BUCKET}/out"}, notify=notify))
+    job = load_job(write_job({"path": "${BUCKET}/rows.parquet"}, output={"path": "s3://${BUCKET}/out"}, notify=notify))
     parcel = pack(job, ROOM)
     assert parcel.variables == ("BUCKET", "HOOK", "HOOK_TOKEN")
     assert parcel.notes()[-1].endswith("must be set there: BUCKET, HOOK, HOOK_TOKEN")

@@ -162,8 +162,10 @@ class Job(Strict):
 
     @property
     def key(self) -> str:
-        """Of the run that this job is: hash of all that it says, parameters and logical date among it. The same tick has the same."""
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:12]
+        """Of the run that this job is: hash of all that it says, parameters and logical date among it. The same tick has the same. What is
+        as nothing were said is not in it, so that a field that comes later changes no key."""
+        said = self.model_dump(mode="json", exclude_defaults=True)
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
     def places(self) -> list[tuple[str, str]]:
         """Every path or URL that the job names, and where it does."""
