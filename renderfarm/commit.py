@@ -432,7 +432,7 @@ def _receipt(part: Part, committed: Committed, superseded: dict[str, int], *, ad
 
 def _first_failed(errors: pa.Table) -> tuple[tuple[int, int, str, str], ...]:
     names = ("row", "image_index", "row_id", "error_class")
-    return tuple(tuple(row[name] for name in names) for row in errors.slice(0, FAILED_SAID).select(names).to_pylist())  # type: ignore[misc]
+    return tuple(tuple(row[name] for name in names) for row in errors.slice(0, FAILED_SAID).select(names).to_pylist())
 
 
 def entry_key(part: Part, committed: Committed) -> str:

@@ -149,7 +149,12 @@ class Driver:
         self.progress.rate_before = float(commit.read_progress(self.store).get("images_per_second") or 0.0)
         for data in (*self.prepared.adapter_files.values(), *self.prepared.after_files.values()):
             commit.keep(self.store, data)
-        about = {"job": self.job.name, "key": self.progress.key, "logical_date": self.job.logical_date, "shares": self.shares or None}
+        about: dict[str, Any] = {
+            "job": self.job.name,
+            "key": self.progress.key,
+            "logical_date": self.job.logical_date,
+            "shares": self.shares or None,
+        }
         self.journal.say("began", **about, rows_of_manifest=self.progress.rows)
         self.heartbeat.beat(self._snapshot())  # from now on others see that somebody is at it
 

@@ -96,7 +96,12 @@ class Journal:
     # ------------------------------------------------------------------------------------------ of leases and workers
 
     def ready(self, info: WorkerReady) -> None:
-        about = {"device": info.device, "node": info.node, "load_seconds": round(info.load_seconds, 1), "batch_size": info.batch_size}
+        about: dict[str, Any] = {
+            "device": info.device,
+            "node": info.node,
+            "load_seconds": round(info.load_seconds, 1),
+            "batch_size": info.batch_size,
+        }
         self.say("ready", worker=info.worker, **about)
 
     def leased(self, worker: str, lease: Lease, *, copy: bool = False) -> None:
@@ -117,7 +122,7 @@ class Journal:
     def lost(self, worker: str, reason: Exception, leases: list[Lease], rows: frozenset[int]) -> None:
         """`rows`: that it was at, where it had said so."""
         parts = [part for lease in leases for part in lease.parts]
-        about = {"parts": [part.name for part in parts], "rows": _span(parts), "at_rows": sorted(rows)}
+        about: dict[str, Any] = {"parts": [part.name for part in parts], "rows": _span(parts), "at_rows": sorted(rows)}
         self.say("lost", worker=worker, reason=f"{type(reason).__name__}: {reason}", **about)
 
 

@@ -215,7 +215,7 @@ case "$minutes" in
 esac
 """
 _MAX_CRON_NAME = MAX_NAME - len("-29772135")
-_TOKEN_ENV = [
+_TOKEN_ENV: list[dict[str, Any]] = [
     TOKEN,
     {"name": "RAY_AUTH_TOKEN", "valueFrom": {"secretKeyRef": {"name": "renderfarm-ray", "key": "token", "optional": True}}},
 ]

@@ -20,6 +20,7 @@ from checker import check_complete
 
 from renderfarm.errors import InvalidJob
 from renderfarm.jobfile import load_job
+from renderfarm.status import read_status
 from renderfarm.submit import submit_job
 
 Write = Callable[..., Path]
@@ -78,19 +79,32 @@ def submit(job: Path, address: str, *options: str, token: dict[str, str] = TOKEN
 def test_a_submitted_job_renders_on_the_cluster_and_the_same_job_is_one_submission(
     head: str, write_manifest: Write, write_job: Write, tmp_path: Path
 ) -> None:
-    manifest = write_manifest({"prompt": [f"row {k}" for k in range(12)]})
-    job = write_job(manifest, workers={"max": 2}, output={"path": str(tmp_path / "runs/{{ ds }}")})
+    manifest = write_manifest({"prompt": [f"{{red|blue}} __shape__ {k}" for k in range(3)]})
+    (tmp_path / "wildcards").mkdir()
+    (tmp_path / "wildcards/shape.txt").write_text("circle\nsquare\n")
+    prompts = {"templates": "combinatorial"}
+    job = write_job(manifest, workers={"max": 2}, prompts=prompts, output={"path": str(tmp_path / "runs/{{ ds }}")})
     first = submit(job, head, "--logical-date", "2026-11-21")
     assert first.returncode == 0, first.stderr
+    for sent in (manifest, tmp_path / "wildcards"):  # the driver is still to start
+        sent.rename(tmp_path / f"{sent.name}.gone")
+    one = json.loads(first.stdout.splitlines()[-1])
+    assert (one["new"], one["submission_id"]) == (True, f"renderfarm-test-{load_job(job, None, None, '2026-11-21').key}")
+    assert one["notes"] == [f"output.path: {tmp_path}/runs/2026-11-21 must be under this path on every node, or in a store"]
     again = submit(job, head, "--logical-date", "2026-11-21", "--wait")
     assert again.returncode == 0, again.stdout + again.stderr
-    one, two = (json.loads(done.stdout.splitlines()[-1]) for done in (first, again))
-    assert one["submission_id"] == two["submission_id"]
-    assert (one["new"], two["status"]) == (True, "SUCCEEDED")
+    two = json.loads(again.stdout.splitlines()[-1])
+    assert (two["submission_id"], two["status"]) == (one["submission_id"], "SUCCEEDED")
     check_complete(tmp_path / "runs/2026-11-21", {(row, 0) for row in range(12)})
+    said = read_status(str(tmp_path / "runs/2026-11-21"))
+    assert (said["run key"], said["logical date"]) == (one["submission_id"].rpartition("-")[2], "2026-11-21")
 
-    other_day = json.loads(submit(job, head, "--logical-date", "2026-11-22").stdout.splitlines()[-1])
-    assert other_day["submission_id"] != one["submission_id"]
+    status, logs = (submit(job, head, "--logical-date", "2026-11-21", option) for option in ("--status", "--logs"))
+    assert json.loads(status.stdout)["status"] == "SUCCEEDED"
+    assert "succeeded: 12 images, 0 errors" in json.loads(logs.stdout)["logs"]
+    other_day = submit(job, head, "--logical-date", "2026-11-22", "--status")
+    assert other_day.returncode == 2
+    assert "the job, its parameters or its date were others" in other_day.stderr
 
 
 @pytest.mark.slow
@@ -105,13 +119,11 @@ def test_the_waiting_command_exits_as_the_run_on_the_cluster_did(
 
 
 @pytest.mark.slow
-def test_a_submission_that_somebody_stops_is_to_be_run_again(head: str, write_manifest: Write, write_job: Write) -> None:
-    from ray.job_submission import JobSubmissionClient
-
+def test_a_submission_that_somebody_stops_is_to_be_run_again(head: str, write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
     manifest, long = write_manifest({"prompt": ["a red circle"] * 200}), {"num_inference_steps": 500}
     job = write_job(manifest, name="stopped.yaml", model="builtin:shapes", render=long)
     id_ = json.loads(submit(job, head).stdout.splitlines()[-1])["submission_id"]
-    JobSubmissionClient(head, headers={"Authorization": f"Bearer {TOKEN['RAY_AUTH_TOKEN']}"}).stop_job(id_)
+    assert json.loads(submit(job, head, "--stop").stdout) == {"submission_id": id_, "stop": "told", "out": str(tmp_path / "out")}
     waiting = [sys.executable, "-c", f"from renderfarm.submit import wait_for; print(vars(wait_for({id_!r}, {head!r})))"]
     ended = subprocess.run(waiting, capture_output=True, text=True, env={**os.environ, **TOKEN}, timeout=120)
     assert "'status': 'STOPPED', 'exit_code': 75" in ended.stdout, ended.stdout + ended.stderr

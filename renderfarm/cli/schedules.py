@@ -79,7 +79,7 @@ def schedule(
     loaded = load_job(job, sets, None, "2024-02-29")
     if kind.value not in ("cronjob", "raycronjob") and (namespace or secrets):
         raise InvalidJob("--namespace and --secret are for cronjob and raycronjob; leave them out")
-    made_of = {"address": address, "image": image, "namespace": namespace, "secrets": tuple(secrets or ())}
+    made_of: dict[str, Any] = {"address": address, "image": image, "namespace": namespace, "secrets": tuple(secrets or ())}
     tick = Tick(loaded, job.absolute(), at, sets=tuple(sets or ()), **made_of)
     made = make(tick, kind.value, cast(Any, overlap and overlap.value))
     if write is not None:

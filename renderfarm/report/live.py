@@ -30,7 +30,7 @@ def duration(seconds: float | None) -> str:
 
 def one_line(said: dict[str, Any]) -> str:
     """`said`: a `Progress.snapshot()`, of this process or of the output."""
-    known = {"state": "UNKNOWN", "parts_done": 0, "images": 0, "errors": 0, "workers": {}} | said
+    known: dict[str, Any] = {"state": "UNKNOWN", "parts_done": 0, "images": 0, "errors": 0, "workers": {}} | said
     return (
         f"{known['state'].lower()}: part {known['parts_done']} of {said.get('parts') or '?'}, {known['images']} images, "
         f"{known['errors']} errors, {said.get('images_per_second') or 0.0:.1f} images/s, {duration(said.get('eta_seconds'))} left, "
