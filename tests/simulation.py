@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 from greenlet import getcurrent, greenlet
 
-from renderfarm import commit, control, driver, garbage, heartbeat, outage, progress, reading, requests, worker
+from renderfarm import commit, control, driver, garbage, heartbeat, journal, outage, progress, reading, requests, worker
 from renderfarm.driver import Driver
 from renderfarm.engines.base import Done, Event, Failed, Leaving, Ready
 from renderfarm.errors import AlreadyExists, Fatal, Interrupted, NodeLost, NonFiniteOutput, RenderfarmError, Transient, WorkerLost
@@ -418,7 +418,7 @@ class SimStore:
 
 def _kind_of(key: str) -> str:
     key = re.sub(r"part-\d+[^/]*?(?=\.parquet|\.json|/|$)", "part", key)
-    return re.sub(r"\d{4,}.*(?=\.png)|(?<=probe-).*|(?<=runs/).*", "*", key)
+    return re.sub(r"\d{4,}.*(?=\.png)|(?<=probe-).*|(?<=runs/).*|(?<=logs/).*", "*", key)
 
 
 # ----------------------------------------------------------------------------------------------------- the engine
@@ -616,7 +616,7 @@ def world_of(schedule: Schedule, prepared: Prepared) -> Iterator[World]:
         gmtime=lambda: None,
     )
     with ExitStack() as stack:
-        for module in (driver, heartbeat, outage, progress, worker, garbage):
+        for module in (driver, heartbeat, journal, outage, progress, worker, garbage):
             stack.enter_context(patch.object(module, "time", clock))
         for module in (heartbeat, worker, garbage):
             stack.enter_context(patch.object(module, "ThreadPoolExecutor", Here))

@@ -195,6 +195,7 @@ def test_a_run_that_failed_leaves_a_report_and_one_with_nothing_to_do_leaves_it_
     said = report_of(tmp_path / "out")
     assert (said["summary"]["state"], said["summary"]["images"]) == ("PARTIAL", 3)
     assert {run["state"]: run["error"] is None for run in said["runs"]} == {"PARTIAL": True, "FAILED": False}
+    assert all(len(run["key"]) == 12 for run in said["runs"])
     before = (tmp_path / "out" / KEY).stat().st_mtime_ns
     renderfarm.run(write_job(manifest, output={"part_rows": 1}), engine="inline")
     assert (tmp_path / "out" / KEY).stat().st_mtime_ns == before

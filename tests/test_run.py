@@ -17,6 +17,7 @@ import renderfarm
 from renderfarm.errors import Fatal, InvalidJob
 from renderfarm.estimate import estimate
 from renderfarm.jobfile import load_job
+from renderfarm.logs import read_logs
 from renderfarm.preparation import prepare
 from renderfarm.schema import ERROR_COLUMNS, IMAGE_COLUMNS
 
@@ -199,6 +200,8 @@ def test_a_row_that_kills_its_worker_ends_as_an_error_and_the_others_render(
     check_complete(out, every(7))
     assert [(row["row"], row["error_class"]) for row in error_rows(out)] == [(4, "WorkerCrashed")]
     assert summary.images == 6
+    lost = [event for event in read_logs(str(out)) if event["event"] == "lost"]
+    assert (len(lost), lost[-1]["at_rows"]) == (3, [4]), "the last death named its row"
 
 
 def test_tables_hold_no_column_that_the_schema_does_not_name_and_are_typed_alike(

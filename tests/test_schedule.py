@@ -20,10 +20,14 @@ import yaml
 from cronsim import CronSim
 
 import renderfarm
+from renderfarm import commit
 from renderfarm.backfill import backfill, days, survey
 from renderfarm.errors import InvalidJob
 from renderfarm.jobfile import load_job
+from renderfarm.report.contents import runs
 from renderfarm.schedule import KINDS, OVERLAPS, Kind, Tick, check_cron, on_calendar, schedule
+from renderfarm.status import read_status
+from renderfarm.storage import open_store
 
 Write = Callable[..., Path]
 HEAD = "http://ray-head:8265"
@@ -271,6 +275,12 @@ def test_the_same_tick_is_one_run_and_another_date_or_parameter_another(nightly:
     first = renderfarm.run(load_job(nightly, None, None, "2026-11-28"), engine="inline")
     again = renderfarm.run(load_job(nightly, None, None, "2026-11-28"), engine="inline")
     assert (first.new_images, again.new_images, again.out) == (8, 0, first.out)
+    store, of_the_tick = open_store(first.out), (keys["2026-11-28"], "2026-11-28")
+    ended = [commit.read_json(store, key) for key in store.list(commit.RUNS)]
+    assert [(run["key"], run["logical_date"]) for run in ended] == [of_the_tick] * 2, "two goes at one run"
+    assert [(run["key"], run["logical_date"]) for run in runs(renderfarm.open(first.out))] == [of_the_tick] * 2
+    said = read_status(first.out)
+    assert (said["run"], said["run key"], said["logical date"]) == (again.run_id, *of_the_tick)
 
 
 def states(job: Path, dates: list[str], reprocess: Any = "missing") -> list[tuple[str, str | None]]:

@@ -115,7 +115,16 @@ def test_secrets_of_the_environment_and_of_urls_are_in_no_file_and_in_nothing_th
         render={"height": 32, "width": 32, "num_inference_steps": 2, "sampler": "euler"},
     )  # fmt: skip
     said = ""
-    others = [["validate", path], ["plan", path], ["models", "--job", path], ["status", tmp_path / "out"]] if engine == "inline" else []
+    others = (
+        [
+            ["validate", path],
+            ["plan", path],
+            ["models", "--job", path],
+            *([command, tmp_path / "out"] for command in ("status", "watch", "logs")),
+        ]
+        if engine == "inline"
+        else []
+    )
     for command in [["run", path, "--engine", engine], *others]:
         line = [sys.executable, "-m", "renderfarm", *map(str, command)]
         done = subprocess.run(line, capture_output=True, text=True, env=os.environ | environment)
@@ -127,6 +136,7 @@ def test_secrets_of_the_environment_and_of_urls_are_in_no_file_and_in_nothing_th
         assert images[list(images)[error["row"] - 1]] in error["error_message"]
     files = held(out)
     assert any("id-3" in text for name, text in files.items() if name.endswith(".parquet")), "tables are read"
+    assert any(name.startswith("_renderfarm/logs/") and "committed" in text for name, text in files.items())
     assert {"_renderfarm/job.json", "_renderfarm/profile.json", "_renderfarm/progress.json", "README.md"} <= files.keys()
     assert [name for name, text in files.items() if CANARY in text] == []
     assert [line for line in said.splitlines() if CANARY in line] == []
