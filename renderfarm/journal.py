@@ -26,7 +26,7 @@ LOGS = "_renderfarm/logs"
 EVERY_S = 15.0
 FIRST_BYTES, LAST_BYTES, ROUTINE_BYTES = 128 << 10, 256 << 10, 256 << 10
 MAX_BYTES = FIRST_BYTES + LAST_BYTES + ROUTINE_BYTES + 1024
-MAX_MESSAGE, MAX_ID = 500, 100  # characters
+MAX_MESSAGE, MAX_ID = 300, 100  # characters
 SHORTEST_SECRET = 8  # a shorter value of such a variable is a switch or a number, and would be found everywhere
 _SECRETS = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|CONNECTION_STRING", re.IGNORECASE)
 _USER_IN_URL, _QUERY = re.compile(r"(?<=://)[^/\s@'\"]+@"), re.compile(r"(?<=[^\s?])\?[^\s'\")\]]*=[^\s'\")\]]*")

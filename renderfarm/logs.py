@@ -80,7 +80,7 @@ def _new(store: Store, choice: Choice, seen: dict[str, int]) -> Iterator[Event]:
             for event in _events(store.read(key)):
                 if not seen.get(run) and event.get("left_out"):
                     yield {"run": run, "event": "left out", "count": event["left_out"]}
-                if more := event.get("errors", 0) - len(event.get("failed", ())):
+                if event.get("event") == "committed" and (more := event.get("errors", 0) - len(event.get("failed", ()))):
                     event["failed_unnamed"] = more
                 if event["n"] > seen.get(run, 0):
                     seen[run] = event["n"]

@@ -15,6 +15,7 @@ from renderfarm.errors import (
     EXIT_STOPPED,
     EXIT_STOPPED_BY_USER,
     EXIT_TIMED_OUT,
+    InvalidJob,
     Transient,
 )
 from renderfarm.heartbeat import STALE_S, is_alive
@@ -63,10 +64,18 @@ class Waited:
 
 def watch(out: str, every_s: float = POLL_S) -> Iterator[Seen]:
     """How far it is, again and again, until no run is at work, or one is paused: the last one has an exit code. A run that says nothing
-    for a minute is dead: INTERRUPTED. Raises InvalidJob for what is no output."""
-    store, began = open_output(out).store, time.monotonic()
+    for a minute is dead: INTERRUPTED. Raises InvalidJob for what is no output, after as long: who has submitted a run may be early.
+    """
+    store, began = None, time.monotonic()
     while True:
-        yield (seen := _look(store, time.monotonic() - began))
+        waited = time.monotonic() - began
+        try:
+            store = store or open_output(out).store
+        except InvalidJob:
+            if waited >= STALE_S:
+                raise
+        seen = _look(store, waited) if store else Seen("STARTING", {}, f"nothing is there yet; {STALE_S:.0f} s are given to it")
+        yield seen
         if seen.exit_code is not None:
             return
         time.sleep(every_s)

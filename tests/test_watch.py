@@ -100,6 +100,25 @@ def test_a_run_that_has_ended_or_died_is_shown_once(store: Store) -> None:
         CliRunner().invoke(app, ["watch", store.url, "--interval", "2"], catch_exceptions=False)
 
 
+def test_a_run_that_was_submitted_may_come_a_little_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, clock = open_store(f"memory://{uuid.uuid4().hex}"), [0.0]
+    monkeypatch.setattr("renderfarm.waiting.time.monotonic", lambda: clock[0])
+
+    def sleep(seconds: float) -> None:
+        clock[0] += 31
+        if clock[0] == 31:
+            store.put(commit.JOB, commit.to_json(JOB))
+            heart(store, "SUCCEEDED")
+
+    monkeypatch.setattr("renderfarm.waiting.time.sleep", sleep)
+    result = CliRunner().invoke(app, ["watch", store.url], catch_exceptions=False)
+    assert (result.exit_code, len(result.stdout.splitlines())) == (0, 3)
+    assert "waiting: nothing is there yet" in result.stdout
+    clock[0] = 100.0
+    with pytest.raises(InvalidJob, match="not an output of renderfarm"):
+        CliRunner().invoke(app, ["watch", f"memory://{uuid.uuid4().hex}"], catch_exceptions=False)
+
+
 def watching(out: Path, **options: Any) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "110"}
     command = [sys.executable, "-m", "renderfarm", "watch", str(out), "--interval", "0.2s"]
