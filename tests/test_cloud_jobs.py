@@ -33,7 +33,13 @@ from renderfarm.summary import RunSummary
 from renderfarm.verification import Choice, verify
 
 Forward = Callable[[], Awaitable[web.Response]]
-VOLATILE = ("_renderfarm/runs/", "_renderfarm/progress.json", "_renderfarm/report/report.html", "README.md")  # times, run ids, URLs
+VOLATILE = (
+    "_renderfarm/runs/",
+    "_renderfarm/logs/",
+    "_renderfarm/progress.json",
+    "_renderfarm/report/report.html",
+    "README.md",
+)  # times, run ids, URLs
 
 
 @pytest.fixture(params=["s3", "azure"])
