@@ -5,7 +5,7 @@ every byte of the table and of each picture. Not under one, so that a byte may c
 between the pictures of a Parquet file, what a tar's headers say beside names and sizes, the bytes that fill its blocks, and views
 (`errors/` of parts with pictures, `metadata/`), which are held against what they say and can be rebuilt. Not looked at here:
 README.md, the contact sheet, `_renderfarm/` (`job.json` and `profile.json` are held against what rows and job say, an index
-entry's counts and hash against its part; who committed it, the run's records, progress.json and control.json against nothing).
+entry's counts and hash against its part; who committed it, the run's records and logs, progress.json and control.json against nothing).
 """
 
 from __future__ import annotations
