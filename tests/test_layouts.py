@@ -40,7 +40,7 @@ import renderfarm
 from renderfarm import commit
 from renderfarm.errors import AlreadyExists, Fatal
 from renderfarm.jobfile import load_job
-from renderfarm.layouts import LAYOUTS, base, parquet, webdataset
+from renderfarm.layouts import LAYOUTS, base, parquet
 from renderfarm.layouts.base import Layout
 from renderfarm.preparation import prepare
 from renderfarm.reading import Output

@@ -17,7 +17,6 @@ import base64
 import contextlib
 import datetime as dt
 import hashlib
-import io
 import itertools
 import json
 import math
