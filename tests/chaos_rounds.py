@@ -309,14 +309,10 @@ def main() -> None:
     for name, values in seconds.items():
         if values:
             print(f"{name}: median {median(values):.1f} s, longest {max(values):.1f} s ({len(values)} times)")
-    print(
-        f"one row of {KILLERS_ROWS:,} kills its worker: {killed['images']} images, {killed['errors']} error, {killed['lost_workers']} workers lost"
-    )
-    print(
-        "the driver's memory in that run: {:.0f} MB at its first part, {:.0f} at most, {:.0f} at its end".format(
-            *(x / 1e6 for x in killed["rss"])
-        )
-    )
+    counted = f"{killed['images']} images, {killed['errors']} error, {killed['lost_workers']} workers lost"
+    print(f"one row of {KILLERS_ROWS:,} kills its worker: {counted}")
+    first, most, last = (size / 1e6 for size in killed["rss"])
+    print(f"the driver's memory in that run: {first:.0f} MB at its first part, {most:.0f} at most, {last:.0f} at its end")
     print(json.dumps({**vars(figures), "killer row": killed, "seconds": time.monotonic() - began}))
     assert figures.again <= figures.may_again
 
