@@ -89,6 +89,7 @@ class _Writer:
             for name, record in rows:
                 file.writelines(_pieces(name, self._spool.read(name)))
                 file.write(_member(_json_name(name), record))
+                self._spool.underway()
             file.write(bytes(_zeros(file.tell())))
         return path
 
