@@ -445,9 +445,9 @@ def _mend_views(store: Store, layout: Layout, part: Part, images: pa.Table, erro
     for key, data in layout.views(part, images, errors).items():
         if not store.exists(key) or store.read(key) != data:
             store.put(key, data)
-    key, data = errors_key(part), error_view_bytes(errors)
-    if (store.read(key) != data) if store.exists(key) else len(errors):
-        store.put(key, data)
+    key, there = errors_key(part), store.exists(errors_key(part))
+    if (there or len(errors)) and not (there and store.read(key) == error_view_bytes(errors)):
+        store.put(key, error_view_bytes(errors))
 
 
 BY = ("run", "worker", "host", "began", "seconds")

@@ -4,7 +4,8 @@
 
 A round is one small output. Its run's processes (driver, workers, raylet) are killed, stopped and told to end at drawn moments, on local
 disk or on S3 (moto) behind a proxy that loses replies, answers 503 and resets; then the same command is run until it says that all is
-done. `checker` recounts and recomputes what is there then. Prints a line a round, and the figures as a table and as JSON.
+done. `checker` recounts and recomputes what is there then. Last, a run of 1,000 rows of which one kills its worker, and that run's driver's
+memory. Prints a line a round, and the figures as a table and as JSON.
 """
 
 from __future__ import annotations
@@ -246,6 +247,38 @@ def unsteady(seed: int) -> Any:
     return fault
 
 
+KILLER, KILLERS_ROWS = 617, 1000
+
+
+def killer_row(root: Path) -> dict[str, Any]:
+    """One row among a thousand kills whatever renders it; how much memory the driver had with the first part, and at most."""
+    prompts = [f"row {row}" if row != KILLER else "[segv]" for row in range(KILLERS_ROWS)]
+    pq.write_table(pa.table({"prompt": prompts}), root / "killer.parquet")
+    job = {
+        "name": "killer",
+        "manifest": "killer.parquet",
+        "model": "builtin:fake",
+        "render": {"height": 16, "width": 16, "num_inference_steps": 4},
+        "workers": {"max": 2, "batch_size": 4},
+        "failure": {"tolerate": 1},
+        "output": {"path": str(root / "killer"), "part_rows": 20},
+    }
+    (root / "killer.yaml").write_text(yaml.safe_dump(job))
+    run = Run(root / "killer.yaml", "ray", root / "killer.log", {**os.environ, "RENDERFARM_FAKE_STEP_S": "0.05", "OMP_NUM_THREADS": "1"})
+    memory: list[int] = []
+    while run.process.poll() is None:
+        if any((root / "killer/_renderfarm/parts").glob("*")):
+            with contextlib.suppress(OSError, IndexError):  # it has just ended
+                memory.append(int(Path(f"/proc/{run.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+        time.sleep(0.2)
+    run.clear()
+    summary = json.loads((root / "killer.log").read_text().splitlines()[-1])
+    check_complete(root / "killer", {(row, 0) for row in range(KILLERS_ROWS)})
+    assert {row["row"]: row["error_class"] for row in error_rows(root / "killer")} == {KILLER: "WorkerCrashed"}
+    assert summary["lost_workers"] <= 3
+    return {name: summary[name] for name in ("images", "errors", "lost_workers")} | {"rss": (memory[0], max(memory), memory[-2])}
+
+
 @contextlib.contextmanager
 def store(root: Path, seed: int) -> Iterator[FaultProxy]:
     with moto(root) as endpoint, FaultProxy(endpoint) as proxy:
@@ -267,15 +300,20 @@ def main() -> None:
             one = Round(number, options.seed, root, proxy, ON_S3[options.store])
             print(f"round {number}: {one.live(figures)}", flush=True)
             shutil.rmtree(one.folder)
+    killed = killer_row(root)
     shutil.rmtree(root, ignore_errors=True)
     seconds = {"SIGTERM to exit": figures.to_exit_s, "worker's death to its replacement's first picture": figures.to_replace_s}
-    print(f"{figures.rounds} rounds in {time.monotonic() - began:.0f} s, {figures.faults.total()} faults: {dict(figures.faults)}")
+    print(f"{figures.rounds} rounds, {figures.faults.total()} faults: {dict(figures.faults)}")
     print(f"lost {figures.lost}, twice {figures.twice}, wrong {figures.wrong}")
     print(f"rendered again: {figures.again} samples; in flight when something struck: at most {figures.may_again}")
     for name, values in seconds.items():
         if values:
             print(f"{name}: median {median(values):.1f} s, longest {max(values):.1f} s ({len(values)} times)")
-    print(json.dumps({**vars(figures), "seconds": time.monotonic() - began}))
+    counted = f"{killed['images']} images, {killed['errors']} error, {killed['lost_workers']} workers lost"
+    print(f"one row of {KILLERS_ROWS:,} kills its worker: {counted}")
+    first, most, last = (size / 1e6 for size in killed["rss"])
+    print(f"the driver's memory in that run: {first:.0f} MB at its first part, {most:.0f} at most, {last:.0f} at its end")
+    print(json.dumps({**vars(figures), "killer row": killed, "seconds": time.monotonic() - began}))
     assert figures.again <= figures.may_again
 
 

@@ -162,7 +162,7 @@ def test_a_run_on_ray_that_is_killed_goes_on_where_it_was(s3: str, write_manifes
             time.sleep(0.05)
     finally:
         os.killpg(first.pid, 9)
-        first.wait(20)
+        first.wait(60)
     second = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert second.returncode == 0, second.stdout + second.stderr
     assert "succeeded: 40 images, 0 errors, 40 rows in s3://" in second.stdout
@@ -279,7 +279,7 @@ def test_two_interrupts_end_a_run_whose_store_does_not_answer(s3: str, faults: F
         process.send_signal(signal.SIGINT)
         time.sleep(3)
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=40)
+        said, _ = process.communicate(timeout=150)
     finally:
         process.kill()
     assert process.returncode == 75, said

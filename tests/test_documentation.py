@@ -1,4 +1,4 @@
-"""The README's table of commands against the commands: each one, each option, and nothing that is not there."""
+"""Tables of the documentation against the code: each command, each option, and nothing that is not there; each test that is named."""
 
 from __future__ import annotations
 
@@ -47,3 +47,9 @@ def test_a_command_and_each_of_its_options_say_what_they_are(name: str) -> None:
 def test_the_table_names_the_options_of_a_command_and_no_others(name: str) -> None:
     said = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", rows()[name]))
     assert said - EVERYWHERE == options(COMMANDS[name])
+
+
+def test_the_tests_that_the_table_of_faults_names_are_there() -> None:
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (Path(__file__).parent / "README.md").read_text(encoding="utf-8"))
+    assert len(named) > 20
+    assert [name for file, name in named if f"def {name}(" not in (Path(__file__).parent / file).read_text(encoding="utf-8")] == []

@@ -266,7 +266,7 @@ def test_slots_stay_full_over_parts_that_are_smaller_than_a_batch(
     step, useful = Fake.step, list[int]()
 
     def slow(model: Fake, states: Sequence[State]) -> list[bool]:
-        time.sleep(0.01)  # else there is nothing to wait for
+        time.sleep(0.02)  # else there is nothing to wait for
         useful.append(len(states))
         return step(model, states)
 

@@ -99,7 +99,7 @@ def test_a_store_that_never_answers_is_not_waited_for_as_long_as_one_that_did(
     began = time.monotonic()
     with pytest.raises(Transient):
         open_store(f"{s3}/out").read("a/k")
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60, "the patience for a store that did answer is two minutes and more"
     threading.Timer(1.0, lambda: setattr(faults, "fault", None)).start()
     with pytest.raises(KeyError):
         store.read("a/k")
@@ -134,14 +134,14 @@ def test_a_server_that_does_not_answer_in_time_is_asked_again(s3: str, faults: F
 
     async def fault(request: web.Request, forward: Forward) -> web.Response:
         faults.fault = None
-        await asyncio.sleep(5)
+        await asyncio.sleep(120)
         return await forward()
 
     faults.fault = fault
     store = open_store(f"{s3}/out")
     began = time.monotonic()
     store.put("a/k", b"1")
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 100
     assert store.read("a/k") == b"1"
 
 
@@ -289,7 +289,7 @@ def test_what_no_time_mends_is_said_at_once(store: CloudStore, faults: FaultProx
         store.put_if_absent("a/k", b"1")
     with pytest.raises(error, match=says):
         store.read("a/k")
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 100
 
 
 def test_a_bucket_that_does_not_exist_is_named_by_every_way_to_it(s3: str) -> None:
@@ -383,7 +383,7 @@ def test_a_writer_that_is_killed_in_mid_upload_leaves_nothing_that_a_reader_sees
         assert uploaded.wait(60)
     finally:
         process.kill()
-        process.wait(20)
+        process.wait(60)
     faults.fault = None
     store = open_store(f"{s3}/out")
     assert store.list("") == []

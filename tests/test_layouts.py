@@ -40,7 +40,7 @@ import renderfarm
 from renderfarm import commit
 from renderfarm.errors import AlreadyExists, Fatal
 from renderfarm.jobfile import load_job
-from renderfarm.layouts import LAYOUTS, base, parquet, webdataset
+from renderfarm.layouts import LAYOUTS, base, parquet
 from renderfarm.layouts.base import Layout
 from renderfarm.preparation import prepare
 from renderfarm.reading import Output
@@ -651,10 +651,28 @@ def test_a_commit_object_that_lacks_what_every_reader_needs_is_damaged_and_not_a
         pq.write_table(table, packed(out))
     else:  # a table without places
         with tarfile.open(packed(out), "w") as tar:
-            webdataset._append(tar, "__part-00000000__", base.table_bytes(table, errors()))
+            add(tar, "__part-00000000__", base.table_bytes(table, errors()))
     with pytest.raises(Fatal, match="a committed table is damaged"):
         commit.find_commit(store, module, part)
     assert any("part 0: a committed table is damaged" in problem for problem in verify(str(out), FILES_ONLY).problems)
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def test_a_tar_is_byte_for_byte_what_tarfile_makes_of_the_same_members(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    renderfarm.run(write_job(write_manifest(), output={"layout": "webdataset", "part_rows": 8}), engine="inline")
+    written = packed(tmp_path / "out").read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(written)) as tar:
+        members = [(name, tar.extractfile(name).read()) for name in tar.getnames()]  # type: ignore[union-attr]
+    again = io.BytesIO()
+    with tarfile.open(fileobj=again, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in members:
+            add(tar, name, data)
+    assert again.getvalue() == written
 
 
 def repacked(out: Path, change: Callable[[list[tuple[str, bytes]]], list[tuple[str, bytes]]]) -> None:
@@ -663,7 +681,7 @@ def repacked(out: Path, change: Callable[[list[tuple[str, bytes]]], list[tuple[s
         members = [(name, tar.extractfile(name).read()) for name in tar.getnames()]  # type: ignore[union-attr]
     with tarfile.open(packed(out), "w") as tar:
         for name, data in change(members):
-            webdataset._append(tar, name, data)
+            add(tar, name, data)
     if change(members) == members:
         packed(out).write_bytes(packed(out).read_bytes()[:-512])
 

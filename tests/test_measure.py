@@ -77,7 +77,7 @@ def test_what_the_first_worker_measured_holds_for_all_and_on_resume(
     both, sizes = Barrier(2), [5, 9]
 
     def measure(model: Fake, sample: Sample) -> None:
-        both.wait(timeout=10)  # none has published yet
+        both.wait(timeout=120)  # none has published yet
         model.batch_size = sizes.pop(0)
 
     monkeypatch.setattr("renderfarm.worker.best_batch_size", measure)

@@ -97,18 +97,19 @@ def test_a_killed_driver_leaves_no_ray_process_behind(write_manifest: Write, wri
 def test_a_second_sigterm_ends_at_once_with_75(engine: str, write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
     manifest = write_manifest({"prompt": [f"row {k}" for k in range(400)]})
     job = write_job(manifest, output={"part_rows": 100}, render={"num_inference_steps": 20})
-    process = start(job, "--engine", engine, RENDERFARM_FAKE_STEP_S="0.5")
-    deadline, progress = time.monotonic() + 60, tmp_path / "out/_renderfarm/progress.json"
-    while not (progress.exists() and '"state": "ready"' in progress.read_text()) and time.monotonic() < deadline:
+    rendered = tmp_path / "rendered"
+    process = start(job, "--engine", engine, RENDERFARM_FAKE_STEP_S="0.2", RENDERFARM_FAKE_LOG=str(rendered))
+    deadline = time.monotonic() + 150
+    while not rendered.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    time.sleep(1)  # a worker that is ready has leases a moment later; before, there is nothing to finish
+    assert rendered.exists(), "before there are leases, there is nothing to finish"
     process.send_signal(signal.SIGTERM)
     time.sleep(0.05)
     process.send_signal(signal.SIGTERM)  # `timeout` signals a process and its group: one stop, not two
     time.sleep(1)
     assert process.poll() is None, "the parts in flight take minutes"
     process.send_signal(signal.SIGTERM)
-    text = process.communicate(timeout=30)[0].decode()
+    text = process.communicate(timeout=150)[0].decode()
     assert process.returncode == 75, text
     assert "Traceback" not in text
     assert '"state": "INTERRUPTED"' in (tmp_path / "out/_renderfarm/progress.json").read_text()
@@ -145,7 +146,7 @@ def test_sigterm_to_every_process_of_a_run_finishes_the_parts_in_flight_and_exit
     for pid in of_the_run:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
-    text = process.communicate(timeout=60)[0].decode()
+    text = process.communicate(timeout=150)[0].decode()
     assert process.returncode == 75, text
     summary = json.loads(text.splitlines()[-1])
     assert (summary["state"], summary["images"]) == ("INTERRUPTED", 3 * len(tables(tmp_path / "out"))), "every part is counted"

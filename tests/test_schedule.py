@@ -54,7 +54,7 @@ def argv(command: str, folder: Path) -> list[str]:
     fake.write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\0" "$word"; done > "$OUT"\n')
     fake.chmod(0o755)
     environment = {"PATH": f"{fake.parent}:{os.environ['PATH']}", "OUT": str(folder / "argv"), "HOME": "/nowhere"}
-    subprocess.run(["/bin/sh", "-c", command], check=True, env=environment, timeout=20)
+    subprocess.run(["/bin/sh", "-c", command], check=True, env=environment, timeout=120)
     return (folder / "argv").read_text().split("\0")[:-1]
 
 
@@ -84,7 +84,7 @@ def test_a_cron_line_is_read_by_cron_and_starts_the_job_under_its_date(nightly: 
     assert ("flock -n" in command, "flock " in command) == {"skip": (True, True), "wait": (False, True), "allow": (False, False)}[overlap]
     if shutil.which("crontab"):
         (tmp_path / "crontab").write_text(text)
-        subprocess.run(["crontab", "-T", str(tmp_path / "crontab")], check=True, timeout=20)
+        subprocess.run(["crontab", "-T", str(tmp_path / "crontab")], check=True, timeout=120)
 
 
 def test_a_tick_of_cron_that_is_to_skip_does_nothing_while_the_other_is_at_work(nightly: Path, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_tick_of_cron_that_is_to_skip_does_nothing_while_the_other_is_at_work(
     held = subprocess.Popen(["flock", str(nightly.with_name(".renderfarm-night-ly-1.lock")), "sleep", "60"])
     try:
         for _ in range(100):
-            done = subprocess.run(["/bin/sh", "-c", command.replace("renderfarm run", "true run", 1)], timeout=20)
+            done = subprocess.run(["/bin/sh", "-c", command.replace("renderfarm run", "true run", 1)], timeout=120)
             if done.returncode == 75:
                 break
         assert done.returncode == 75
@@ -108,7 +108,7 @@ def test_systemd_takes_service_and_timer_as_they_are(nightly: Path, tmp_path: Pa
     for name, text in made.files.items():
         (tmp_path / name).write_text(text)
     units = [str(tmp_path / name) for name in made.files]
-    done = subprocess.run(["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True, timeout=120)
     said = [line for line in done.stderr.splitlines() if "renderfarm" in line]
     assert (done.returncode, said) == (0, []), done.stderr
     service = next(text for name, text in made.files.items() if name.endswith(".service"))
@@ -124,7 +124,7 @@ def test_systemd_ticks_when_cron_would(at: str) -> None:
     begin = datetime(2026, 11, 27, 18, 30)
     cron = CronSim(at, begin)
     command = ["systemd-analyze", "calendar", "--iterations=5", "--base-time=2026-11-27 18:30:00 UTC", f"{on_calendar(at)} UTC"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20, env={**os.environ, "TZ": "UTC"}).stdout
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env={**os.environ, "TZ": "UTC"}).stdout
     lines = [line.split(": ", 1)[1] for line in shown.splitlines() if "elapse:" in line or re.search(r"Iter\S* #", line)]
     assert [line[4:23] for line in lines] == [next(cron).strftime("%Y-%m-%d %H:%M:%S") for _ in range(5)]
 
@@ -222,7 +222,7 @@ def test_kubectl_reads_the_manifests(kind: Kind, nightly: Path, tmp_path: Path) 
     text = next(iter(schedule(tick(nightly, image="i", address=HEAD if kind == "cronjob" else None), kind).files.values()))
     (tmp_path / "manifest.yaml").write_text(text)
     command = ["kubectl", "patch", "--local", "-f", str(tmp_path / "manifest.yaml"), "--type=merge", "-p", "{}", "-o", "name"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) == 2
 

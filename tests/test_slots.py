@@ -45,9 +45,9 @@ def rows(*prompts: str) -> list[Sample]:
 def test_a_sample_whose_group_cannot_be_told_fails_alone() -> None:
     loop = SlotLoop(Trouble)
     good, bad, also_good = loop.submit(rows("one", "group", "two"))
-    assert good.result(timeout=10).pixels.shape == also_good.result(timeout=10).pixels.shape == (32, 32, 3)
+    assert good.result(timeout=60).pixels.shape == also_good.result(timeout=10).pixels.shape == (32, 32, 3)
     with pytest.raises(RenderFailed, match="a text that the tokenizer does not take"):
-        bad.result(timeout=10)
+        bad.result(timeout=60)
     loop.close()
 
 
@@ -65,10 +65,10 @@ def test_a_shape_in_which_places_decide_pixels_is_tried_once_and_its_samples_fai
     loop = SlotLoop(lambda: Cutting(INFO, Workers(batch_size=2)))
     small = [replace(one, height=8) for one in rows("one", "two", "three")]
     good, *bad = [loop.submit(rows("four"))[0], *loop.submit(small)]
-    assert good.result(timeout=10).pixels.shape == (32, 32, 3)
+    assert good.result(timeout=60).pixels.shape == (32, 32, 3)
     for future in bad:
         with pytest.raises(InvalidInput, match=r"^at 32×8 pixels .* other bits at 1 of 2 places .*workers.threads: 1 on a CPU"):
-            future.result(timeout=10)
+            future.result(timeout=60)
     loop.close()
     assert sorted(tried) == [8, 32]
 
@@ -77,10 +77,10 @@ def test_a_loop_that_ends_answers_whoever_waits_and_whoever_comes_later() -> Non
     loop = SlotLoop(Trouble)
     for future in [*loop.submit(rows("exit", "one", "two", "three")), *loop.submit(rows("four"))]:
         with pytest.raises(RuntimeError, match="the render thread ended: SystemExit: 3"):
-            future.result(timeout=10)
+            future.result(timeout=60)
     (late,) = loop.submit(rows("five"))
     with pytest.raises(RuntimeError, match="the render thread ended"):
-        late.result(timeout=10)
+        late.result(timeout=60)
     loop.close()
 
 
@@ -90,10 +90,10 @@ def test_a_model_that_cannot_be_loaded_answers_samples_too() -> None:
 
     loop = SlotLoop(load)
     with pytest.raises(Fatal, match="no such weights"):
-        loop.ready.result(timeout=10)
+        loop.ready.result(timeout=60)
     (future,) = loop.submit(rows("one"))
     with pytest.raises(RuntimeError, match="the render thread ended: Fatal: no such weights"):
-        future.result(timeout=10)
+        future.result(timeout=60)
     loop.close()
 
 
@@ -116,9 +116,9 @@ def test_loops_of_one_process_take_turns_and_none_starves() -> None:
 
     loops = [SlotLoop(lambda name=name: Counting(name)) for name in "ab"]  # type: ignore[misc]
     for loop in loops:
-        loop.ready.result(timeout=10)
+        loop.ready.result(timeout=60)
     for future in [future for loop in loops for future in loop.submit(rows(*["x"] * 20))]:
-        future.result(timeout=30)
+        future.result(timeout=120)
     for loop in loops:
         loop.close()
     assert most == 1

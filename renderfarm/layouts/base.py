@@ -26,6 +26,7 @@ from renderfarm.errors import Fatal
 from renderfarm.records import Part, PartId, SampleKey
 from renderfarm.schema import ARGUMENT_COLUMNS, ERROR_COLUMNS, ERRORS_KEY, GIVEN_BY, IMAGE_COLUMNS, errors_from_json, errors_to_json
 from renderfarm.storage import Store
+from renderfarm.storage.local import LocalStore, start_writing
 
 Place = tuple[int, int]
 """Where in a commit object a picture lies. What the numbers mean, only its layout knows."""
@@ -224,6 +225,7 @@ class Spool:
         self._file: IO[bytes] | None = None
         self._at: dict[str, Place] = {}
         self._object: Path | None = None
+        self._begun = 0
 
     def add(self, name: str, data: bytes) -> None:
         with self._lock:
@@ -254,8 +256,13 @@ class Spool:
         """A file for the part's commit object, gone when the spool is closed."""
         self._remove_object()
         with local_disk():
-            self._object = self._store.scratch(suffix)
+            self._object, self._begun = self._store.scratch(suffix), 0
         return self._object
+
+    def underway(self) -> None:
+        """More of the commit object is written. In a folder its create waits until the disk has all of it, which may begin now."""
+        if isinstance(self._store, LocalStore) and self._object is not None:
+            self._begun = start_writing(self._object, self._begun)
 
     def close(self) -> None:
         with self._lock:

@@ -69,6 +69,7 @@ class _Writer:
                 pictures = pa.chunked_array([_picture(name, self._spool.read(name)) for name in names[start:stop]])
                 columns = [pictures, *table.slice(start, stop - start).combine_chunks().columns]
                 file.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=stop - start)
+                self._spool.underway()
         return path
 
 
