@@ -19,7 +19,7 @@ from renderfarm.preparation import RUN_KEY
 from renderfarm.submit import submission_id
 
 KUBECTL_S = 60
-ENDED = ("Complete", "Failed")
+ENDED = ("Complete", "Failed", "ValidationFailed")
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from checker import check_complete
+from typer.testing import CliRunner
 
+from renderfarm.cli import app
 from renderfarm.errors import InvalidJob
 from renderfarm.jobfile import load_job
 from renderfarm.status import read_status
@@ -127,6 +130,24 @@ def test_a_submission_that_somebody_stops_is_to_be_run_again(head: str, write_ma
     waiting = [sys.executable, "-c", f"from renderfarm.submit import wait_for; print(vars(wait_for({id_!r}, {head!r})))"]
     ended = subprocess.run(waiting, capture_output=True, text=True, env={**os.environ, **TOKEN}, timeout=120)
     assert "'status': 'STOPPED', 'exit_code': 75" in ended.stdout, ended.stdout + ended.stderr
+
+
+def test_a_dry_run_prints_the_job_that_would_be_sent_and_names_the_rest(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    manifest = write_manifest()
+    path = write_job(manifest, model="./model")
+    result = CliRunner().invoke(app, ["submit", str(path), "--dry-run", "--set", "seed=3"], catch_exceptions=False)
+    job = load_job(path, ["seed=3"])
+    assert f"# submission_id: renderfarm-test-{job.key}" in result.stdout
+    assert str({"manifest/0/prompts.parquet": str(manifest)}) in result.stdout
+    sent = yaml.safe_load(result.stdout)
+    assert (sent["seed"], sent["manifest"]["path"], sent["model"]["id"]) == (3, "manifest/0/prompts.parquet", str(tmp_path / "model"))
+    for place, local in (("model.id", tmp_path / "model"), ("output.path", tmp_path / "out")):
+        assert f"note: {place}: {local} must be under this path on every node, or in a store" in result.stderr
+    said = json.loads(CliRunner().invoke(app, ["submit", str(path), "--dry-run", "--json"], catch_exceptions=False).stdout)
+    assert (said["files"], said["env_vars"]) == (
+        {"manifest/0/prompts.parquet": str(manifest)},
+        {"RENDERFARM_RUN_KEY": load_job(path).key},
+    )
 
 
 def test_an_address_where_nobody_answers_is_one_message(write_manifest: Write, write_job: Write) -> None:
