@@ -7,15 +7,15 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from renderfarm import commit
 from renderfarm.errors import InvalidJob, Transient
-from renderfarm.heartbeat import is_alive
 from renderfarm.journal import LOGS, log_key
 from renderfarm.manifest import parse_ranges
 from renderfarm.reading import open as open_output
 from renderfarm.storage import Store
+from renderfarm.waiting import watch
 
 FOLLOW_S = 2.0
 SAID_APART = ("run", "n", "at", "event", "worker", "part", "rows", "reason", "failed", "failed_unnamed")
@@ -31,43 +31,49 @@ class Choice:
     worker: str | None = None
     rows: str | None = None
 
-    @property
+    @cached_property
     def ranges(self) -> Sequence[range]:
         return () if self.rows is None else parse_ranges(self.rows)
 
 
 def read_logs(out: str, choice: Choice = Choice(), *, follow: bool = False) -> Iterator[Event]:
-    """Events, run by run, as they came. `follow`: and those that come, until no run is at work. Raises InvalidJob for what is no output,
-    for rows that are none, and for a run that said nothing."""
-    store, ranges = open_output(out).store, choice.ranges
-    if choice.run is not None and not store.exists(log_key(choice.run)):
-        known = ", ".join(_run_of(key) for key in store.list(LOGS)[-5:]) or "none yet"
-        raise InvalidJob(f"--run {choice.run}: {store.url} has no log of such a run; the last ones: {known}")
-    seen: dict[str, int] = {}
-    while True:
-        ended = not follow or not _is_followed(store, choice)  # asked first: what is said after that is said by nobody
+    """Events, run by run, as they came. `follow`: and those that come, until no run is at work (as `waiting.watch` sees it). Raises
+    InvalidJob for what is no output, for rows that are none, and for a run that said nothing."""
+    seen, _ = dict[str, int](), choice.ranges  # a mistake in them is better said before anything else
+    for store in _stores(out, choice, follow):
+        then = dict(seen)
         try:
-            found = list(_new(store, choice, seen))
+            found = list(_new(store, choice, then))
         except Transient:
             if not follow:
                 raise
-            ended, found = False, []
-        yield from (shown for event in found if (shown := _chosen(event, choice.worker, ranges)) is not None)
-        if ended:
-            return
-        time.sleep(FOLLOW_S)
+            continue
+        seen = then
+        yield from (shown for event in found if (shown := _chosen(event, choice)) is not None)
+
+
+def _stores(out: str, choice: Choice, follow: bool) -> Iterator[Store]:
+    """The output's, each time that somebody is to look into it. Raises as `read_logs` does."""
+    if not follow:
+        yield _with_log(open_output(out).store, choice)
+        return
+    store: Store | None = None
+    for seen in watch(out, FOLLOW_S):
+        if seen.progress:
+            yield (store := store or _with_log(open_output(out).store, choice))
+        if choice.run not in (None, seen.progress.get("run_id", choice.run)):
+            return  # another one is at work
+
+
+def _with_log(store: Store, choice: Choice) -> Store:
+    if choice.run is not None and not store.exists(log_key(choice.run)):
+        known = ", ".join(_run_of(key) for key in store.list(LOGS)[-5:]) or "none yet"
+        raise InvalidJob(f"--run {choice.run}: {store.url} has no log of such a run; the last ones: {known}")
+    return store
 
 
 def _run_of(key: str) -> str:
     return key.removeprefix(f"{LOGS}/").removesuffix(".jsonl")
-
-
-def _is_followed(store: Store, choice: Choice) -> bool:
-    try:
-        progress = commit.read_progress(store)
-    except Transient:
-        return True
-    return is_alive(progress) and choice.run in (None, progress.get("run_id"))
 
 
 def _new(store: Store, choice: Choice, seen: dict[str, int]) -> Iterator[Event]:
@@ -96,11 +102,11 @@ def _events(data: bytes) -> Iterator[Event]:
                 yield event
 
 
-def _chosen(event: Event, worker: str | None, ranges: Sequence[range]) -> Event | None:
+def _chosen(event: Event, choice: Choice) -> Event | None:
     """Of an event about rows, what it says of those; None where nothing."""
-    if worker is not None and event.get("worker") != worker:
+    if choice.worker is not None and event.get("worker") != choice.worker:
         return None
-    if not ranges:
+    if not (ranges := choice.ranges):
         return event
     start, stop = event.get("rows") or (0, 0)
     if not any(_meets(wanted, start, stop) for wanted in ranges):
