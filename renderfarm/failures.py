@@ -19,6 +19,7 @@ from renderfarm.manifest import parse_ranges
 from renderfarm.reading import Output
 from renderfarm.reading import open as open_output
 from renderfarm.records import PartId, Retry, SampleKey
+from renderfarm.shown import Shown
 
 By = Literal["class", "message", "worker"]
 UNKNOWN = "unknown"
@@ -145,7 +146,7 @@ class Choice:
 
 
 @dataclass
-class Asked:
+class Asked(Shown):
     """What `retry` did. `samples`: to be rendered again, as `parts`; `already`: asked for before, and not rendered yet; left alone:
     `not_retryable`, since the same would come out, and `waived`. `alive`: the run that will take them up, if one is at work."""
 
@@ -216,7 +217,7 @@ def _ask(output: Output, index: int, wanted: set[SampleKey], found: Asked, rende
 
 
 @dataclass
-class Waived:
+class Waived(Shown):
     """What `waive` did. `samples`: waived now; `already`: before."""
 
     out: str

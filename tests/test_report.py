@@ -18,8 +18,9 @@ from PIL import Image, ImageChops, ImageStat
 from test_cli import cli, refused
 
 import renderfarm
-from renderfarm import api, commit
+from renderfarm import commit
 from renderfarm.errors import Fatal
+from renderfarm.report import views
 from renderfarm.report.columnar import column, columns_of
 from renderfarm.report.gallery import Bounds
 from renderfarm.report.html import KEY, write_report
@@ -177,7 +178,7 @@ def test_a_report_that_cannot_be_written_is_a_warning_of_a_run_that_succeeded(
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("scripted")
 
-    monkeypatch.setattr(api, "write_report", fail)
+    monkeypatch.setattr(views, "write_report", fail)
     summary = renderfarm.run(write_job(write_manifest()), engine="inline")
     assert (summary.state, summary.exit_code) == ("SUCCEEDED", 0)
     assert "the report was not written (ZeroDivisionError: scripted); `renderfarm report" in summary.warnings[-1]
