@@ -157,7 +157,7 @@ class Lease:
 @dataclass(frozen=True)
 class PartReceipt:
     """What a committed part holds. `adopted`: somebody had committed it before us. `superseded`: of a retry, the classes of the
-    errors that it has taken the place of."""
+    errors that it has taken the place of. `seconds`: how long it took, by stage (`stages`), where we committed it."""
 
     part: int
     images: int
@@ -167,6 +167,7 @@ class PartReceipt:
     error_classes: dict[str, int] = field(default_factory=dict)
     retry: int = 0
     superseded: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
 
     @property
     def id(self) -> PartId:
