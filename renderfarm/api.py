@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from renderfarm import notify
+from renderfarm import notify, tracking
 from renderfarm.config import Job
 from renderfarm.driver import GRACE_S, Driver, Observer
 from renderfarm.engines.base import Engine
 from renderfarm.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, Interrupted, InvalidJob, RenderfarmError, Transient
 from renderfarm.jobfile import at_its_line, load_job
 from renderfarm.preparation import Prepared, prepare
+from renderfarm.progress import Progress
 from renderfarm.report.views import write_card_of, write_views
 from renderfarm.summary import RunSummary
 from renderfarm.worker import WorkerSpec
@@ -50,18 +51,31 @@ def run(
     prepared = _prepared(job)
     if engine == "ray" and prepared.store.url.startswith("memory://"):
         raise InvalidJob("memory:// is this process's memory, which Ray's workers do not share; use --engine inline or a folder")
-    driver = Driver(prepared, stop or threading.Event(), observe, grace_s, stop_now, repair)
-    told = prepared.job.notify
-    notify.check(told)
+    notify.check(prepared.job.notify)
+    tracking.check(prepared.job.track)
+    tracker = tracking.Tracker(prepared)
+
+    def watch(progress: Progress) -> None:
+        observe(progress)
+        tracker(progress)
+
+    driver = Driver(prepared, stop or threading.Event(), watch, grace_s, stop_now, repair)
     try:
         driver.begin()
         summary = _run(prepared, driver, engine, address)
     except Exception as error:  # whatever ended the run, somebody waits to hear of it
-        if warning := notify.send(told, _ended_by(error, driver, prepared), at_once=isinstance(error, Interrupted)):
+        for warning in _tell(prepared, tracker, _ended_by(error, driver, prepared), at_once=isinstance(error, Interrupted)):
             error.add_note(warning)
         raise
-    warning = notify.send(told, summary.to_dict(), at_once=summary.exit_code == EXIT_INTERRUPTED)  # whoever stops us waits
-    return _warned(summary, [warning] if warning else [])
+    # whoever stops us waits
+    return _warned(summary, _tell(prepared, tracker, summary.to_dict(), at_once=summary.exit_code == EXIT_INTERRUPTED))
+
+
+def _tell(prepared: Prepared, tracker: tracking.Tracker, ended: dict[str, Any], *, at_once: bool) -> list[str]:
+    """Everybody who wants to hear of the end. Warnings."""
+    warnings = tracker.end(ended, at_once=at_once)
+    said = notify.send(prepared.job.notify, ended, at_once=at_once)
+    return [*warnings, said] if said else warnings
 
 
 def _prepared(job: Job | HasSpec | Prepared | str | Path) -> Prepared:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from renderfarm import params
-from renderfarm.config import COMPANIONS, STEP_FILES, ComponentSpec, Job, ModelSpec, Output, Params, Step, is_url
+from renderfarm.config import COMPANIONS, STEP_FILES, ComponentSpec, Job, ModelSpec, Output, Params, Step, Track, is_url
 from renderfarm.errors import InvalidJob
 from renderfarm.params import Place
 
@@ -356,6 +356,7 @@ def _resolve(job: Job, base: Path) -> Job:
             "output": _resolve_output(job.output, base),
             "inputs": job.inputs.model_copy(update={"folder": folder and _absolute(folder, base)}),
             "after": tuple(_resolve_step(step, base) for step in job.after),
+            "track": job.track and _resolve_track(job.track, base),
         }
     )
 
@@ -366,6 +367,13 @@ def _resolve_output(output: Output, base: Path) -> Output:
         places = {name: _absolute(getattr(c2pa, name), base) for name in ("certificate", "private_key")}
         resolved["c2pa"] = c2pa.model_copy(update=places)
     return output.model_copy(update=resolved)
+
+
+def _resolve_track(track: Track, base: Path) -> Track:
+    mlflow = track.mlflow
+    if mlflow is None or mlflow.tracking_uri is None:
+        return track
+    return track.model_copy(update={"mlflow": mlflow.model_copy(update={"tracking_uri": _model_folder(mlflow.tracking_uri, base)})})
 
 
 def _resolve_step(step: Step, base: Path) -> Step:
