@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
 
@@ -158,7 +158,7 @@ class Output(reading.Output):
     ) -> Exported:
         """Write it once more as few large files, each picture checked against its hash. Do it again and it continues. `dest`: a new folder
         or store URL; to the hub `org/name`. `max_file_size`: in bytes, or `"500MB"`; about 1 GB."""
-        from renderfarm.export import Format, Options, export, size_in_bytes
+        from renderfarm.export import Options, export, size_in_bytes
         from renderfarm.hub import check_repository, export_to_hub
 
         place = os.fspath(dest)
@@ -166,7 +166,7 @@ class Output(reading.Output):
             raise InvalidJob("--max-file-size: with --to files each picture is a file of its own; leave it out")
         if to != "hub" and (staging is not None or public):
             raise InvalidJob("--staging and --public are for --to hub; leave them out")
-        options = Options("parquet" if to == "hub" else cast(Format, to), size_in_bytes(max_file_size or "1GB"), shuffle)
+        options = Options("parquet" if to == "hub" else to, size_in_bytes(max_file_size or "1GB"), shuffle)
         if to == "hub":
             check_repository(place, options.max_file_size)
             folder = Path(staging) if staging is not None else Path("hub") / place.replace("/", "--")

@@ -66,9 +66,9 @@ class Tracker:
             "seconds": round(progress.seconds, 1),
             "workers_ready": sum(worker.state == "ready" for worker in progress.workers.values()),
         }
+        step, self._step = self._step, self._step + 1
         for speaker in self._speakers:
-            speaker.say(said["run_id"], lambda sink, step=self._step: sink.log(figures, step))
-        self._step += 1
+            speaker.say(said["run_id"], lambda sink: sink.log(figures, step))
 
     def end(self, summary: Mapping[str, Any], *, at_once: bool) -> list[str]:
         """Warnings. `summary`: how it ended, as for `notify`; `at_once`: somebody waits for our end."""

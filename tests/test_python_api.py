@@ -112,8 +112,10 @@ def test_what_only_the_manifest_shows_is_told_with_its_line(write_manifest: Writ
 # ------------------------------------------------------------------------------------------------- what it does
 
 
-def test_each_method_says_what_its_command_says(fields: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    fields["manifest"] = {"rows": ["a red circle", "", "a blue one [nan]", "a green one"]}
+def test_each_method_says_what_its_command_says(
+    fields: dict[str, Any], write_manifest: Write, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fields["manifest"] = write_manifest({"prompt": ["a red circle", "", "a blue one [nan]", "a green one"]})
     job = renderfarm.Job(fields)
     assert job.validate().bad_rows == 1
     assert job.plan()["images left"] == 4

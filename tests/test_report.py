@@ -228,9 +228,10 @@ def test_a_store_that_goes_away_meanwhile_ends_a_view_at_once(out: Path, monkeyp
     """What is gone or damaged is left out; what cannot be asked is not."""
     output = renderfarm.open(out)
     entries = commit.index_entries(output.store)
-    with monkeypatch.context() as patch, pytest.raises(Transient):
+    with monkeypatch.context() as patch:
         patch.setattr(reading.StoredSample, "image", away)
-        write_report(output, Bounds(8))
+        with pytest.raises(Transient):
+            write_report(output, Bounds(8))
     monkeypatch.setattr(LocalStore, "open", away)
     monkeypatch.setattr(LocalStore, "read", away)
     for ask in (figures.figures, contents.timeline, contents.runs):

@@ -233,6 +233,7 @@ def test_copy_puts_the_text_into_the_clipboard(page: Callable[..., Any], sweep: 
     button.click()
     shown.get_by_text("Copied").wait_for()
     shown.keyboard.press("Escape")
+    shown.locator(".tile:focus").wait_for()  # which takes it a moment after the dialog is gone
     shown.focus("#search")
     shown.keyboard.press("Control+V")
     assert shown.input_value("#search").endswith("0:0 --render 0-0.png")

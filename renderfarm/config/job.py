@@ -83,7 +83,8 @@ class Mlflow(Strict):
     experiment: Annotated[str, Field(min_length=1, max_length=256)]
     """Made if there is none of this name."""
     tracking_uri: Annotated[str, Field(min_length=1)] | None = None
-    """A server, `https://…`, or what else MLflow takes; a path begins with `./` or `/`. None: MLFLOW_TRACKING_URI."""
+    """A server, `https://…`, or what else MLflow takes; a path begins with `./` or `/` (MLflow 3.17 wants MLFLOW_ALLOW_FILE_STORE=true for
+    folders). None: MLFLOW_TRACKING_URI."""
 
 
 class Track(Strict):

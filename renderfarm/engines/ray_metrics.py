@@ -2,7 +2,7 @@
 
 The driver's process says it, when a worker answers: nothing of it is between two steps of a denoiser. Labels are few and bounded: a job's
 name, error classes, stages. Ray sends what was said every ten seconds, so the last of it may be missing when a run has ended; the output
-has all of it. `jobs/grafana/renderfarm.json` is a dashboard of them.
+has all of it. Of a histogram Ray sends buckets, and makes the sum from their middles. `jobs/grafana/renderfarm.json` is a dashboard.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def timeline(output: Output, entries: commit.Entries) -> dict[str, Any]:
     chosen = list(entries.items())[:: max(1, -(-len(entries) // PARTS_SHOWN))]
     unread = list[PartId]()
     with ThreadPoolExecutor(READERS, thread_name_prefix="entries") as pool:
-        found = list(pool.map(lambda entry: _part(output, *entry, unread), chosen))
+        found = list(pool.map(lambda entry: _part(output, entry[0], entry[1], unread), chosen))
     said = sorted((part for part in found if part is not None), key=lambda part: part["began"])
     shown = [str(part) for part in sorted(unread)[:UNREAD_SHOWN]]
     return {
