@@ -11,10 +11,8 @@ from typing import Any, ClassVar
 MOST_LINES, MOST_SIGNS = 40, 2_000  # of one value
 
 _TABLE = "border-collapse: collapse; font-size: 13px; text-align: left"
-_NAME, _VALUE = (
-    "text-align: left; font-weight: 600; vertical-align: top",
-    "text-align: left; white-space: pre-wrap; overflow-wrap: anywhere",
-)
+_NAME = "text-align: left; font-weight: 600; vertical-align: top; padding-right: 1em"
+_VALUE = "text-align: left; white-space: pre-wrap; overflow-wrap: anywhere"
 
 
 def text_of(value: Any) -> str:
@@ -30,7 +28,7 @@ def text_of(value: Any) -> str:
 
 def table_of(title: str, values: Mapping[str, Any]) -> str:
     """Two columns. `values`: by name; what says nothing is left out."""
-    said = {name: value for name, value in values.items() if value not in (None, {}, [], (), "")}
+    said = _that_says_something(values)
     rows = (
         f'<tr><th style="{_NAME}">{html.escape(name)}</th><td style="{_VALUE}">{html.escape(_bounded(value))}</td></tr>'
         for name, value in said.items()
@@ -38,15 +36,21 @@ def table_of(title: str, values: Mapping[str, Any]) -> str:
     return f'<table style="{_TABLE}"><caption style="text-align: left">{html.escape(title)}</caption>{"".join(rows)}</table>'
 
 
-def picture_of(data: bytes, media_type: str, about: str) -> str:
-    """A file of a picture within the page, as wide as there is room."""
+def _that_says_something(values: Mapping[str, Any]) -> dict[str, Any]:
+    inner = {name: _that_says_something(value) if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: value for name, value in inner.items() if value not in (None, {}, [], (), "")}
+
+
+def picture_of(data: bytes, media_type: str, about: str, style: str = "max-width: 100%") -> str:
+    """A file of a picture within the page."""
     source = f"data:{media_type};base64,{base64.b64encode(data).decode()}"
-    return f'<img src="{source}" alt="{html.escape(about)}" title="{html.escape(about)}" style="max-width: 100%">'
+    return f'<img src="{source}" alt="{html.escape(about)}" title="{html.escape(about)}" style="{style}">'
 
 
 def _bounded(value: Any) -> str:
     if isinstance(value, list | tuple):
         lines = [text_of(_pairs(one)) for one in value[:MOST_LINES]]
+        lines = [", ".join(lines)] if all(isinstance(one, int | float) for one in value[:MOST_LINES]) else lines
         lines += [f"… {len(value) - MOST_LINES:,} more"] if len(value) > MOST_LINES else []
     else:
         lines = text_of(value).splitlines()
@@ -69,9 +73,8 @@ class Shown:
     """Fields that are no text."""
 
     def _repr_html_(self) -> str:
-        return table_of(
-            type(self).__name__, {name.replace("_", " "): value for name, value in vars(self).items() if name not in self.unshown}
-        )
+        said = {name.replace("_", " "): value for name, value in vars(self).items() if name not in self.unshown}
+        return table_of(type(self).__name__, said)
 
 
 class Figures(dict[str, Any]):

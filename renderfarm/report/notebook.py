@@ -66,5 +66,5 @@ def _cell(sample: StoredSample, picture: bytes) -> str:
     prompt = str(record["prompt"])
     shown = prompt if len(prompt) <= CAPTION_SIGNS else f"{prompt[:CAPTION_SIGNS]}…"
     about = f"row {record['row']}, image {record['image_index']}"
-    drawn = picture_of(picture, "image/webp", about) if picture else "(cannot be read)"
+    drawn = picture_of(picture, "image/webp", about, "width: 100%") if picture else "(cannot be read)"
     return f'<figure style="{_CELL}">{drawn}<figcaption>{html.escape(shown)}</figcaption></figure>'
