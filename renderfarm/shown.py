@@ -15,11 +15,11 @@ _NAME = "text-align: left; font-weight: 600; vertical-align: top; padding-right:
 _VALUE = "text-align: left; white-space: pre-wrap; overflow-wrap: anywhere"
 
 
-def text_of(value: Any) -> str:
+def shown_value(value: Any) -> str:
     if value is None or value == {}:
         return "—"
     if isinstance(value, dict):
-        return "\n".join(f"{name}: {text_of(of)}" for name, of in value.items())
+        return "\n".join(f"{name}: {shown_value(of)}" for name, of in value.items())
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     # somebody's text may hold what a terminal obeys
@@ -49,11 +49,11 @@ def picture_of(data: bytes, media_type: str, about: str, style: str = "max-width
 
 def _bounded(value: Any) -> str:
     if isinstance(value, list | tuple):
-        lines = [text_of(_pairs(one)) for one in value[:MOST_LINES]]
+        lines = [shown_value(_pairs(one)) for one in value[:MOST_LINES]]
         lines = [", ".join(lines)] if all(isinstance(one, int | float) for one in value[:MOST_LINES]) else lines
         lines += [f"… {len(value) - MOST_LINES:,} more"] if len(value) > MOST_LINES else []
     else:
-        lines = text_of(value).splitlines()
+        lines = shown_value(value).splitlines()
         lines = [*lines[:MOST_LINES], f"… {len(lines) - MOST_LINES:,} more"] if len(lines) > MOST_LINES else lines
     text = "\n".join(lines)
     return text if len(text) <= MOST_SIGNS else f"{text[:MOST_SIGNS]}…"

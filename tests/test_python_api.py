@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import re
@@ -308,6 +309,25 @@ def test_plans_summaries_and_findings_are_short_tables(fields: dict[str, Any]) -
         assert "\n" not in repr(value)
     verified = job.output().verify(sample=2)
     assert "identical" in Html(verified._repr_html_()).text
+
+
+def test_the_example_of_the_readme_does_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(import renderfarm\n.*?)```", readme, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    said: dict[str, Any] = {}
+    for number, line in enumerate(ast.parse(code).body):  # as a notebook does it, the value of the last one of a cell included
+        compiled = ast.Expression(line.value) if isinstance(line, ast.Expr) else ast.Module([line], [])
+        value = eval(compile(compiled, "README.md", "eval" if isinstance(line, ast.Expr) else "exec"), said)  # noqa: S307 - ours
+        said[f"line {number}"] = value
+    assert said["line 2"] == (True, 4)
+    assert said["line 3"].images == 2
+    assert (said["summary"].state, sorted(said["pictures"])) == ("SUCCEEDED", [0, 1, 2, 3])
+    errors, verified, images = said["line 7"]
+    assert (len(errors), verified, images, Path("circles.html").exists()) == (0, True, 4, True)
+    assert capfd.readouterr().out == ""
 
 
 NOTEBOOK = """

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from renderfarm.errors import InvalidJob
-from renderfarm.shown import text_of
+from renderfarm.shown import shown_value
 
 app = typer.Typer(
     name="renderfarm",
@@ -115,5 +115,5 @@ def print_json(value: Any) -> None:
 def print_pairs(pairs: dict[str, Any]) -> None:
     table = Table(box=None, show_header=False, padding=(0, 2))
     for name, value in pairs.items():
-        table.add_row(name, Text(text_of(value), overflow="fold"))  # Text: a prompt may hold what rich takes for markup
+        table.add_row(name, Text(shown_value(value), overflow="fold"))  # Text: a prompt may hold what rich takes for markup
     out_console.print(table)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from renderfarm.cli.common import AsJson, OutputFolder, app, console, out_console, print_json, print_pairs, seconds
 from renderfarm.errors import EXIT_TIMED_OUT
-from renderfarm.shown import text_of
+from renderfarm.shown import shown_value
 
 command = partial(app.command, rich_help_panel="Runs")
 
@@ -135,7 +135,7 @@ def errors(
 
 
 def _cell(value: Any) -> str:
-    return ("yes" if value else "no") if isinstance(value, bool) else " ".join(text_of(value).split())
+    return ("yes" if value else "no") if isinstance(value, bool) else " ".join(shown_value(value).split())
 
 
 @command()
