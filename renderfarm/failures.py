@@ -19,6 +19,7 @@ from renderfarm.manifest import parse_ranges
 from renderfarm.reading import Output
 from renderfarm.reading import open as open_output
 from renderfarm.records import PartId, Retry, SampleKey
+from renderfarm.schema import ERROR_COLUMNS
 from renderfarm.shown import Shown
 
 By = Literal["class", "message", "worker"]
@@ -35,6 +36,7 @@ class Failure:
     error_class: str
     error_message: str
     retryable: bool
+    prompt_sha256: str | None
     part: str
     waived: bool
     reason: str | None
@@ -52,8 +54,9 @@ def failures(output: Output) -> Iterator[tuple[int, list[Failure], list[PartId]]
         found = []
         for row, part in zip(table.to_pylist(), by, strict=True):
             key = SampleKey(row["row"], row["image_index"])
-            kept = {name: row[name] for name in ("row", "row_id", "image_index", "error_class", "error_message", "retryable")}
-            found.append(Failure(**kept, part=part.name, waived=key in waived, reason=waived.get(key)))
+            found.append(
+                Failure(**{name: row[name] for name in ERROR_COLUMNS.names}, part=part.name, waived=key in waived, reason=waived.get(key))
+            )
         yield index, found, by
 
 
