@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
-from renderfarm.config import Mlflow, Track, Wandb, expand_env
+from renderfarm.config import Mlflow, Param, Scalar, Track, Wandb, expand_env
 from renderfarm.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_ROWS_FAILED, EXIT_STOPPED_BY_USER, InvalidJob
+from renderfarm.params import values
 from renderfarm.preparation import Prepared
 from renderfarm.progress import Progress
 
@@ -36,13 +38,11 @@ class Sink(Protocol):
 
 
 def check(track: Track | None) -> None:
-    """Raises InvalidJob where a package that the job wants is missing, or a variable is not set."""
+    """Raises InvalidJob where a package that the job wants is missing."""
     for name in _wanted(track):
         found = importlib.util.find_spec(PACKAGES[name])
         if found is None or found.origin is None:  # a folder of that name, as W&B leaves them, is none
             raise InvalidJob(f"track.{name} needs the package {PACKAGES[name]}: pip install 'renderfarm[{name}]', or leave it out")
-    if track is not None and track.mlflow is not None and track.mlflow.tracking_uri is not None:
-        expand_env(track.mlflow.tracking_uri)
 
 
 def _wanted(track: Track | None) -> list[str]:
@@ -100,9 +100,14 @@ def parameters(prepared: Prepared) -> dict[str, str]:
         **{f"render.{name}": frozen["render"][name] for name in ("num_images_per_prompt", "prompt_weighting")},
         **{f"workers.{name}": getattr(job.workers, name) for name in ("max", "batch_size", "dtype", "device")},
         **{f"output.{name}": getattr(job.output, name) for name in ("layout", "format")},
-        **{f"params.{name}": param.default if param.value is None else param.value for name, param in job.params.items()},
+        **{f"params.{name}": value for name, value in values(job.params).items() if _is_no_text(job.params[name], value)},
     }
     return {name: str(value)[:PARAMETER_SIGNS] for name, value in said.items() if value not in (None, [], {})}
+
+
+def _is_no_text(param: Param, value: Scalar) -> bool:
+    """A text that is free may be somebody's prompt, or stand in one."""
+    return not isinstance(value, str) or param.choices is not None
 
 
 # ------------------------------------------------------------------------------------------------------------- threads
@@ -145,7 +150,8 @@ class _Speaker:
 
 
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "")[:200]
+    """Without a password that a URL of the environment may hold."""
+    return re.sub(r"//[^/@\s]*@", "//", next(iter(str(error).splitlines()), ""))[:200]
 
 
 def _maker(name: str, settings: Any, prepared: Prepared) -> Callable[[str], Sink]:

@@ -62,6 +62,16 @@ def test_a_job_takes_the_fields_of_a_job_file() -> None:
     assert get_type_hints(jobs.Fields).keys() == config.Job.model_fields.keys()
 
 
+def test_each_method_is_in_the_readme_and_says_what_it_does() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (said,) = re.findall(r"^## From Python.*?(?=^## )", readme, re.MULTILINE | re.DOTALL)
+    own = [(name, method) for kind in (renderfarm.Job, renderfarm.Output) for name, method in vars(kind).items() if name[0] != "_"]
+    methods = {name: method for name, method in own if callable(getattr(method, "__func__", method))}
+    assert {"load", "run", "status", "export"} <= methods.keys()
+    assert [name for name in methods if not re.search(rf"\b{name}\b", said)] == []
+    assert [name for name, method in methods.items() if len(method.__doc__ or "") < 20] == []
+
+
 def test_types_are_published() -> None:
     assert (Path(renderfarm.__file__).parent / "py.typed").exists()
 

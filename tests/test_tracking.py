@@ -11,7 +11,6 @@ import pytest
 
 import renderfarm
 from renderfarm import tracking
-from renderfarm.config import Track
 from renderfarm.errors import Fatal, InvalidJob
 
 Write = Callable[..., Path]
@@ -61,7 +60,13 @@ def sink(monkeypatch: pytest.MonkeyPatch) -> Kept:
 
 def job(write_manifest: Write, write_job: Write, track: dict[str, Any], **changes: Any) -> Path:
     manifest = write_manifest({"prompt": ["a", "", "b", PERSONAL]})
-    return write_job(manifest, track=track, params={"mood": "warm"}, render={"negative_prompt": PERSONAL}, **changes)
+    return write_job(
+        manifest,
+        track=track,
+        params={"mood": {"default": "warm", "choices": ["warm", "cold"]}, "style": PERSONAL, "n": 5},
+        render={"negative_prompt": PERSONAL},
+        **changes,
+    )
 
 
 WANDB = {"wandb": {"project": "renders"}}
@@ -117,10 +122,15 @@ def test_a_package_that_is_missing_and_credentials_are_told_before_anything_is_r
     given = {"mlflow": {"experiment": "e", "tracking_uri": "https://me:hush@example.org"}}
     with pytest.raises(InvalidJob, match=r"track\.mlflow\.tracking_uri holds credentials"):
         renderfarm.Job.load(job(write_manifest, write_job, given))
-    monkeypatch.delenv("NOT_SET", raising=False)
-    monkeypatch.setitem(tracking.PACKAGES, "mlflow", "json")
-    with pytest.raises(InvalidJob, match="NOT_SET"):
-        tracking.check(Track.model_validate({"mlflow": {"experiment": "e", "tracking_uri": "${NOT_SET}"}}))
+    for value, said in (("https://me:hush@example.org", "holds credentials"), (None, "THEIR_URI.*not set")):
+        monkeypatch.setenv("THEIR_URI", value) if value else monkeypatch.delenv("THEIR_URI")
+        file = job(write_manifest, write_job, {"mlflow": {"experiment": "e", "tracking_uri": "${THEIR_URI}"}})
+        with pytest.raises(InvalidJob, match=said):
+            renderfarm.Job.load(file).plan()
+
+
+def test_a_warning_holds_no_password_that_the_environment_has() -> None:
+    assert tracking._first_line(OSError("GET https://me:hush@example.org/api failed\nat")) == "GET https://example.org/api failed"
 
 
 # ------------------------------------------------------------------------------------------------- the real packages
@@ -142,12 +152,8 @@ def test_mlflow_keeps_it_in_a_store_of_its_own(
     (run,) = client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == (summary.run_id, "FINISHED")
     params = run.data.params
-    assert (params["model"], params["render.num_inference_steps"], params["params.mood"], params["rows"]) == (
-        "builtin:fake",
-        "3",
-        "warm",
-        "4",
-    )
+    asked = [params[name] for name in ("model", "render.num_inference_steps", "params.mood", "params.n", "rows")]
+    assert asked == ["builtin:fake", "3", "warm", "5", "4"]
     assert (run.data.metrics["final_images"], run.data.metrics["final_errors_InvalidInput"]) == (3, 1)
     assert run.data.tags["renderfarm.out"] == summary.out
     assert run.data.tags["renderfarm.state"] == "PARTIAL"

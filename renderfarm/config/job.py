@@ -88,8 +88,8 @@ class Mlflow(Strict):
 
 
 class Track(Strict):
-    """Who else keeps a run's settings, its counts every half minute, and its end. Never a prompt. May change freely; what fails there is
-    a warning."""
+    """Who else keeps a run's settings, its counts every half minute, and its end. Never a prompt, and of `params` no free text, which may
+    be one. May change freely; what fails there is a warning."""
 
     wandb: Wandb | None = None
     mlflow: Mlflow | None = None
