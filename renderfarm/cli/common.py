@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from renderfarm.errors import InvalidJob
-from renderfarm.shown import shown_value
+from renderfarm.shown import shown_value as shown_value
 
 app = typer.Typer(
     name="renderfarm",
