@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -193,9 +194,11 @@ def test_wandb_keeps_it_offline(write_manifest: Write, write_job: Write, tmp_pat
     summary = renderfarm.run(job(write_manifest, write_job, {"wandb": {"project": "renders", "tags": ["night"]}}), engine="inline")
     assert summary.warnings == ()
     (kept,) = (tmp_path / "kept/wandb").glob("offline-run-*/run-*.wandb")
-    said = kept.read_bytes()
-    for word in (summary.run_id, "renders", "night", "builtin:fake", summary.out, "errors_InvalidInput"):
-        assert word.encode() in said, word
+    words = [summary.run_id, "renders", "night", "builtin:fake", summary.out, "errors_InvalidInput"]
+    began = time.monotonic()
+    while missing := [word for word in words if word.encode() not in kept.read_bytes()]:  # a process of W&B's writes it
+        assert time.monotonic() - began < 120, missing
+        time.sleep(0.1)
     assert not holds(tmp_path / "kept", PERSONAL)
 
 
