@@ -371,7 +371,9 @@ def test_a_real_notebook_shows_what_it_should(write_manifest: Write, write_job: 
     write_job(write_manifest({"prompt": [f"circle {k}" for k in range(60)]}), output={"part_rows": 30})
     cells = [nbformat.v4.new_code_cell(text.strip()) for text in NOTEBOOK.split("---")]
     book = nbformat.v4.new_notebook(cells=cells)
-    nbclient.NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    nbclient.NotebookClient(
+        book, timeout=300, startup_timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
     plan, summary, output, interrupted = (cell.outputs for cell in book.cells)
     shown = [next(one for one in outputs if one.output_type == "execute_result").data for outputs in (plan, summary, output)]
     assert "images left" in shown[0]["text/html"]
