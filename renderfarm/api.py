@@ -1,4 +1,4 @@
-"""The Python API: `run` a job from its file or its value."""
+"""`run` a job, from its file or its value: from preparation to the last word."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from renderfarm import commit, notify
+from renderfarm import notify, tracking
 from renderfarm.config import Job
 from renderfarm.driver import GRACE_S, Driver, Observer
 from renderfarm.engines.base import Engine
-from renderfarm.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, Interrupted, InvalidJob, RenderfarmError
+from renderfarm.errors import EXIT_INTERNAL, EXIT_INTERRUPTED, Interrupted, InvalidJob, RenderfarmError, Transient
 from renderfarm.jobfile import at_its_line, load_job
 from renderfarm.preparation import Prepared, prepare
-from renderfarm.reading import Output
-from renderfarm.report.card import write_card
-from renderfarm.report.contact_sheet import KEY as SHEET
-from renderfarm.report.contact_sheet import write_contact_sheet
-from renderfarm.report.contents import runs
-from renderfarm.report.figures import figures
-from renderfarm.report.gallery import Bounds
-from renderfarm.report.html import AT_THE_END, IN_A_HURRY, write_report
-from renderfarm.report.html import KEY as REPORT
+from renderfarm.progress import Progress
+from renderfarm.report.views import write_card_of, write_views
 from renderfarm.summary import RunSummary
 from renderfarm.worker import WorkerSpec
 
 EngineName = Literal["ray", "inline"]
 
 
+class HasSpec(Protocol):
+    """A `renderfarm.Job`."""
+
+    @property
+    def spec(self) -> Job: ...
+
+
 def run(
-    job: Job | Prepared | str | Path,
+    job: Job | HasSpec | Prepared | str | Path,
     *,
     engine: EngineName = "ray",
     address: str | None = None,
@@ -51,62 +51,58 @@ def run(
     prepared = _prepared(job)
     if engine == "ray" and prepared.store.url.startswith("memory://"):
         raise InvalidJob("memory:// is this process's memory, which Ray's workers do not share; use --engine inline or a folder")
-    driver = Driver(prepared, stop or threading.Event(), observe, grace_s, stop_now, repair)
-    told = prepared.job.notify
-    notify.check(told)
+    notify.check(prepared.job.notify)
+    tracking.check(prepared.job.track)
+    tracker = tracking.Tracker(prepared)
+
+    def watch(progress: Progress) -> None:
+        observe(progress)
+        tracker(progress)
+
+    driver = Driver(prepared, stop or threading.Event(), watch, grace_s, stop_now, repair)
     try:
         driver.begin()
         summary = _run(prepared, driver, engine, address)
     except Exception as error:  # whatever ended the run, somebody waits to hear of it
-        if warning := notify.send(told, _ended_by(error, driver, prepared), at_once=isinstance(error, Interrupted)):
+        for warning in _tell(prepared, tracker, _ended_by(error, driver, prepared), at_once=isinstance(error, Interrupted)):
             error.add_note(warning)
         raise
-    warning = notify.send(told, summary.to_dict(), at_once=summary.exit_code == EXIT_INTERRUPTED)  # whoever stops us waits
-    return replace(summary, warnings=(*summary.warnings, warning)) if warning else summary
+    # whoever stops us waits
+    return _warned(summary, _tell(prepared, tracker, summary.to_dict(), at_once=summary.exit_code == EXIT_INTERRUPTED))
 
 
-def _prepared(job: Job | Prepared | str | Path) -> Prepared:
+def _tell(prepared: Prepared, tracker: tracking.Tracker, ended: dict[str, Any], *, at_once: bool) -> list[str]:
+    """Everybody who wants to hear of the end. Warnings."""
+    warnings = tracker.end(ended, at_once=at_once)
+    said = notify.send(prepared.job.notify, ended, at_once=at_once)
+    return [*warnings, said] if said else warnings
+
+
+def _prepared(job: Job | HasSpec | Prepared | str | Path) -> Prepared:
     if isinstance(job, Prepared):
         return job
-    if isinstance(job, Job):
-        return prepare(job)
+    if isinstance(spec := getattr(job, "spec", job), Job):
+        return prepare(spec)
+    assert isinstance(job, str | Path)
     with at_its_line(job):
         return prepare(load_job(job))
 
 
 def _run(prepared: Prepared, driver: Driver, engine: EngineName, address: str | None) -> RunSummary:
-    _write_card(prepared)  # at the start, so that an interrupted output opens, too
+    write_card_of(prepared, prepared.store)  # at the start, so that an interrupted output opens, too
     try:
         summary = driver.run(_engine_maker(prepared, engine, address, driver.progress.run_id))
-    except Interrupted:  # at once: the store may be what keeps somebody waiting
+    except (Interrupted, Transient):  # at once: the store may be what keeps somebody waiting
         raise
-    except RenderfarmError:
-        _write_card(prepared)  # parts may have been committed before the end came
-        _write_report(prepared, AT_THE_END)
+    except RenderfarmError as error:
+        for warning in write_views(prepared, None):  # parts may have been committed before the end came
+            error.add_note(warning)
         raise
-    write_contact_sheet(Output(prepared.store.url))
-    _write_card(prepared)
-    if _is_shown(prepared, summary):
-        return summary
-    warning = _write_report(prepared, IN_A_HURRY if summary.exit_code == EXIT_INTERRUPTED else AT_THE_END)
-    return replace(summary, warnings=(*summary.warnings, warning)) if warning else summary
+    return _warned(summary, write_views(prepared, summary))
 
 
-def _is_shown(prepared: Prepared, summary: RunSummary) -> bool:
-    """Whether there is a report that shows the output as it is: nothing is new, and the run before ended the same way."""
-    if summary.new_images or summary.new_errors or not prepared.store.exists(REPORT):
-        return False
-    return [run["state"] for run in runs(Output(prepared.store.url), most=2)] == [summary.state] * 2
-
-
-def _write_report(prepared: Prepared, bounds: Bounds) -> str | None:
-    """Why there is none, if there is none."""
-    try:
-        write_report(Output(prepared.store.url), bounds)
-    except Exception as error:  # a view: whatever stands in its way, the run has ended as it has
-        what = f"{type(error).__name__}: {error}"
-        return f"the report was not written ({what}); `renderfarm report {prepared.store.url}` tries again"
-    return None
+def _warned(summary: RunSummary, warnings: list[str]) -> RunSummary:
+    return replace(summary, warnings=(*summary.warnings, *warnings)) if warnings else summary
 
 
 def _ended_by(error: Exception, driver: Driver, prepared: Prepared) -> dict[str, Any]:
@@ -139,22 +135,3 @@ def _engine_maker(prepared: Prepared, engine: EngineName, address: str | None, r
         return RayEngine(spec, address)
 
     return make
-
-
-def _write_card(prepared: Prepared) -> None:
-    grid, output, entries = prepared.grid(), prepared.job.output, commit.index_entries(prepared.store)
-    counts = commit.counts(entries)
-    write_card(
-        prepared.store,
-        prepared.frozen(),
-        name=prepared.job.name,
-        rows=prepared.manifest.rows,
-        images=counts.images,
-        errors=counts.errors,
-        finished=grid is not None and counts.parts_done == grid.count,
-        sheet=SHEET if prepared.store.exists(SHEET) else None,
-        columns=prepared.columns(),
-        warnings=prepared.model.warnings,
-        card=output.card,
-        figures=figures(prepared.store, output.layout, entries),
-    )

@@ -33,7 +33,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -404,7 +404,9 @@ def _finish(
     if part.retry:
         entry["superseded"] = receipt.superseded
     if not (adopted and _says(store, entry_key(part, committed), entry)):  # it may say whose part it is
-        store.put(entry_key(part, committed), to_json(entry | dict(by())))
+        said = by()
+        store.put(entry_key(part, committed), to_json(entry | dict(said)))
+        receipt = replace(receipt, seconds=said.get("seconds", {}))
     return receipt
 
 

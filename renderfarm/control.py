@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 from renderfarm import commit
 from renderfarm.errors import Fatal, InvalidJob
 from renderfarm.heartbeat import is_alive
+from renderfarm.shown import Shown
 from renderfarm.storage import Store
 
 CONTROL = "_renderfarm/control.json"
@@ -22,7 +23,7 @@ WANTED = ("pause", "run", "cancel")
 
 
 @dataclass(frozen=True)
-class Told:
+class Told(Shown):
     """What a run was told. `before`: what was wanted of it until then; `state`: what it said of itself last."""
 
     out: str

@@ -23,6 +23,12 @@ class Rate:
     source: str
 
 
+def plan(prepared: Prepared) -> dict[str, Any]:
+    """The same, once the rows of a sweep are made and kept: what is planned is what will be rendered."""
+    prepared.rows.keep(prepared.store)
+    return estimate(prepared)
+
+
 def estimate(prepared: Prepared) -> dict[str, Any]:
     """Rows and parts exactly; images exactly unless rows say how many; bytes, time and cost from what was rendered already, or from
     what the job states."""

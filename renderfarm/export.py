@@ -36,6 +36,7 @@ from renderfarm.report.card import given, write_card
 from renderfarm.report.contact_sheet import KEY as SHEET
 from renderfarm.report.figures import figures
 from renderfarm.schema import ERROR_COLUMNS
+from renderfarm.shown import Shown
 from renderfarm.storage import Store, open_store
 
 PLAN = "_renderfarm/export.json"
@@ -74,7 +75,7 @@ class Options:
 
 
 @dataclass
-class Exported:
+class Exported(Shown):
     """`new_files`: made now; the others were there. Of `files`, a file is a folder."""
 
     out: str
@@ -84,6 +85,15 @@ class Exported:
     new_files: int
     images: int
     errors_left_out: int
+
+
+def size_in_bytes(given: int | str) -> int:
+    """1GB, 500 MB, 2.5GiB, or a number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)(i?)B", given.strip().replace("K", "k")) if isinstance(given, str) else None
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " kMGT".index(match[2] or " ")) if match else given
+    if not isinstance(size, int) or size < 1:
+        raise InvalidJob(f"--max-file-size {given!r}: give a number with its unit, for example 500MB or 2GB")
+    return size
 
 
 def export(

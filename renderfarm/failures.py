@@ -19,6 +19,8 @@ from renderfarm.manifest import parse_ranges
 from renderfarm.reading import Output
 from renderfarm.reading import open as open_output
 from renderfarm.records import PartId, Retry, SampleKey
+from renderfarm.schema import ERROR_COLUMNS
+from renderfarm.shown import Shown
 
 By = Literal["class", "message", "worker"]
 UNKNOWN = "unknown"
@@ -34,6 +36,7 @@ class Failure:
     error_class: str
     error_message: str
     retryable: bool
+    prompt_sha256: str | None
     part: str
     waived: bool
     reason: str | None
@@ -51,8 +54,9 @@ def failures(output: Output) -> Iterator[tuple[int, list[Failure], list[PartId]]
         found = []
         for row, part in zip(table.to_pylist(), by, strict=True):
             key = SampleKey(row["row"], row["image_index"])
-            kept = {name: row[name] for name in ("row", "row_id", "image_index", "error_class", "error_message", "retryable")}
-            found.append(Failure(**kept, part=part.name, waived=key in waived, reason=waived.get(key)))
+            found.append(
+                Failure(**{name: row[name] for name in ERROR_COLUMNS.names}, part=part.name, waived=key in waived, reason=waived.get(key))
+            )
         yield index, found, by
 
 
@@ -145,7 +149,7 @@ class Choice:
 
 
 @dataclass
-class Asked:
+class Asked(Shown):
     """What `retry` did. `samples`: to be rendered again, as `parts`; `already`: asked for before, and not rendered yet; left alone:
     `not_retryable`, since the same would come out, and `waived`. `alive`: the run that will take them up, if one is at work."""
 
@@ -216,7 +220,7 @@ def _ask(output: Output, index: int, wanted: set[SampleKey], found: Asked, rende
 
 
 @dataclass
-class Waived:
+class Waived(Shown):
     """What `waive` did. `samples`: waived now; `already`: before."""
 
     out: str

@@ -28,6 +28,7 @@ from renderfarm.layouts.base import Committed
 from renderfarm.reading import Output
 from renderfarm.reading import open as open_output
 from renderfarm.records import PartId
+from renderfarm.shown import Shown
 from renderfarm.storage import TEMPORARY, Stored
 
 KINDS = ("images", "originals", "unfinished", "announcements")
@@ -43,7 +44,7 @@ class Count:
 
 
 @dataclass
-class Collected:
+class Collected(Shown):
     """What was removed, or would be, by kind. `left_to_runs`: files of parts that a live run may be rendering. `notes`: parts that
     were left alone because nobody can say what belongs to them."""
 

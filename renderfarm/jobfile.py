@@ -1,5 +1,6 @@
-"""Reading a job file. `load_job` is the only way in: it reads, substitutes `{{ ds }}`, applies `--set`, validates, and turns
-every mistake into one `InvalidJob` that names file, field and the nearest valid word. Models as a person names them, too.
+"""Reading a job file, or a value that says the same. `load_job` and `make_job` are the only ways in: they substitute `{{ ds }}`, apply
+`--set`, validate, and turn every mistake into one `InvalidJob` that names file, field and the nearest valid word. Models as a person names
+them, too.
 """
 
 from __future__ import annotations
@@ -7,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import difflib
+import numbers
 import os
 import re
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +22,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from renderfarm import params
-from renderfarm.config import COMPANIONS, STEP_FILES, ComponentSpec, Job, ModelSpec, Output, Params, Step, is_url
+from renderfarm.config import COMPANIONS, STEP_FILES, ComponentSpec, Job, ModelSpec, Output, Params, Step, Track, is_url
 from renderfarm.errors import InvalidJob
 from renderfarm.params import Place
 
@@ -28,17 +30,32 @@ MAX_JOB_BYTES = 1 << 20
 UNION_MEMBERS = ("str", "int", "float", "bool")
 
 
-def load_job(path: str | Path, sets: list[str] | None = None, out: str | None = None, logical_date: str | None = None) -> Job:
+Changes = Sequence[str] | Mapping[str, Any] | None
+"""Fields that are to have other values: `["render.num_inference_steps=8"]`, with YAML values, or `{"render.num_inference_steps": 8}`."""
+
+
+def load_job(path: str | Path, sets: Changes = None, out: str | None = None, logical_date: str | None = None) -> Job:
     """Read and validate a job file.
 
-    `sets` are `field.sub=value` with YAML values; `out` replaces `output.path`; `logical_date` (YYYY-MM-DD) fills
-    `{{ ds }}` and `{{ ds_nodash }}`. Raises InvalidJob with one message.
+    `out` replaces `output.path`; `logical_date` (YYYY-MM-DD) fills `{{ ds }}` and `{{ ds_nodash }}`. Raises InvalidJob with one message.
     """
     path = Path(path)
     data, lines = _read_yaml(path)
-    named = partial(_named_place, path, lines, [item.partition("=")[0] for item in sets or []])
-    for item in sets or []:
-        _set(data, item)
+    return _made(data, path.parent.absolute(), sets, out, logical_date, str(path), lines)
+
+
+def make_job(fields: Mapping[str, Any]) -> Job:
+    """The same of a value, as a file would hold it; its paths start at the current folder. Raises InvalidJob with one message."""
+    return _made(_plain(fields), Path.cwd(), None, None, None, "job", {})
+
+
+def _made(
+    data: dict[str, Any], folder: Path, sets: Changes, out: str | None, logical_date: str | None, source: str, lines: dict[Place, int]
+) -> Job:
+    """`folder`: where relative paths start; `source`, `lines`: for messages."""
+    named = partial(_named_place, source, lines, _names(sets))
+    for item, name, value in _changes(sets):
+        _set(data, item, name, value)
     if out is not None:
         if not out.strip():
             raise InvalidJob("--out is empty; give a folder (is a shell variable unset?)")
@@ -48,12 +65,44 @@ def load_job(path: str | Path, sets: list[str] | None = None, out: str | None = 
         data = _fill_params(data, named)
         if logical_date is not None:
             data = {**data, "logical_date": logical_date}
-        job = Job.model_validate(_fill_dates(data, data.get("logical_date"), path))
+        job = Job.model_validate(_fill_dates(data, data.get("logical_date"), source))
     except RecursionError:  # a YAML anchor that holds itself
-        raise InvalidJob(f"{path}: a value contains itself; write it without YAML anchors") from None
+        raise InvalidJob(f"{source}: a value contains itself; write it without YAML anchors") from None
     except ValidationError as error:
         raise InvalidJob(_explain(error, named)) from None
-    return _resolve(job, path.parent.absolute())
+    return _resolve(job, folder)
+
+
+def _plain(value: Any) -> Any:
+    """As YAML would have given it."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(exclude_unset=True)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(inner) for inner in value]
+    return value.item() if isinstance(value, numbers.Number) and hasattr(value, "item") else value  # NumPy's
+
+
+def _names(sets: Changes) -> list[str]:
+    return [item.partition("=")[0] for item in sets or ()]
+
+
+def _changes(sets: Changes) -> Iterator[tuple[str, str, Any]]:
+    """Of each: what was said, for messages; the field; its value."""
+    if isinstance(sets, Mapping):
+        yield from ((name, name, _plain(value)) for name, value in sets.items())
+        return
+    for item in sets or ():
+        name, equals, text = item.partition("=")
+        if not equals or not name:
+            raise InvalidJob(f"--set {item}: write it as field.sub=value, for example --set render.num_inference_steps=8")
+        try:
+            yield item, name, yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            raise InvalidJob(f"--set {item}: the value is not valid YAML") from None
 
 
 def _fill_params(data: dict[str, Any], named: Callable[[Place], str]) -> dict[str, Any]:
@@ -67,17 +116,17 @@ def _fill_params(data: dict[str, Any], named: Callable[[Place], str]) -> dict[st
     return params.fill(data, filled, named)
 
 
-def _named_place(path: Path, lines: dict[Place, int], sets: list[str], place: Place) -> str:
+def _named_place(source: str, lines: dict[Place, int], sets: list[str], place: Place) -> str:
     """`job.yaml, line 7: render.height`, or which --set it is of."""
     dotted = ".".join(map(str, place))
     if given := next((name for name in sets if f"{dotted}.".startswith(f"{name}.")), None):
-        return f"{path}: --set {given}: {dotted}"
+        return f"{source}: --set {given}: {dotted}"
     known = next((place[:length] for length in range(len(place), 0, -1) if place[:length] in lines), None)
-    return f"{path}{f', line {lines[known]}' if known else ''}: {dotted or 'job'}"
+    return f"{source}{f', line {lines[known]}' if known else ''}: {dotted or 'job'}"
 
 
 @contextlib.contextmanager
-def at_its_line(path: str | Path, sets: list[str] | None = None) -> Iterator[None]:
+def at_its_line(path: str | Path, sets: Changes = None) -> Iterator[None]:
     """What is found wrong with a job's field once model and manifest are known is told with its file and line, too."""
     try:
         yield
@@ -90,7 +139,7 @@ def at_its_line(path: str | Path, sets: list[str] | None = None) -> Iterator[Non
             _, lines = _read_yaml(Path(path))
         except InvalidJob:  # the file is gone, or was edited meanwhile
             raise error from None
-        named = _named_place(Path(path), lines, [item.partition("=")[0] for item in sets or []], place)
+        named = _named_place(str(path), lines, _names(sets), place)
         raise type(error)(f"{named.removesuffix(f': {field[1]}')}: {error}") from error
 
 
@@ -145,14 +194,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[Place, int]]:
         return data, {}
 
 
-def _set(data: dict[str, Any], item: str) -> None:
-    name, equals, text = item.partition("=")
-    if not equals or not name:
-        raise InvalidJob(f"--set {item}: write it as field.sub=value, for example --set render.num_inference_steps=8")
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise InvalidJob(f"--set {item}: the value is not valid YAML") from None
+def _set(data: dict[str, Any], item: str, name: str, value: Any) -> None:
     *parents, last = name.split(".")
     if parents == ["params"]:
         _set_param(data, item, last, value)
@@ -182,7 +224,7 @@ def _set_param(data: dict[str, Any], item: str, name: str, value: Any) -> None:
     data["params"] = {**declared, name: {**(said if isinstance(said, dict) else {"default": said}), "value": value}}
 
 
-def _fill_dates(data: dict[str, Any], logical_date: Any, path: Path) -> dict[str, Any]:
+def _fill_dates(data: dict[str, Any], logical_date: Any, source: str) -> dict[str, Any]:
     try:
         day = dt.date.fromisoformat(str(logical_date)) if logical_date else None  # YAML makes a date of it
     except ValueError:
@@ -192,9 +234,9 @@ def _fill_dates(data: dict[str, Any], logical_date: Any, path: Path) -> dict[str
     def word(match: re.Match[str]) -> str:
         name = match[1]
         if name not in ("ds", "ds_nodash"):
-            raise InvalidJob(f"{path}: {{{{ {name} }}}} is not known; use {{{{ ds }}}} or {{{{ ds_nodash }}}}")
+            raise InvalidJob(f"{source}: {{{{ {name} }}}} is not known; use {{{{ ds }}}} or {{{{ ds_nodash }}}}")
         if not words:
-            raise InvalidJob(f"{path}: uses {{{{ {name} }}}}; give --logical-date YYYY-MM-DD")
+            raise InvalidJob(f"{source}: uses {{{{ {name} }}}}; give --logical-date YYYY-MM-DD")
         return words[name]
 
     def fill(value: Any) -> Any:
@@ -314,6 +356,7 @@ def _resolve(job: Job, base: Path) -> Job:
             "output": _resolve_output(job.output, base),
             "inputs": job.inputs.model_copy(update={"folder": folder and _absolute(folder, base)}),
             "after": tuple(_resolve_step(step, base) for step in job.after),
+            "track": job.track and _resolve_track(job.track, base),
         }
     )
 
@@ -324,6 +367,13 @@ def _resolve_output(output: Output, base: Path) -> Output:
         places = {name: _absolute(getattr(c2pa, name), base) for name in ("certificate", "private_key")}
         resolved["c2pa"] = c2pa.model_copy(update=places)
     return output.model_copy(update=resolved)
+
+
+def _resolve_track(track: Track, base: Path) -> Track:
+    mlflow = track.mlflow
+    if mlflow is None or mlflow.tracking_uri is None:
+        return track
+    return track.model_copy(update={"mlflow": mlflow.model_copy(update={"tracking_uri": _model_folder(mlflow.tracking_uri, base)})})
 
 
 def _resolve_step(step: Step, base: Path) -> Step:

@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from renderfarm.manifest import ROW, parse_ranges
 from renderfarm.preparation import Prepared, prepare
 from renderfarm.reading import open as open_output
 from renderfarm.report.contact_sheet import KEY, write_contact_sheet
+from renderfarm.report.notebook import small_sheet
+from renderfarm.shown import Shown
 from renderfarm.storage import open_store
-from renderfarm.summary import RunSummary
 
 MAX_ROWS = 1000
 MAX_CELLS = 240
@@ -31,8 +32,9 @@ GOLDEN = 0.6180339887498949
 
 
 @dataclass(frozen=True)
-class Preview:
-    """`pixels`: SHA-256 by `ROW:K`, as the run's table will have it. `reasons`: of rows without an image."""
+class Preview(Shown):
+    """`pixels`: SHA-256 by `ROW:K`, as the run's table will have it. `reasons`: of rows without an image. `sheet`: the contact sheet, a
+    PNG, which `file` holds if one was named."""
 
     file: str | None
     rows: list[int]
@@ -43,10 +45,21 @@ class Preview:
     seconds: float
     images_per_second: float
     exit_code: int
+    sheet: bytes | None = field(default=None, repr=False)
+
+    unshown = frozenset({"sheet", "pixels"})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; of the sheet, where it is."""
+        return {name: value for name, value in vars(self).items() if name != "sheet"}
+
+    def _repr_html_(self) -> str:
+        return super()._repr_html_() + (small_sheet(self.sheet) if self.sheet else "")
 
 
-def preview(job: Job, file: Path, rows: int = 9, observe: Observer = lambda progress: None) -> Preview:
-    """Render `rows` rows in this process, into a folder that is gone afterwards, and write a contact sheet of them.
+def preview(job: Job, file: Path | None, rows: int = 9, observe: Observer = lambda progress: None) -> Preview:
+    """Render `rows` rows in this process, into a folder that is gone afterwards, and make a contact sheet of them, in `file`
+    if one is named.
 
     The pixels are those of the later run on such a device, and if the output has a render profile, of that one: a device that does not
     match it is refused. Raises InvalidJob for a job that cannot run.
@@ -59,17 +72,24 @@ def preview(job: Job, file: Path, rows: int = 9, observe: Observer = lambda prog
         summary = run(_elsewhere(prepared, chosen, folder), engine="inline", observe=observe)
         output = open_output(folder)
         axes = [*job.sweep.product, *job.sweep.zip] if job.sweep else []
-        sheet = write_contact_sheet(output, min(MAX_CELLS, max(1, summary.images)), lambda record: _caption(record, axes))
-        if sheet is not None:
-            _write(file, output.store.read(KEY))
+        written = write_contact_sheet(output, min(MAX_CELLS, max(1, summary.images)), lambda record: _caption(record, axes))
+        sheet = output.store.read(KEY) if written is not None else None
+        if sheet is not None and file is not None:
+            _write(file, sheet)
         pixels = {f"{sample.record['row']}:{sample.record['image_index']}": sample.record["pixel_sha256"] for sample in output.samples()}
         reasons = [f"row {error['row']}: {error['error_message']}" for error in output.errors().to_pylist()]
-    return _ended(str(file) if sheet else None, chosen, summary, pixels, reasons, time.monotonic() - started)
-
-
-def _ended(file: str | None, rows: list[int], summary: RunSummary, pixels: dict[str, str], reasons: list[str], seconds: float) -> Preview:
-    counts = (summary.images, summary.errors)
-    return Preview(file, rows, *counts, pixels, reasons, round(seconds, 1), summary.images_per_second, summary.exit_code)
+    return Preview(
+        file=str(file) if sheet and file else None,
+        rows=chosen,
+        images=summary.images,
+        errors=summary.errors,
+        pixels=pixels,
+        reasons=reasons,
+        seconds=round(time.monotonic() - started, 1),
+        images_per_second=summary.images_per_second,
+        exit_code=summary.exit_code,
+        sheet=sheet,
+    )
 
 
 def _elsewhere(prepared: Prepared, rows: list[int], folder: str) -> Prepared:

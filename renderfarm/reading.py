@@ -22,7 +22,7 @@ from renderfarm.layouts.base import Committed, damage_named, errors_key, part_of
 from renderfarm.plan import Grid
 from renderfarm.records import Part, PartId, SampleKey
 from renderfarm.schema import ERROR_COLUMNS, IMAGE_COLUMNS
-from renderfarm.storage import Store, open_store
+from renderfarm.storage import PATIENCE_S, Store, open_store
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,9 @@ class StoredPart:
 class Output:
     """An output of `renderfarm run`. Iterates (PIL image, record) in manifest order; a record is the table's row."""
 
-    def __init__(self, url: str) -> None:
-        self.store = open_store(url)
+    def __init__(self, url: str, patience_s: float = PATIENCE_S) -> None:
+        """`patience_s`: with each request of a store that is away."""
+        self.store = open_store(url, patience_s=patience_s)
         try:
             self.job = commit.read_job(self.store)
         except KeyError:
@@ -75,6 +76,10 @@ class Output:
         if grid is None:
             raise InvalidJob(f"{self.store.url}: nothing was rendered yet; run its job first")
         return grid
+
+    @property
+    def url(self) -> str:
+        return self.store.url
 
     def __iter__(self) -> Iterator[tuple[Image.Image, dict[str, Any]]]:
         return ((sample.image(), sample.record) for sample in self.samples())
@@ -101,8 +106,11 @@ class Output:
             chosen += [self.stored(key, committed, row, record) for row, record in zip(rows, records, strict=True)]
         return sorted(chosen, key=_place)
 
-    def spread_over_parts(self, limit: int, entries: commit.Entries) -> Iterator[tuple[str, Committed, list[int]]]:
-        """The same by part: its commit object, by its key, and which rows of its table. Everything, where there is no more than that."""
+    def spread_over_parts(
+        self, limit: int, entries: commit.Entries, unread: list[PartId] | None = None
+    ) -> Iterator[tuple[str, Committed, list[int]]]:
+        """The same by part: its commit object, by its key, and which rows of its table. Everything, where there is no more than that.
+        `unread`: is given those that are lost or damaged."""
         parts = [(part, entry.images) for part, entry in entries.items() if entry.images]
         parts = parts[:: -(-len(parts) // limit)] if parts else []
         total, seen, taken = sum(images for _, images in parts), 0, 0
@@ -114,7 +122,9 @@ class Output:
                 continue
             try:
                 key, committed = commit.read_part(self.store, self.layout, Part(part.index, 0, 0, part.retry))
-            except (KeyError, Fatal):  # lost or damaged since; `verify` says so
+            except (KeyError, Fatal):  # lost or damaged since; `verify` says how
+                if unread is not None:
+                    unread.append(part)
                 continue
             there = len(committed.images)
             yield key, committed, [k * there // take for k in range(take)] if there >= take else list(range(there))

@@ -157,7 +157,7 @@ class Lease:
 @dataclass(frozen=True)
 class PartReceipt:
     """What a committed part holds. `adopted`: somebody had committed it before us. `superseded`: of a retry, the classes of the
-    errors that it has taken the place of."""
+    errors that it has taken the place of. `seconds`: how long it took, by stage (`stages`), where we committed it."""
 
     part: int
     images: int
@@ -169,6 +169,7 @@ class PartReceipt:
     superseded: dict[str, int] = field(default_factory=dict)
     failed: tuple[tuple[int, int, str, str], ...] = field(default=(), compare=False)
     """Of its errors the first ones: row, image index, row id, class."""
+    seconds: dict[str, float] = field(default_factory=dict, compare=False)
 
     @property
     def id(self) -> PartId:

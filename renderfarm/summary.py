@@ -8,10 +8,11 @@ from typing import Any
 from renderfarm.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_ROWS_FAILED, EXIT_STOPPED_BY_USER
 from renderfarm.progress import Progress
 from renderfarm.repair import Repaired
+from renderfarm.shown import Shown
 
 
 @dataclass(frozen=True)
-class RunSummary:
+class RunSummary(Shown):
     """How a run ended. Counts are of the whole output; `new_*` of this run."""
 
     run_id: str

@@ -15,6 +15,7 @@ from renderfarm.inputs import Fetcher
 from renderfarm.preparation import Prepared
 from renderfarm.records import RowError
 from renderfarm.samples import ExpandedRow, expand_rows, row_error
+from renderfarm.shown import Shown
 
 KEPT_PROBLEMS = 100
 ROWS_AT_A_TIME = 1000
@@ -22,7 +23,7 @@ ROWS_WITH_IMAGES_AT_A_TIME = 32  # which may lie in the rows
 
 
 @dataclass
-class Validation:
+class Validation(Shown):
     """`problems`: the first messages, each with file, row and column. Counts cover all rows."""
 
     rows: int = 0

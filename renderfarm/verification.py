@@ -21,6 +21,7 @@ from renderfarm.manifest import parse_ranges
 from renderfarm.reading import Output, StoredSample
 from renderfarm.records import PartId
 from renderfarm.rerender import Renderer
+from renderfarm.shown import Shown
 from renderfarm.slots import Rendered
 
 READERS = 8
@@ -30,7 +31,7 @@ KEPT_PROBLEMS = 100
 
 
 @dataclass(frozen=True)
-class Again:
+class Again(Shown):
     """One sample rendered again. `psnr`: dB of the stored picture against it, None where it is infinite or cannot be known; of an
     identical picture, what a lossy format takes from it."""
 
@@ -44,7 +45,7 @@ class Again:
 
 
 @dataclass
-class Verification:
+class Verification(Shown):
     """`problems`: one line for each thing that is not as it should be, at most KEPT_PROBLEMS; `problem_count` counts all. `notes`:
     what could not be checked, and is no problem by itself."""
 
@@ -77,6 +78,10 @@ class Choice:
     rows: str | None = None
     sample: int = 8
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.all and self.rows is not None:
+            raise InvalidJob("--all renders every row again, and --rows some; give one of them")
 
 
 def verify(

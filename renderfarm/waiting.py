@@ -20,6 +20,7 @@ from renderfarm.errors import (
 )
 from renderfarm.heartbeat import STALE_S, is_alive
 from renderfarm.reading import open as open_output
+from renderfarm.shown import Shown
 from renderfarm.storage import Store
 
 POLL_S = 2.0
@@ -50,7 +51,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Waited:
+class Waited(Shown):
     """How a run ended, or that it has not: then `exit_code` is EXIT_TIMED_OUT, and `state` the last that was seen."""
 
     out: str

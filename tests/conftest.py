@@ -76,6 +76,7 @@ def local_ray() -> Iterator[None]:
         log_to_driver=False,
         logging_level="ERROR",
         object_store_memory=256 << 20,
+        _system_config={"metrics_report_interval_ms": 2000},  # ten seconds, which a test would wait for
     )
     yield
     ray.shutdown()

@@ -23,13 +23,13 @@ from test_readers import LAYOUTS, code_of, interrupt, pixels, run_code
 
 import renderfarm
 from renderfarm import commit
-from renderfarm.api import _write_card
 from renderfarm.config import Card
 from renderfarm.errors import InvalidJob
 from renderfarm.jobfile import load_job
 from renderfarm.preparation import prepare
 from renderfarm.report import figures as figures_module
 from renderfarm.report.figures import figures
+from renderfarm.report.views import write_card_of
 from renderfarm.storage import open_store
 
 Write = Callable[..., Path]
@@ -161,7 +161,7 @@ def written(tmp_path: Path, write_manifest: Write, write_job: Write, layout: str
     job = load_job(write_job(write_manifest(ROWS), output={"layout": layout}))
     output = job.output.model_copy(update={"card": Card(**fields)})
     prepared = prepare(job.model_copy(update={"output": output}))
-    _write_card(prepared)
+    write_card_of(prepared, prepared.store)
     return card(prepared.store.url)
 
 

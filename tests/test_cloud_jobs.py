@@ -27,6 +27,7 @@ from servers import FaultProxy, lose_reply, s3_error
 import renderfarm
 from renderfarm.errors import InvalidJob
 from renderfarm.progress import Progress
+from renderfarm.report import views
 from renderfarm.status import read_status
 from renderfarm.storage import Store, cloud, open_store
 from renderfarm.summary import RunSummary
@@ -286,3 +287,31 @@ def test_two_interrupts_end_a_run_whose_store_does_not_answer(s3: str, faults: F
     assert "stopped at once: run the same command again to continue" in said
     faults.fault = None
     assert run(job).images == 40
+
+
+def test_a_store_that_goes_away_as_a_run_ends_keeps_it_from_nothing_but_its_views(
+    s3: str, faults: FaultProxy, write_manifest, write_job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(views, "PATIENCE_S", 1.0)
+    asked = Counter[str]()
+
+    async def fault(request: web.Request, forward: Forward) -> web.Response:
+        if asked:
+            asked[f"{request.method} {request.path}"] += 1
+            return s3_error(503, "SlowDown")
+        answer = await forward()
+        if request.method == "PUT" and "/_renderfarm/runs/" in request.path:
+            asked["the end"] = 1
+        return answer
+
+    faults.fault = fault
+    summary = run(write_job(write_manifest(), output={"path": f"{s3}/out"}))
+    assert (summary.state, summary.images, summary.exit_code) == ("SUCCEEDED", 8, 0)
+    (warning,) = summary.warnings
+    assert warning.startswith("the contact sheet, the dataset card, the report were not written, since the store is away")
+    views_of = ("README.md", "_renderfarm/report/", "_renderfarm/parts", "data")
+    assert not [key for key in asked if key.partition("/out/")[2].startswith(views_of)], "the first request of the first one was the last"
+    faults.fault = None
+    again = run(write_job(write_manifest(), output={"path": f"{s3}/out"}))
+    assert (again.new_images, again.warnings) == (0, ())
+    assert open_store(f"{s3}/out").exists("_renderfarm/report/report.html")

@@ -18,9 +18,9 @@ from checker import image_rows
 from PIL import Image
 
 import renderfarm
-from renderfarm.api import _write_card
 from renderfarm.jobfile import load_job
 from renderfarm.preparation import prepare
+from renderfarm.report.views import write_card_of
 
 Write = Callable[..., Path]
 LAYOUTS = ("files", "parquet", "webdataset")
@@ -75,7 +75,7 @@ def interrupt(job: Path) -> None:
     for key in [key for top in ("data", "metadata", "errors", "_renderfarm/parts") for key in prepared.store.list(top)]:
         if gone.search(key):
             prepared.store.delete(key)
-    _write_card(prepared)
+    write_card_of(prepared, prepared.store)
 
 
 def card_code(out: Path, library: str) -> str:

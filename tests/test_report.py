@@ -18,11 +18,13 @@ from PIL import Image, ImageChops, ImageStat
 from test_cli import cli, refused
 
 import renderfarm
-from renderfarm import api, commit
-from renderfarm.errors import Fatal
+from renderfarm import commit, reading
+from renderfarm.errors import Fatal, Transient
+from renderfarm.report import contents, figures, views
 from renderfarm.report.columnar import column, columns_of
 from renderfarm.report.gallery import Bounds
 from renderfarm.report.html import KEY, write_report
+from renderfarm.storage.local import LocalStore
 
 Write = Callable[..., Path]
 
@@ -153,6 +155,8 @@ def test_what_is_gone_or_damaged_keeps_nothing_else_from_being_shown(out: Path) 
     assert (found.images, found.of, found.thumbnails) == (5, 8, 3)
     said = report_of(out)
     assert values(said["timeline"]["parts"], "part") == ["0", "1"]
+    assert (said["timeline"]["unread"], said["timeline"]["unread_count"]) == (["2"], 1)
+    assert (found.unread_parts, said["pictures"]["unread"]) == (1, ["1"])
     assert len(said["runs"]) == 1
 
 
@@ -168,7 +172,72 @@ def test_failures_are_there_with_their_reasons_and_waivers(write_manifest: Write
     assert (values(failures, "row"), values(failures, "waived")) == ([1, 2, 3], ["true", "false", "false"])
 
 
+def test_of_a_sweep_it_says_what_was_asked_of_the_samples_that_failed(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    columns = {"prompt": ["a", "b [nan]"], "mood": ["warm", "cold"], "caption": ["x", "y"]}
+    sweep = {"product": {"guidance_scale": [2, 7.5]}, "zip": {"sampler": ["Euler", "DDIM"], "height": [64, 72]}}
+    renderfarm.run(write_job(write_manifest(columns), sweep=sweep), engine="inline")
+    said = report_of(tmp_path / "out")
+    images, asked = said["pictures"]["columns"], said["failures"]["asked"]
+    assert values(asked, "sampler") == values(images, "sampler") == ["euler", "ddim"] * 2
+    assert values(asked, "guidance_scale") == values(images, "guidance_scale") == [2, 2, 7.5, 7.5]
+    assert values(asked, "num_inference_steps") == values(images, "num_inference_steps")
+    assert values(asked, "height") == values(images, "height")
+    assert (set(values(asked, "prompt")), set(values(asked, "mood"))) == ({"b [nan]"}, {"cold"})
+
+
 # ------------------------------------------------------------------------------------------------- when it is written
+
+
+def away(*_: Any, **__: Any) -> Any:
+    raise Transient("scripted: the store is away")
+
+
+def test_a_store_that_is_away_at_the_end_is_asked_once_and_is_a_warning(
+    write_manifest: Write, write_job: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Away(LocalStore):
+        """Answers nothing once the run has ended."""
+
+        def _is_away(self, key: str) -> None:
+            asked.append(key)
+            raise Transient("scripted: away")
+
+        read = list = open = exists = put = _is_away  # type: ignore[assignment]
+
+    patience: list[float] = []
+
+    def opened(url: str, *, single_writer: bool = False, patience_s: float = 120.0) -> LocalStore:
+        patience.append(patience_s)
+        return Away(url)
+
+    for module in (views, reading):
+        monkeypatch.setattr(module, "open_store", opened)
+    summary = renderfarm.run(write_job(write_manifest()), engine="inline")
+    assert (summary.state, summary.exit_code) == ("SUCCEEDED", 0)
+    said = (
+        "the contact sheet, the dataset card, the report were not written, since the store is away (scripted: away); run the same command"
+    )
+    assert [warning for warning in summary.warnings if warning.startswith(said)] == list(summary.warnings)
+    assert len(asked) == 1, "the second request would wait as long"
+    assert set(patience) == {views.PATIENCE_S}
+
+
+def test_a_store_that_goes_away_meanwhile_ends_a_view_at_once(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is gone or damaged is left out; what cannot be asked is not."""
+    output = renderfarm.open(out)
+    entries = commit.index_entries(output.store)
+    with monkeypatch.context() as patch:
+        patch.setattr(reading.StoredSample, "image", away)
+        with pytest.raises(Transient):
+            write_report(output, Bounds(8))
+    monkeypatch.setattr(LocalStore, "open", away)
+    monkeypatch.setattr(LocalStore, "read", away)
+    for ask in (figures.figures, contents.timeline, contents.runs):
+        given = {figures.figures: (output.store, "files", entries), contents.timeline: (output, entries)}.get(ask, (output,))
+        with pytest.raises(Transient):
+            ask(*given)
 
 
 def test_a_report_that_cannot_be_written_is_a_warning_of_a_run_that_succeeded(
@@ -177,7 +246,7 @@ def test_a_report_that_cannot_be_written_is_a_warning_of_a_run_that_succeeded(
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("scripted")
 
-    monkeypatch.setattr(api, "write_report", fail)
+    monkeypatch.setattr(views, "write_report", fail)
     summary = renderfarm.run(write_job(write_manifest()), engine="inline")
     assert (summary.state, summary.exit_code) == ("SUCCEEDED", 0)
     assert "the report was not written (ZeroDivisionError: scripted); `renderfarm report" in summary.warnings[-1]

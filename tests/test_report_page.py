@@ -142,7 +142,62 @@ def test_any_columns_are_the_axes_of_the_grid(page: Callable[..., Any], sweep: P
     assert shown.locator(".layer").first.locator("thead th").all_inner_texts() == ["—"], "the images that have none"
 
 
+@pytest.fixture
+def with_failures(write_manifest: Write, write_job: Write, tmp_path: Path) -> Path:
+    """A sweep of two prompts and three scales, of which one prompt cannot be rendered."""
+    manifest = write_manifest({"id": ["a", "b"], "prompt": ["a cat", "a dog [nan]"]})
+    renderfarm.run(write_job(manifest, sweep={"product": {"guidance_scale": [1.5, 3, 7.5]}}), engine="inline")
+    return tmp_path / "out" / KEY
+
+
+def test_failed_samples_of_a_sweep_have_their_cells_in_the_grid(page: Callable[..., Any], with_failures: Path) -> None:
+    shown = page(with_failures)
+    shown.click("#tab-grid")
+    shown.select_option("#axis-x", "guidance_scale")
+    for axis in ("y", "z"):
+        shown.select_option(f"#axis-{axis}", "")
+    assert shown.locator(".cell").all_inner_texts() == ["✕1"] * 3, "beside the images"
+    assert "1 failed" in shown.locator(".cell").first.get_attribute("aria-label")
+    shown.fill("#search", "dog")
+    assert shown.locator(".sweep thead th").all_inner_texts() == ["1.5", "3", "7.5"], "scales that no image has any more"
+    assert shown.locator(".cell").all_inner_texts() == ["✕ NonFiniteOutput"] * 3
+    shown.locator(".cell").nth(1).click()
+    shown.locator("#panel-failures").wait_for(state="visible")
+    assert shown.locator("#panel-failures tbody tr").count() == 1
+    assert shown.locator("#panel-failures tbody td").first.inner_text() == "4:0"
+
+
+def test_what_has_no_cell_is_said(page: Callable[..., Any], sweep: Path) -> None:
+    shown = page(sweep)
+    shown.click("#tab-grid")
+    assert "1 failed sample in no cell" in shown.locator("#grid-note").inner_text()
+
+
 # ------------------------------------------------------------------------------------------------- one image
+
+
+def test_an_address_names_an_image(page: Callable[..., Any], sweep: Path) -> None:
+    """`#sample=12:0` opens it, and whatever is open is in the address."""
+    shown = page(sweep)
+    address = f"{sweep.as_uri()}#sample=12:0"
+    shown.goto(address)
+    shown.locator("#detail").wait_for(state="visible")
+    assert shown.locator("#detail-title").inner_text() == "Row 12, image 0"
+    shown.reload()
+    shown.wait_for_selector("html[data-ready]")
+    assert shown.locator("#detail-title").inner_text() == "Row 12, image 0"
+    shown.keyboard.press("ArrowRight")
+    assert shown.evaluate("location.hash") == "#sample=13:0"
+    shown.keyboard.press("Escape")
+    shown.wait_for_function("location.hash === '#images'")
+    shown.evaluate("location.hash = '#sample=007'")
+    shown.wait_for_function("document.getElementById('detail-title').textContent === 'Row 7, image 0'")
+    shown.keyboard.press("Escape")
+    shown.wait_for_function("location.hash === '#images'")
+    shown.evaluate("location.hash = '#sample=18:0'")
+    shown.locator("#missing").wait_for(state="visible")
+    assert "Sample 18:0 is not in this report" in shown.locator("#missing").inner_text()
+    assert not shown.locator("#detail").is_visible()
 
 
 def test_the_recipe_has_every_column_and_the_command_makes_the_image_again(
@@ -178,6 +233,7 @@ def test_copy_puts_the_text_into_the_clipboard(page: Callable[..., Any], sweep: 
     button.click()
     shown.get_by_text("Copied").wait_for()
     shown.keyboard.press("Escape")
+    shown.locator(".tile:focus").wait_for()  # which takes it a moment after the dialog is gone
     shown.focus("#search")
     shown.keyboard.press("Control+V")
     assert shown.input_value("#search").endswith("0:0 --render 0-0.png")
@@ -321,6 +377,18 @@ def test_an_output_without_images_says_so(page: Callable[..., Any], write_manife
         shown.locator(f"#panel-{tab}").wait_for(state="visible")
     shown.click("#tab-images")
     assert "has ended as an error" in shown.locator("#nothing").inner_text()
+
+
+def test_parts_and_entries_that_cannot_be_read_are_named(page: Callable[..., Any], sweep: Path) -> None:
+    out = sweep.parent.parent.parent
+    (out / "data/part-00000001/metadata.parquet").write_bytes(b"damaged")
+    for entry in out.glob("_renderfarm/parts/part-00000002.*"):
+        entry.write_text("damaged")
+    write_report(renderfarm.open(out), Bounds(100))
+    shown = page(sweep)
+    assert "1 part could not be read, and its images are not in this report (1)." in shown.locator("#partial").inner_text()
+    shown.click("#tab-timeline")
+    assert "The index entries of 1 part are damaged (2)" in shown.locator("#panel-timeline .note").inner_text()
 
 
 def test_an_output_that_nobody_has_rendered_yet(page: Callable[..., Any], write_manifest: Write, write_job: Write, tmp_path: Path) -> None:

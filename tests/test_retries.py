@@ -299,9 +299,10 @@ def test_every_sample_ends_once_and_readers_see_what_one_rendering_would_have_gi
     check_complete(out, PLANNED)
     at_once = rendered / "plain/out"
     assert records(out) == records(at_once), "in the manifest's order"
-    assert renderfarm.open(out).errors() == renderfarm.open(at_once).errors()
+    errors, others = (renderfarm.open(place).errors().drop_columns(["part", "waived", "reason"]) for place in (out, at_once))
+    assert errors == others, "but for the rendering that said so last"
     assert len(renderfarm.open(out)) == len(PLANNED) - 1
-    assert error_rows(out) == renderfarm.open(out).errors().to_pylist()
+    assert error_rows(out) == errors.to_pylist()
     found = verify(str(out), FILES_ONLY)
     assert found.ok, found.problems
     assert (found.parts_done, found.parts, found.images, found.errors, found.notes) == (3, 3, 15, 1, [])

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from renderfarm.errors import InvalidJob
+from renderfarm.shown import shown_value as shown_value
 
 app = typer.Typer(
     name="renderfarm",
@@ -79,15 +80,6 @@ def shown_path(path: str) -> str:
     return path if relative.startswith("..") else relative
 
 
-def size_in_bytes(text: str) -> int:
-    """1GB, 500 MB, 2.5GiB."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)(i?)B", text.strip().replace("K", "k"))
-    size = int(float(match[1]) * (1024 if match[3] else 1000) ** " kMGT".index(match[2] or " ")) if match else 0
-    if size < 1:
-        raise InvalidJob(f"--max-file-size {text!r}: give a number with its unit, for example 500MB or 2GB")
-    return size
-
-
 def seconds(text: str, option: str) -> float:
     """30s, 15m, 12h, 1d."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text.strip())
@@ -125,14 +117,3 @@ def print_pairs(pairs: dict[str, Any]) -> None:
     for name, value in pairs.items():
         table.add_row(name, Text(shown_value(value), overflow="fold"))  # Text: a prompt may hold what rich takes for markup
     out_console.print(table)
-
-
-def shown_value(value: Any) -> str:
-    if value is None or value == {}:
-        return "—"
-    if isinstance(value, dict):
-        return "\n".join(f"{name}: {shown_value(of)}" for name, of in value.items())
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    # somebody's text may hold what a terminal obeys
-    return "".join(sign if sign.isprintable() or sign in "\n\t" else "\ufffd" for sign in str(value))

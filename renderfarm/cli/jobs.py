@@ -6,7 +6,6 @@ import os
 import shlex
 import signal
 import threading
-import time
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -33,10 +32,9 @@ from renderfarm.cli.common import (
     typed,
 )
 from renderfarm.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_ROWS_FAILED
+from renderfarm.stopping import Stop
 
 command = partial(app.command, rich_help_panel="Jobs")
-
-SAME_SIGNAL_S = 0.3
 
 
 @command()
@@ -79,30 +77,11 @@ def run(
 
 def stop_on_signals() -> tuple[threading.Event, threading.Event]:
     """The first Ctrl-C or SIGTERM lets leases in flight finish; the second one ends at once; the third does not even say so in the
-    output, which may be what everything waits for.
-
-    Nothing is raised in the handler: an exception inside one of Ray's own calls becomes another error.
-    """
-    stop, stop_now = threading.Event(), threading.Event()
-    first = second = 0.0
-
-    def handle(number: int, frame: Any) -> None:
-        nonlocal first, second
-        if stop.is_set():
-            # `timeout` and service managers signal a process and its group, so one stop may arrive twice
-            if stop_now.is_set() and time.monotonic() - second > SAME_SIGNAL_S:
-                os._exit(EXIT_INTERRUPTED)
-            if time.monotonic() - first > SAME_SIGNAL_S and not stop_now.is_set():
-                second = time.monotonic()
-                stop_now.set()
-            return
-        first = time.monotonic()
-        stop.set()
-        console.print("stopping: parts in flight are being finished (again: stop at once; nothing committed is lost)")
-
-    signal.signal(signal.SIGINT, handle)
-    signal.signal(signal.SIGTERM, handle)
-    return stop, stop_now
+    output, which may be what everything waits for."""
+    stop = Stop(console.print, lambda number, frame: os._exit(EXIT_INTERRUPTED))
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    return stop.wanted, stop.at_once
 
 
 def _print_summary(summary: dict[str, Any], some_rows: bool) -> None:
@@ -188,14 +167,12 @@ def validate(
 @command()
 def plan(job: JobFile, sets: Sets = None, out: Out = None, logical_date: LogicalDate = None, as_json: AsJson = False) -> None:
     """Show what `run` would do: rows, parts done and left, images, bytes, time and cost. The rows of a sweep are made now, and kept."""
-    from renderfarm.estimate import estimate
+    from renderfarm.estimate import plan as plan_job
     from renderfarm.jobfile import at_its_line, load_job
     from renderfarm.preparation import prepare
 
     with at_its_line(job, sets):
-        prepared = prepare(load_job(job, sets, out, logical_date))
-    prepared.rows.keep(prepared.store)
-    found = estimate(prepared)
+        found = plan_job(prepare(load_job(job, sets, out, logical_date)))
     if as_json:
         print_json(found)
     else:
@@ -214,8 +191,6 @@ def preview(
     as_json: AsJson = False,
 ) -> None:
     """Render some rows here, in the pixels of the later run, and leave nothing but a contact sheet of them."""
-    from dataclasses import asdict
-
     from renderfarm.jobfile import at_its_line, load_job
     from renderfarm.preview import preview as preview_job
     from renderfarm.report.live import Watcher
@@ -224,7 +199,7 @@ def preview(
     with Watcher(console, quiet=as_json) as watcher, at_its_line(job, sets):
         found = preview_job(loaded, sheet, rows, watcher)
     if as_json:
-        print_json(asdict(found))
+        print_json(found.to_dict())
         raise typer.Exit(found.exit_code)
     said = f"{found.images:,} images of {len(found.rows):,} rows in {found.seconds:.0f} s"
     out_console.print(f"{said} ({found.images_per_second:.3g} images/s while rendering)")

@@ -6,7 +6,7 @@ import re
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -22,7 +22,6 @@ from renderfarm.cli.common import (
     print_pairs,
     seconds,
     shown_path,
-    size_in_bytes,
 )
 from renderfarm.errors import EXIT_OK, EXIT_ROWS_FAILED, InvalidJob
 
@@ -71,8 +70,6 @@ def verify(
     from renderfarm.verification import Choice
     from renderfarm.verification import verify as verify_output
 
-    if all_ and rows is not None:
-        raise InvalidJob("--all renders every row again, and --rows some; give one of them")
     choice, (own, beside) = Choice(all=all_, rows=rows, sample=sample), _model_and_parts(model)
     with Line(console, quiet=as_json) as line:
         found = verify_output(out, choice, own, beside, offload.value, line)
@@ -202,8 +199,10 @@ def report(
         return
     some = f"{found.images:,} of {found.of:,}" if found.images < found.of else f"{found.images:,}"
     out_console.print(f"report of {some} images, {found.bytes / 1e6:.1f} MB: {shown_path(found.place)}", markup=False)
-    if found.images < found.of:
+    if found.images < found.of and not found.unread_parts:
         out_console.print(f"--max-images {found.of} takes all of them")
+    if found.unread_parts:
+        out_console.print(f"{found.unread_parts:,} parts are not in it, since they cannot be read; `renderfarm verify` says what is wrong")
     if found.thumbnails < found.images:
         out_console.print(
             f"{found.images - found.thumbnails:,} have no thumbnail, since their files cannot be read; `renderfarm verify` names them"
@@ -234,26 +233,12 @@ def export(
     """Write an output once more as few large files, each picture checked against its hash. Run it again and it continues."""
     from dataclasses import asdict
 
-    from renderfarm.config import check_credentials, expand_env
-    from renderfarm.export import Format, Options
-    from renderfarm.export import export as export_output
-    from renderfarm.hub import check_repository, export_to_hub
+    from renderfarm.outputs import open as open_output
     from renderfarm.report.live import Line
 
-    if to is ToChoice.files and max_file_size is not None:
-        raise InvalidJob("--max-file-size: with --to files each picture is a file of its own; leave it out")
-    if to is not ToChoice.hub and (staging is not None or public):
-        raise InvalidJob("--staging and --public are for --to hub; leave them out")
-    size = size_in_bytes(max_file_size or "1GB")
-    options = Options("parquet" if to is ToChoice.hub else cast(Format, to.value), size, shuffle)
+    options: dict[str, Any] = {"max_file_size": max_file_size, "shuffle": shuffle, "restart": restart, "staging": staging, "public": public}
     with Line(console, quiet=as_json) as line:
-        if to is ToChoice.hub:
-            check_repository(dest, options.max_file_size)
-            folder = staging or Path("hub") / dest.replace("/", "--")
-            found = export_to_hub(out, dest, folder, options, public=public, restart=restart, say=line)
-        else:
-            check_credentials("DEST", dest)
-            found = export_output(out, expand_env(dest), options, restart=restart, say=line)
+        found = open_output(out).export(dest, to.value, **options, say=line)
     if as_json:
         print_json(asdict(found))
         return

@@ -11,8 +11,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from renderfarm.cli.common import AsJson, OutputFolder, app, console, out_console, print_json, print_pairs, seconds, shown_value
+from renderfarm.cli.common import AsJson, OutputFolder, app, console, out_console, print_json, print_pairs, seconds
 from renderfarm.errors import EXIT_TIMED_OUT
+from renderfarm.shown import shown_value
 
 command = partial(app.command, rich_help_panel="Runs")
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from renderfarm.config.base import check_credentials, expand_env, is_path, is_url
-from renderfarm.config.job import Failure, Job, Notify
+from renderfarm.config.job import Failure, Job, Mlflow, Notify, Track, Wandb
 from renderfarm.config.model import BUILTIN_MODELS, COMPANIONS, STAGES, Adapter, Checkpoint, ComponentSpec, ModelSpec, Quantization
 from renderfarm.config.output import ENCODINGS, C2pa, Card, Encoding, Metadata, Output
 from renderfarm.config.render import STEP_FILES, Colour, Inputs, Render, RestoreFaces, Step, Upscale, Watermark
@@ -32,6 +32,7 @@ __all__ = [
     "Job",
     "ManifestSpec",
     "Metadata",
+    "Mlflow",
     "ModelSpec",
     "Notify",
     "Offload",
@@ -45,7 +46,9 @@ __all__ = [
     "Scalar",
     "Step",
     "Sweep",
+    "Track",
     "Upscale",
+    "Wandb",
     "Watermark",
     "Workers",
     "check_credentials",

@@ -67,6 +67,34 @@ class Notify(Strict):
         return value
 
 
+class Wandb(Strict):
+    """Weights & Biases (`pip install 'renderfarm[wandb]'`). The environment says who asks (WANDB_API_KEY) and how it is kept
+    (WANDB_MODE=offline, WANDB_DIR)."""
+
+    project: Annotated[str, Field(min_length=1, max_length=128)]
+    entity: str | None = None
+    """A user or a team. None: whose key it is."""
+    tags: tuple[Annotated[str, Field(min_length=1, max_length=64)], ...] = ()
+
+
+class Mlflow(Strict):
+    """MLflow (`pip install 'renderfarm[mlflow]'`). The environment says who asks (MLFLOW_TRACKING_TOKEN, or _USERNAME and _PASSWORD)."""
+
+    experiment: Annotated[str, Field(min_length=1, max_length=256)]
+    """Made if there is none of this name."""
+    tracking_uri: Annotated[str, Field(min_length=1)] | None = None
+    """A server, `https://…`, or what else MLflow takes; a path begins with `./` or `/` (MLflow 3.17 wants MLFLOW_ALLOW_FILE_STORE=true for
+    folders). None: MLFLOW_TRACKING_URI."""
+
+
+class Track(Strict):
+    """Who else keeps a run's settings, its counts every half minute, and its end. Never a prompt, and of `params` no free text, which may
+    be one. May change freely; what fails there is a warning."""
+
+    wandb: Wandb | None = None
+    mlflow: Mlflow | None = None
+
+
 _USE_OF_PARAM = {"type": "string", "pattern": r"^\$\{params\.\w+\}$"}
 
 
@@ -121,6 +149,8 @@ class Job(Strict):
     once. exit: it says who runs, and ends with exit code 75."""
     notify: Notify | None = None
     """Who is told of the end of a run; None: nobody."""
+    track: Track | None = None
+    """`{wandb: {project: renders}}` or `{mlflow: {experiment: renders}}`: who else keeps what each run did; None: nobody."""
     logical_date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")] | None = None
     """The day that `{{ ds }}` stands for, as `--logical-date` gives it."""
     cost: Cost = Cost()
@@ -182,6 +212,8 @@ class Job(Strict):
             found += [("output.c2pa.certificate", c2pa.certificate), ("output.c2pa.private_key", c2pa.private_key)]
         if self.notify is not None:
             found.append(("notify.url", self.notify.url))
+        if self.track is not None and self.track.mlflow is not None and self.track.mlflow.tracking_uri is not None:
+            found.append(("track.mlflow.tracking_uri", self.track.mlflow.tracking_uri))
         if link := self.output.card.license_link:
             found.append(("output.card.license_link", link))
         return [*found, *([("inputs.folder", self.inputs.folder)] if self.inputs.folder else [])]

@@ -1,4 +1,4 @@
-"""The engine on Ray core: one threaded actor per worker. Only this module and `submit` import ray.
+"""The engine on Ray core: one threaded actor per worker. Only this module, `ray_metrics` and `submit` import ray.
 
 Actors and calls are never retried by Ray (`max_restarts=0`, `max_task_retries=0`): a lost call is not a lost part, so
 the driver decides. An actor that was asked for waits within Ray until a node has room for it: so the pool grows when nodes
@@ -27,6 +27,7 @@ import ray.exceptions
 
 from renderfarm.config import Job
 from renderfarm.engines.base import Done, Event, Failed, Leaving, Ready
+from renderfarm.engines.ray_metrics import RayMetrics
 from renderfarm.errors import Fatal, Interrupted, NodeLost, RenderFailed, RenderfarmError, WorkerLost
 from renderfarm.records import Lease, Receipt, WorkerReady
 from renderfarm.worker import MOST_LEASES, Worker, WorkerSpec
@@ -81,6 +82,7 @@ class RayEngine:
         )
         if self._fixed:
             self._check_room()
+        self._metrics = RayMetrics(self.job.name, spec.usual.images_per_row)
 
     def _connect(self, address: str | None) -> None:
         common: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
@@ -129,8 +131,10 @@ class RayEngine:
 
     def submit(self, worker: str, lease: Lease) -> None:
         self._calls[self._actors[worker].render.remote(lease)] = (worker, lease)
+        self._metrics.given(worker, lease)
 
     def stop_worker(self, worker: str) -> None:
+        self._metrics.stopped(worker, [lease for name, lease in self._calls.values() if name == worker and lease is not None])
         self._kill(worker)
         self._calls = {ref: call for ref, call in self._calls.items() if call[0] != worker}
 
@@ -180,18 +184,23 @@ class RayEngine:
             answer = ray.get(ref)
         except (ray.exceptions.RayError, RenderfarmError) as error:
             ours = _ours(error)
+            if lease is not None:
+                self._metrics.failed(worker, lease, ours)
             if lease is None or isinstance(ours, WorkerLost):  # one that could not start would keep its device from the next
                 self._kill(worker)
             return Failed(worker, lease, ours)
         if lease is not None:
+            self._metrics.answered(worker, lease, answer)
             return Done(worker, lease, answer)
         self._nodes[worker] = answer.node
+        self._metrics.ready(worker, answer)
         return Ready(worker, answer)
 
     def _kill(self, worker: str) -> None:
         """Make sure that a worker called lost is gone: Ray's "dead" may still be running."""
         actor = self._actors.pop(worker, None)
         self._nodes.pop(worker, None)
+        self._metrics.gone(worker)
         if actor is not None:
             with contextlib.suppress(Exception):  # it is gone already, which is what was wanted
                 ray.kill(actor)
@@ -202,6 +211,7 @@ class RayEngine:
             return
         for worker in list(self._actors):
             self._kill(worker)
+        self._metrics.close()
         if self._own:
             ray.shutdown()
         if self._folder is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import textwrap
 from collections.abc import Callable
@@ -11,8 +10,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from renderfarm.encode import UNDECODABLE
-from renderfarm.errors import RenderfarmError
 from renderfarm.reading import Output
+from renderfarm.report.gone import left_out
 
 KEY = "_renderfarm/report/contact_sheet.png"
 CELL_PX, CAPTION_PX, GAP_PX, COLUMNS = 128, 34, 8, 6
@@ -26,8 +25,7 @@ def write_contact_sheet(output: Output, limit: int = 36, caption: Callable[[dict
     """Put a sheet of up to `limit` images, spread over the output, at KEY. None if there is no image."""
     cells = []
     for sample in output.spread(limit):
-        # a view must not fail for a picture that somebody removed or damaged
-        with contextlib.suppress(KeyError, RenderfarmError, *UNDECODABLE):
+        with left_out(*UNDECODABLE):
             cells.append((sample.image().convert("RGB"), caption(sample.record)))
     if not cells:
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +11,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from renderfarm import commit
-from renderfarm.errors import RenderfarmError
 from renderfarm.layouts import LAYOUTS
+from renderfarm.report.gone import left_out
 from renderfarm.storage import Store
 
 TABLES_READ = 64
@@ -21,7 +20,6 @@ ENTRIES_READ = 1000
 KINDS_SHOWN = 8
 COUNTED = {"samplers": ("sampler",), "steps": ("num_inference_steps",), "sizes": ("width", "height")}
 OF_PROFILE = ("dtype", "device", "device_model", "torch", "diffusers", "transformers", "cuda")
-_GONE = (KeyError, RenderfarmError, pa.ArrowException, OSError, ValueError)  # a view must not fail for what `verify` will name
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,7 @@ def _tables(store: Store, layout: str, entries: commit.Entries) -> Iterator[pa.T
     columns = [*(name for names in COUNTED.values() for name in names), "prompt_truncated"]
     for part in parts[:: -(-len(parts) // TABLES_READ)] if parts else []:
         key = LAYOUTS[layout].TABLES.replace("*", part.name)
-        with contextlib.suppress(*_GONE), store.open(key) as file:
+        with left_out(), store.open(key) as file:
             yield pq.ParquetFile(file).read(columns=columns, use_threads=False)
 
 
@@ -70,7 +68,7 @@ def _count(table: pa.Table, columns: tuple[str, ...]) -> dict[str, int]:
 
 def _error_classes(store: Store, entries: commit.Entries) -> dict[str, int]:
     """None named where that would take too many reads."""
-    with contextlib.suppress(*_GONE):
+    with left_out():
         if sum(entry.errors > 0 or part.retry > 0 for part, entry in entries.items()) <= ENTRIES_READ:
             return dict(sorted(commit.error_classes(store, entries).items()))
     return {}
@@ -78,7 +76,7 @@ def _error_classes(store: Store, entries: commit.Entries) -> dict[str, int]:
 
 def _profile(store: Store) -> tuple[dict[str, Any] | None, int]:
     """The first worker's, with its hash, and how many there are."""
-    with contextlib.suppress(*_GONE):
+    with left_out():
         profile = commit.read_profile(store)
         shown = {name: profile[name] for name in OF_PROFILE if profile.get(name)}
         shown |= {"batch_size": profile["batch_size"], "sha256": commit.profile_sha256(profile)}

@@ -16,16 +16,18 @@ from PIL import Image
 from renderfarm import commit
 from renderfarm.config import Metadata
 from renderfarm.encode import UNDECODABLE
-from renderfarm.errors import RenderfarmError
 from renderfarm.layouts.webdataset import json_ready
 from renderfarm.marks import marks
 from renderfarm.reading import Output, StoredSample
+from renderfarm.records import PartId
 from renderfarm.report.columnar import column, columns_of
+from renderfarm.report.gone import left_out
 
 SIDES = ((150, 448), (600, 320), (2500, 208))  # of a thumbnail in pixels, by how many there are; more than that: SMALL
 SMALL = 144
 SHEET_PX = 1024  # what a search finds lies in many sheets, and each of them must be decoded
 DECODERS = 4
+UNREAD_SHOWN = 20
 _PARAMETERS = Metadata(provenance=False, row=False)
 
 Say = Callable[[str], None]
@@ -42,17 +44,21 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Gallery:
-    """`pictures`: JSON for the page. `sheets`: base64 of WebP files. `images`: whose rows are in it; `thumbnails`: of how many."""
+    """`pictures`: JSON for the page. `sheets`: base64 of WebP files. `images`: whose rows are in it; `thumbnails`: of how many.
+    `unread_parts`: whose table is gone or damaged."""
 
     pictures: dict[str, Any]
     sheets: list[str]
     images: int
     thumbnails: int
+    unread_parts: int = 0
 
 
 def gallery(output: Output, entries: commit.Entries, bounds: Bounds, say: Say = lambda text: None) -> Gallery:
     deadline = None if bounds.seconds is None else time.monotonic() + bounds.seconds
-    samples = sorted(_samples(output, entries, bounds.images), key=lambda sample: (sample.record["row"], sample.record["image_index"]))
+    unread = list[PartId]()
+    found = _samples(output, entries, bounds.images, unread)
+    samples = sorted(found, key=lambda sample: (sample.record["row"], sample.record["image_index"]))
     side = next((side for count, side in SIDES if len(samples) <= count), SMALL)
     side = min(side, max((_longest_side(sample.record) for sample in samples), default=side))
     across = max(1, SHEET_PX // side)
@@ -62,9 +68,9 @@ def gallery(output: Output, entries: commit.Entries, bounds: Bounds, say: Say = 
             if deadline is not None and time.monotonic() > deadline:
                 break
             say(f"thumbnails: {start:,} of {len(samples):,}")
-            thumbnails = list(pool.map(lambda sample: _thumbnail(sample, side, deadline), samples[start : start + across * across]))
+            thumbnails = list(pool.map(lambda sample: thumbnail(sample, side, deadline), samples[start : start + across * across]))
             sheets.append(_sheet(thumbnails, side, across))
-            sizes += [None if thumbnail is None else thumbnail.size for thumbnail in thumbnails]
+            sizes += [None if small is None else small.size for small in thumbnails]
     sizes += [None] * (len(samples) - len(sizes))
     pictures = {
         "count": len(samples),
@@ -75,13 +81,15 @@ def gallery(output: Output, entries: commit.Entries, bounds: Bounds, say: Say = 
         "across": across,
         "width": column([size and size[0] for size in sizes]),
         "height": column([size and size[1] for size in sizes]),
+        "unread": [str(part) for part in unread[:UNREAD_SHOWN]],
+        "unread_count": len(unread),
     }
-    return Gallery(pictures, sheets, len(samples), sum(size is not None for size in sizes))
+    return Gallery(pictures, sheets, len(samples), sum(size is not None for size in sizes), len(unread))
 
 
-def _samples(output: Output, entries: commit.Entries, limit: int) -> list[StoredSample]:
+def _samples(output: Output, entries: commit.Entries, limit: int, unread: list[PartId]) -> list[StoredSample]:
     found = []
-    for key, committed, rows in output.spread_over_parts(limit, entries):
+    for key, committed, rows in output.spread_over_parts(limit, entries, unread):
         table = committed.images.take(pa.array(rows, pa.int64()))
         found += [output.stored(key, committed, row, record) for row, record in zip(rows, _records(table), strict=True)]
     return found
@@ -115,16 +123,15 @@ def _longest_side(record: dict[str, Any]) -> int:
     return int(max(record.get("file_width") or record["width"], record.get("file_height") or record["height"]))
 
 
-def _thumbnail(sample: StoredSample, side: int, deadline: float | None) -> Image.Image | None:
+def thumbnail(sample: StoredSample, side: int, deadline: float | None) -> Image.Image | None:
     """None for a picture that is gone, damaged, or too late: a view must not fail for it."""
     if deadline is not None and time.monotonic() > deadline:
         return None
-    try:
+    with left_out(*UNDECODABLE):
         picture = sample.image().convert("RGB")
-    except (KeyError, RenderfarmError, *UNDECODABLE):
-        return None
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    return picture
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+        return picture
+    return None
 
 
 def _sheet(thumbnails: Sequence[Image.Image | None], side: int, across: int) -> str:

@@ -24,6 +24,7 @@ from renderfarm.errors import InvalidJob
 from renderfarm.reading import Output
 from renderfarm.report import contents
 from renderfarm.report.gallery import Bounds, Gallery, Say, gallery
+from renderfarm.shown import Shown
 
 KEY = "_renderfarm/report/report.html"
 AT_THE_END = Bounds(images=1_000, seconds=20.0)  # of a run
@@ -36,14 +37,16 @@ _ESCAPED = str.maketrans({sign: f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u20
 
 
 @dataclass(frozen=True)
-class WrittenReport:
-    """`place`: the file's path or URL. `images` of the output's `of` are in it, `thumbnails` of them with a picture. `bytes`: its size."""
+class WrittenReport(Shown):
+    """`place`: the file's path or URL. `images` of the output's `of` are in it, `thumbnails` of them with a picture. `bytes`: its size.
+    `unread_parts`: of which no image is in it, since their tables are gone or damaged."""
 
     place: str
     images: int
     of: int
     thumbnails: int
     bytes: int
+    unread_parts: int = 0
 
 
 def write_report(output: Output, bounds: Bounds, file: Path | None = None, say: Say = lambda text: None) -> WrittenReport:
@@ -68,7 +71,7 @@ def write_report(output: Output, bounds: Bounds, file: Path | None = None, say: 
         except OSError as error:
             raise InvalidJob(f"{file}: cannot be written: {error.strerror or error}") from None
     place = f"{output.store.url}/{KEY}" if file is None else str(file)
-    return WrittenReport(place, found.images, summary["images"], found.thumbnails, len(page))
+    return WrittenReport(place, found.images, summary["images"], found.thumbnails, len(page), found.unread_parts)
 
 
 def render(data: dict[str, Any], found: Gallery) -> str:

@@ -40,7 +40,8 @@ class CloudStore:
     """`put` and `put_if_absent` are single requests, or multipart uploads that are seen once they are complete."""
 
     def __init__(self, url: str, *, single_writer: bool = False, patience_s: float = PATIENCE_S) -> None:
-        """`single_writer`: the store has no create-if-absent, and nobody else writes here. `patience_s`: 0 tries once."""
+        """`single_writer`: the store has no create-if-absent, and nobody else writes here. `patience_s`: 0 tries once; who has less
+        than the usual does not wait for new credentials either."""
         self.url = url.rstrip("/")
         self.single_writer, self.patience_s = single_writer, patience_s
         self._lock = threading.Lock()
@@ -197,7 +198,7 @@ class CloudStore:
     def _patience(self, error: Transient) -> float:
         if not self._answered:
             return min(self.patience_s, FIRST_ANSWER_S)
-        return RENEWAL_S if isinstance(error, Expired) and self.patience_s else self.patience_s
+        return RENEWAL_S if isinstance(error, Expired) and self.patience_s >= PATIENCE_S else self.patience_s
 
     def _complain(self, error: Transient) -> None:
         """Once for each time that the store is away: people who see nothing happen want to know why."""

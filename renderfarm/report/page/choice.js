@@ -22,15 +22,15 @@ function searchTexts(hashed) {
 // Words, and phrases in quotation marks
 const wordsOf = (text) => [...text.toLowerCase().matchAll(/"([^"]+)"?|[^\s"]+/g)].map(([word, phrase]) => phrase ?? word);
 
+function isAmong(given, wanted) {
+  if (wanted instanceof Set) return wanted.has(given);
+  return given !== null && (wanted[0] === null || given >= wanted[0]) && (wanted[1] === null || given <= wanted[1]);
+}
+
 function fits(index, but = null) {
   for (const [name, wanted] of choice.facets) {
     if (name === but) continue;
-    const given = value(name, index);
-    if (wanted instanceof Set) {
-      if (!wanted.has(given)) return false;
-    } else if (given === null || (wanted[0] !== null && given < wanted[0]) || (wanted[1] !== null && given > wanted[1])) {
-      return false;
-    }
+    if (!isAmong(value(name, index), wanted)) return false;
   }
   return choice.words.length === 0 || choice.words.every((word) => searchTexts(word.length >= OF_A_HASH)[index].includes(word));
 }

@@ -1,5 +1,5 @@
 // One image, with everything that is known of it; arrows go through the list that it was opened from.
-const detail = {list: [], place: 0, back: null};
+const detail = {list: [], place: 0, back: null, from: ''};
 const LONG = new Set(['prompt', 'prompt_2', 'prompt_3', 'negative_prompt', 'negative_prompt_2', 'negative_prompt_3']);
 
 function buildDetail() {
@@ -21,7 +21,7 @@ function buildDetail() {
 
 // `back`: told the place in the list where whoever looks has ended.
 function openDetail(list, place, back) {
-  Object.assign(detail, {list: [...list], back});
+  Object.assign(detail, {list: [...list], back, from: sampleAsked() ? '#images' : location.hash});
   byId('detail').showModal();
   showDetail(place);
   byId('close').focus();
@@ -40,6 +40,7 @@ function showDetail(place) {
   picture.replaceChildren(thumbnail(index, side), link(index));
   byId('detail-text').replaceChildren(...recipe(index));
   byId('detail-text').scrollTop = 0;
+  history.replaceState(null, '', `#sample=${key(index)}`); // what the address then says opens this image again
 }
 
 function link(index) {

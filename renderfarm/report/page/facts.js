@@ -13,7 +13,9 @@ function buildHeader() {
     ['last run', last?.seconds ? duration(last.seconds) : '—'], ['image files', bytes(summary.bytes)]];
   byId('figures').append(...figures.map(([name, text]) => element('div', {'data-name': name, class: name === 'errors' && summary.errors ? 'bad' : ''}, element('dt', {}, name), element('dd', {}, text))));
   const partial = [];
-  if (COUNT < summary.images) partial.push(`${number(COUNT)} of ${number(summary.images)} images are in this report, spread over the output; renderfarm report OUT --max-images N takes more.`);
+  const unread = PICTURES.unread_count;
+  if (unread) partial.push(`${counted(unread, 'part')} could not be read, and ${unread === 1 ? 'its images are' : 'their images are'} not in this report (${PICTURES.unread.join(', ')}${unread > PICTURES.unread.length ? ', …' : ''}). renderfarm verify OUT says what is wrong.`);
+  if (COUNT < summary.images && !unread) partial.push(`${number(COUNT)} of ${number(summary.images)} images are in this report, spread over the output; renderfarm report OUT --max-images N takes more.`);
   const without = WIDTHS.counted().reduce((left, [, count]) => left - count, COUNT);
   if (without) partial.push(`${number(without)} have no thumbnail: their files were not reached in time, or cannot be read. renderfarm report OUT tries again, renderfarm verify OUT says what is damaged.`);
   byId('partial').textContent = partial.join(' ');

@@ -42,37 +42,53 @@ function likelyAxes(axes) {
   return [x?.name ?? '', y?.name ?? ''];
 }
 
-function valuesOn(axis, most) {
+// Those of images that are shown, then those that only failed samples have
+function valuesOn(axis, most, failures) {
   const column = BY_NAME.get(byId(`axis-${axis}`).value);
   if (!column) return {column: null, values: [null], all: 1};
   const there = new Set(choice.shown.map((index) => column.get(index)));
   const values = column.countedWithGaps().map(([given]) => given).filter((given) => there.has(given));
+  const asked = ASKED.get(column.name);
+  const others = new Set(asked ? failures.map((failure) => asked.get(failure)).filter((given) => !there.has(given)) : []);
+  values.push(...others);
+  if (others.size && column.kind === 'number') values.sort((a, b) => (a === null) - (b === null) || a - b);
   return {column, values: values.slice(0, most), all: values.length};
+}
+
+// What lies in each cell: `images` and `failures`
+function sorted(axes, failures) {
+  const cells = new Map();
+  const put = (kind, given, of) => {
+    const place = axes.map((axis) => (axis.column ? axis.values.indexOf(of(axis.column)) : 0));
+    if (place.includes(-1)) return;
+    const name = place.join(' ');
+    if (!cells.has(name)) cells.set(name, {images: [], failures: []});
+    cells.get(name)[kind].push(given);
+  };
+  for (const index of choice.shown) put('images', index, (column) => column.get(index));
+  for (const failure of failures) put('failures', failure, (column) => ASKED.get(column.name)?.get(failure));
+  return cells;
 }
 
 function drawGrid() {
   if (byId('panel-grid').hidden) return;
-  const [x, y, z] = [valuesOn('x', MOST_ACROSS), valuesOn('y', MOST_DOWN), valuesOn('z', MOST_GRIDS)];
-  const cells = new Map();
-  for (const index of choice.shown) {
-    const place = [x, y, z].map((axis) => (axis.column ? axis.values.indexOf(axis.column.get(index)) : 0));
-    if (place.includes(-1)) continue;
-    const name = place.join(' ');
-    if (!cells.has(name)) cells.set(name, []);
-    cells.get(name).push(index);
-  }
+  const failures = failuresShown();
+  const [x, y, z] = [valuesOn('x', MOST_ACROSS, failures), valuesOn('y', MOST_DOWN, failures), valuesOn('z', MOST_GRIDS, failures)];
+  const cells = sorted([x, y, z], failures);
   grid.cells = [];
   const made = [];
   let left = MOST_CELLS;
   z.values.forEach((given, layer) => {
     const rows = Math.min(y.values.length, Math.floor(left / Math.max(1, x.values.length)));
     left -= rows * x.values.length;
-    if (rows > 0 && choice.shown.length) made.push(oneGrid(x, y, z, given, layer, rows, cells));
+    if (rows > 0 && (choice.shown.length || failures.length)) made.push(oneGrid(x, y, z, given, layer, rows, cells));
   });
   byId('grids').replaceChildren(...made);
-  const cut = [['X', x], ['Y', y], ['Z', z]].filter(([, axis]) => axis.all > axis.values.length).map(([name, axis]) => `${name}: the first ${axis.values.length} of ${number(axis.all)} values`);
-  if (left <= 0) cut.push(`the first ${number(MOST_CELLS)} cells`);
-  byId('grid-note').textContent = COUNT === 0 ? nothingYet() : choice.shown.length === 0 ? 'No image fits. Take a word or a filter away.' : cut.join('; ');
+  const notes = [['X', x], ['Y', y], ['Z', z]].filter(([, axis]) => axis.all > axis.values.length).map(([name, axis]) => `${name}: the first ${axis.values.length} of ${number(axis.all)} values`);
+  if (left <= 0) notes.push(`the first ${number(MOST_CELLS)} cells`);
+  const elsewhere = DATA.summary.errors - (ASKED.size ? FAILURES.count : 0);
+  if (elsewhere > 0) notes.push(`${counted(elsewhere, 'failed sample')} in no cell, since the output does not hold what was asked of them; Failures lists them`);
+  byId('grid-note').textContent = COUNT === 0 && !made.length ? nothingYet() : !made.length ? 'No image fits. Take a word or a filter away.' : notes.join('; ');
   grid.active = [0, 0];
   markActive();
 }
@@ -84,7 +100,7 @@ function oneGrid(x, y, z, given, layer, rows, cells) {
     const line = [];
     const made = element('tr', {}, element('th', {scope: 'row', title: shown(down)}, element('span', {}, y.column ? shown(down) : 'all')),
       ...x.values.map((_, column) => {
-        const cell = cellOf(cells.get([column, row, layer].join(' ')) ?? []);
+        const cell = cellOf(cells.get([column, row, layer].join(' ')) ?? {images: [], failures: []});
         line.push(cell);
         return element('td', {}, cell);
       }));
@@ -96,12 +112,22 @@ function oneGrid(x, y, z, given, layer, rows, cells) {
   return element('section', {class: 'layer'}, z.column ? element('h3', {}, `${z.column.name}: ${shown(given)}`) : null, element('div', {class: 'sweep-scroll'}, table));
 }
 
-function cellOf(indices) {
-  if (!indices.length) return element('button', {class: 'cell empty', 'aria-label': 'No image', tabindex: -1}, '—');
-  const cell = element('button', {class: 'cell', tabindex: -1, 'aria-label': described(indices[0]) + (indices.length > 1 ? `, and ${indices.length - 1} more` : ''),
-    onclick: () => openDetail(indices, 0, () => cell.focus())}, thumbnail(indices[0], grid.cell));
-  if (indices.length > 1) cell.append(element('span', {class: 'more'}, `×${number(indices.length)}`));
+function cellOf({images, failures}) {
+  if (!images.length) return failures.length ? failedCell(failures) : element('button', {class: 'cell empty', 'aria-label': 'No image', tabindex: -1}, '—');
+  const others = [images.length > 1 ? `${images.length - 1} more` : null, failures.length ? `${failures.length} failed` : null].filter(Boolean);
+  const cell = element('button', {class: 'cell', tabindex: -1, 'aria-label': [described(images[0]), ...others].join(', and '),
+    onclick: () => openDetail(images, 0, () => cell.focus())}, thumbnail(images[0], grid.cell));
+  if (images.length > 1) cell.append(element('span', {class: 'more'}, `×${number(images.length)}`));
+  if (failures.length) cell.append(element('span', {class: 'more failed'}, `✕${number(failures.length)}`));
   return cell;
+}
+
+function failedCell(failures) {
+  const [first] = failures;
+  const message = `${FAILED.get('error_class').get(first)}: ${FAILED.get('error_message').get(first)}`;
+  const more = failures.length > 1 ? `, and ${failures.length - 1} more` : '';
+  return element('button', {class: 'cell empty failed', tabindex: -1, title: message, 'aria-label': `Failed ${failedKey(first)}${more}: ${message}`,
+    onclick: () => showFailure(first)}, `✕ ${FAILED.get('error_class').get(first)}`);
 }
 
 function markActive() {

@@ -16,9 +16,28 @@ function show(name) {
   DRAWN[name]?.();
 }
 
+// #sample=12:0 names an image, as `renderfarm inspect` does.
+const sampleAsked = () => location.hash.match(/^#sample=(\d+)(?::(\d+))?$/);
+
+function openSample() {
+  const [, row, image] = sampleAsked() ?? [];
+  if (row === undefined || byId('detail').open) return;
+  const name = `${Number(row)}:${Number(image ?? 0)}`;
+  const every = Array.from({length: COUNT}, (_, index) => index);
+  const index = every.find((each) => key(each) === name);
+  if (index === undefined) {
+    byId('missing').textContent = `Sample ${name} is not in this report. renderfarm inspect OUT ${name} shows it, or says why there is none.`;
+    byId('missing').hidden = false;
+    return;
+  }
+  byId('missing').hidden = true;
+  const list = choice.shown.includes(index) ? choice.shown : every;
+  openDetail(list, list.indexOf(index), list === choice.shown ? focusTile : null);
+}
+
 function buildTabs() {
   const names = TABS.map((tab) => tab.id.slice(4));
-  const asked = () => names.find((name) => name === location.hash.slice(1));
+  const asked = () => names.find((name) => name === location.hash.slice(1) || (name === 'images' && sampleAsked()));
   for (const tab of TABS) tab.addEventListener('click', () => { location.hash = tab.id.slice(4); });
   document.querySelector('[role=tablist]').addEventListener('keydown', (event) => {
     const step = {ArrowRight: 1, ArrowLeft: -1}[event.key];
@@ -31,7 +50,9 @@ function buildTabs() {
     if (!asked()) return;
     scrollTo(0, 0);
     show(asked());
+    openSample();
   });
+  byId('detail').addEventListener('close', () => history.replaceState(null, '', detail.from || location.pathname));
   show(asked() ?? (DATA.summary.images || !DATA.summary.errors ? 'images' : 'failures'));
 }
 
@@ -55,4 +76,5 @@ buildTimeline();
 buildFacts();
 choose();
 buildTabs();
+openSample();
 document.documentElement.dataset.ready = 'yes';

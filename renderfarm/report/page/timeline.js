@@ -17,7 +17,7 @@ const partAt = (name, index) => PARTS.get(name).get(index);
 function buildTimeline() {
   const panel = byId('panel-timeline');
   if (!TIMELINE.count) {
-    panel.append(element('p', {class: 'nothing'}, TIMELINE.of ? 'No part says how long its stages took: they were committed by an earlier version.' : 'No part is committed yet.'));
+    panel.append(damagedEntries(), element('p', {class: 'nothing'}, TIMELINE.of ? 'No part says how long its stages took: they were committed by an earlier version.' : 'No part is committed yet.'));
     return;
   }
   const names = PARTS.get('run').counted();
@@ -27,7 +27,7 @@ function buildTimeline() {
   chart.run = runs[0].run;
   const zoom = (by) => () => { chart.zoom = Math.min(64, Math.max(1, chart.zoom * by)); drawTimeline(); };
   const legend = element('ul', {class: 'legend'}, ...TIMELINE.stages.map((stage) => element('li', {}, element('span', {class: `swatch ${stage}`}), element('b', {}, stage), ` ${MEANING[stage]}`)));
-  panel.append(
+  panel.append(damagedEntries(),
     element('div', {class: 'tools'}, element('label', {}, 'Run ', select), element('span', {class: 'right'},
       element('button', {class: 'quiet', 'aria-label': 'Zoom out', onclick: zoom(0.5)}, '−'), element('button', {class: 'quiet', 'aria-label': 'Zoom in', onclick: zoom(2)}, '+'))),
     element('div', {id: 'chart', class: 'chart', tabindex: 0, role: 'region', 'aria-label': 'Timeline; the table below says the same'}), legend,
@@ -35,6 +35,11 @@ function buildTimeline() {
   byId('chart').addEventListener('pointermove', showTip);
   byId('chart').addEventListener('pointerleave', () => { byId('tip').hidden = true; });
   addEventListener('resize', drawTimeline);
+}
+
+function damagedEntries() {
+  const {unread, unread_count: count} = TIMELINE;
+  return count ? element('p', {class: 'note'}, `The index entries of ${counted(count, 'part')} are damaged (${unread.join(', ')}${count > unread.length ? ', …' : ''}), so ${count === 1 ? 'it is' : 'they are'} not shown here. renderfarm run JOB --repair writes them anew.`) : '';
 }
 
 function indicesOf(run) {
@@ -125,7 +130,7 @@ function describe(workers) {
       const share = busy(parts);
       return [name, host, number(parts.length), number(sums(parts, 'images')), share.of ? `${number(Math.round((1000 * share.seconds) / share.of) / 10)} %` : '—', ...TIMELINE.stages.map((stage) => duration(sums(parts, stage)))];
     }), {class: 'list', 'aria-label': 'Workers'}),
-  element('p', {class: 'muted'}, `Seconds of all parts together; those of parts that a worker has at the same time add up. Device busy: the share of the time from its first sample to its last in which it had one in a slot.${TIMELINE.count < TIMELINE.of ? ` ${number(TIMELINE.count)} of ${number(TIMELINE.of)} parts are in this report, so gaps mean nothing here.` : ''}`));
+  element('p', {class: 'muted'}, `Seconds of all parts together; those of parts that a worker has at the same time add up. Device busy: the share of the time from its first sample to its last in which it had one in a slot.${TIMELINE.count + TIMELINE.unread_count < TIMELINE.of ? ` ${number(TIMELINE.count)} of ${number(TIMELINE.of)} parts are in this report, so gaps mean nothing here.` : ''}`));
   const parts = workers.flatMap((worker) => worker.parts.map((part) => [worker, part])).sort((a, b) => a[1].stages[0][1] - b[1].stages[0][1]);
   byId('by-part').replaceChildren(tableOf(['part', 'worker', 'began', ...TIMELINE.stages, 'images', 'errors'],
     parts.slice(0, 500).map(([{name}, {index, stages}]) => [partAt('part', index), name, duration(stages[0][1]), ...TIMELINE.stages.map((stage) => duration(partAt(stage, index))), number(partAt('images', index)), number(partAt('errors', index))]),
