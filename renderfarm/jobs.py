@@ -133,6 +133,14 @@ class Job:
             signals = {"stop": stop.wanted, "stop_now": stop.at_once}
             return run(self.spec, engine=engine, address=address, observe=observe, repair=repair, grace_s=grace_s, **signals)
 
+    def submit(self, address: str) -> str:
+        """Hand it to a running Ray cluster (`http://HEAD:8265`), which renders it as `run` does; the submission's id. One that is queued or
+        running there is attached to. Raises Fatal where the cluster cannot be asked. `output().wait()` waits for it."""
+        from renderfarm.submit import submit_job
+
+        with self._told():
+            return submit_job(self.spec, address)[0]
+
     def output(self) -> Output:
         """What it has rendered so far. Raises InvalidJob before the first run."""
         from renderfarm.outputs import open

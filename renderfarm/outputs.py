@@ -10,9 +10,9 @@ Each method is one command, takes what it takes, and raises the package's own er
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from renderfarm.garbage import Collected
     from renderfarm.report.html import WrittenReport
     from renderfarm.verification import Again, Provenance, Verification
-    from renderfarm.waiting import Waited
+    from renderfarm.waiting import Seen, Waited
 
 Place = str | os.PathLike[str]
 Rows = str | int | Iterable[int]
@@ -57,6 +57,20 @@ class Output(reading.Output):
         from renderfarm.waiting import wait
 
         return wait(self.url, timeout_s)
+
+    def watch(self, every_s: float = 2.0) -> Iterator[Seen]:
+        """How far its run is, every few seconds, until it has ended or is paused: the last one has an `exit_code`."""
+        from renderfarm.waiting import watch
+
+        return watch(self.url, every_s)
+
+    def logs(
+        self, run: str | None = None, *, worker: str | None = None, rows: Rows | None = None, follow: bool = False
+    ) -> Iterator[dict[str, Any]]:
+        """What its runs said, event by event: of one run, one worker, or about some rows. `follow`: and what they say until they end."""
+        from renderfarm.logs import Choice, read_logs
+
+        return read_logs(self.url, Choice(run, worker, _ranges(rows)), follow=follow)
 
     def pause(self) -> Told:
         """Let the run finish its parts in flight, let its workers go, and wait. Raises InvalidJob where none is at work."""

@@ -151,6 +151,10 @@ def test_each_method_says_what_its_command_says(
     assert output.errors().to_pylist() == said("errors", output.url)["failures"]
     assert output.errors(group_by="class").to_pylist() == said("errors", output.url, "--group-by", "class")["groups"]
     assert but(vars(output.wait()), "seconds") == but(said("wait", output.url), "seconds")
+    assert [(seen.state, seen.exit_code) for seen in output.watch()] == [("PARTIAL", 3)]
+    assert list(output.logs(rows=[1])) == [
+        json.loads(line) for line in here("logs", output.url, "--rows", "1", "--json").stdout.splitlines()
+    ]
     assert output.inspect(3).record["pixel_sha256"] == said("inspect", output.url, "3")["record"]["pixel_sha256"]
     assert output.waive(rows=1, reason="as it should be").samples == 1
     assert output.errors().column("waived").to_pylist() == [True, False]

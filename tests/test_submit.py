@@ -89,10 +89,17 @@ def test_a_submitted_job_renders_on_the_cluster_and_the_same_job_is_one_submissi
     job = write_job(manifest, workers={"max": 2}, prompts=prompts, output={"path": str(tmp_path / "runs/{{ ds }}")})
     first = submit(job, head, "--logical-date", "2026-11-21")
     assert first.returncode == 0, first.stderr
+    script = f"import renderfarm; print(renderfarm.Job.load({str(job)!r}, logical_date='2026-11-21').submit({head!r}))"
+    command = [sys.executable, "-c", script]  # Ray reads a token once a process
+    from_python = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **TOKEN}, check=True).stdout.split()[-1]
     for sent in (manifest, tmp_path / "wildcards"):  # the driver is still to start
         sent.rename(tmp_path / f"{sent.name}.gone")
     one = json.loads(first.stdout.splitlines()[-1])
-    assert (one["new"], one["submission_id"]) == (True, f"renderfarm-test-{load_job(job, None, None, '2026-11-21').key}")
+    assert (one["new"], one["submission_id"], from_python) == (
+        True,
+        from_python,
+        f"renderfarm-test-{load_job(job, None, None, '2026-11-21').key}",
+    )
     assert one["notes"] == [f"output.path: {tmp_path}/runs/2026-11-21 must be under this path on every node, or in a store"]
     again = submit(job, head, "--logical-date", "2026-11-21", "--wait")
     assert again.returncode == 0, again.stdout + again.stderr

@@ -16,9 +16,6 @@ from renderfarm.errors import Fatal, InvalidJob
 
 Write = Callable[..., Path]
 PERSONAL = "a prompt of a person"
-MLFLOW = (
-    "mlflow is not installed: pip install 'renderfarm[mlflow]' (mlflow-skinny 3 wants an older importlib-metadata than constraints.txt has)"
-)
 
 
 class Kept:
@@ -147,7 +144,6 @@ def test_a_warning_holds_no_password_that_the_environment_has() -> None:
 def test_mlflow_keeps_it_in_a_store_of_its_own(
     write_manifest: Write, write_job: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("mlflow", reason=MLFLOW)
     from mlflow import MlflowClient
 
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -182,7 +178,6 @@ def test_mlflow_keeps_it_in_a_store_of_its_own(
 
 
 def test_an_mlflow_server_that_is_away_is_a_warning(write_manifest: Write, write_job: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("mlflow", reason=MLFLOW)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     track = {"mlflow": {"experiment": "renders", "tracking_uri": "http://127.0.0.1:9"}}
