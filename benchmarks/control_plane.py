@@ -4,8 +4,8 @@
 
 The fake model, no images. Each line is a process of its own, that nothing else shares.
 
-rows       `renderfarm.run` on a table whose rows all end as error rows before they are rendered (a guidance scale that no model takes): they are
-           read, leased, checked, written as parts and indexed; from the first worker's readiness to the last part
+rows       `renderfarm.run` on a table whose rows all end as error rows before they are rendered (a guidance scale that no model
+           takes): they are read, leased, checked, written as parts and indexed; from the first worker's readiness to the last part
 driver     the driver alone, against workers that answer at once with an empty file in the index for each part
 memory     the same for 1e5 to 1e7 rows: what the process holds at the end, and the most that it held
 manifest   8 million rows in one row group, streamed as leases of 1,000 rows, and the most memory that took
@@ -20,7 +20,6 @@ import os
 import queue
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -66,11 +65,16 @@ def main() -> None:
 
 def child(what: str, given: argparse.Namespace, **more: Any) -> Round:
     arguments = {"folder": given.folder, "workers": given.workers, **more}
-    return once("control_plane.py", "--child", what, *(text for name, value in arguments.items() for text in (f"--{name.replace('_', '-')}", str(value))))
+    return once(
+        "control_plane.py",
+        "--child",
+        what,
+        *(text for name, value in arguments.items() for text in (f"--{name.replace('_', '-')}", str(value))),
+    )
 
 
 def table(folder: Path, rows: int, kind: str = "plain") -> Path:
-    """`plain`: row groups of a million; `one`: one row group; `errors`: rows that no model renders. Written once, by a process of its own."""
+    """`plain`: row groups of a million; `one`: one row group; `errors`: rows that no model renders. Written once, in its own process."""
     path = folder / f"{kind}-{rows}.parquet"
     if not path.exists():
         folder.mkdir(exist_ok=True)
@@ -119,11 +123,15 @@ def show_rows(given: argparse.Namespace, report: Report) -> None:
         seen = [child("rows", given, engines=engine, rows=given.error_rows) for _ in range(given.rounds)]
         rounds[engine] = seen
         workers = given.workers if engine == "ray" else 1
-        lines.append([f"driver and parts, {engine}, {workers} worker(s)", f"{given.error_rows:,}", spread([one["rows_per_second"] for one in seen])])
+        lines.append(
+            [f"driver and parts, {engine}, {workers} worker(s)", f"{given.error_rows:,}", spread([one["rows_per_second"] for one in seen])]
+        )
     table(given.folder, 1_000_000)
     seen = [child("driver", given, rows=1_000_000) for _ in range(given.rounds)]
     lines.append(["the driver alone", "1,000,000", spread([one["rows_per_second"] for one in seen])])
-    report.show(f"Rows per second, parts of {PART_ROWS:,}, {given.rounds} rounds", ["", "rows", "rows/s"], lines, rounds=rounds | {"driver": seen})
+    report.show(
+        f"Rows per second, parts of {PART_ROWS:,}, {given.rounds} rounds", ["", "rows", "rows/s"], lines, rounds=rounds | {"driver": seen}
+    )
 
 
 def rows_through(given: argparse.Namespace) -> Round:
@@ -221,16 +229,15 @@ def show_manifest(given: argparse.Namespace, report: Report) -> None:
     path = table(given.folder, rows, "one")
     seen = child("stream", given, rows=rows)
     groups = pq.read_metadata(path).num_row_groups
-    lines = [[f"{rows:,} in {groups} row group", f"{path.stat().st_size / 1e6:.0f}", *(f"{seen[name]:.0f}" for name in ("before_mb", "most_mb")),
-              f"{seen['rows_per_second']:,.0f}"]]  # fmt: skip
+    megabytes = [f"{number:.0f}" for number in (path.stat().st_size / 1e6, seen["before_mb"], seen["most_mb"])]
+    lines = [[f"{rows:,} in {groups} row group", *megabytes, f"{seen['rows_per_second']:,.0f}"]]
     report.show("One large row group, as leases", ["rows", "MB on disk", "MB before", "MB at most", "rows/s"], lines, rounds=seen)
 
 
 def stream(given: argparse.Namespace) -> Round:
-    from renderfarm.config import ManifestSpec
+    from renderfarm.config import ManifestSpec, ModelSpec
     from renderfarm.manifest import open_manifest
     from renderfarm.models.catalog import describe
-    from renderfarm.config import ModelSpec
     from renderfarm.plan import Grid, leases
 
     arguments = describe(ModelSpec(id="builtin:fake")).arguments
@@ -288,7 +295,7 @@ def first_row(job: Path, engine: str, log: Path) -> float:
 
 
 def commit_parts(job: Path, out: Path, parts: int) -> None:
-    """One part is rendered, and its commit object and index entry are copied for the others: nothing of a run that goes on reads their rows."""
+    """One part is rendered, and its commit object and index entry are linked for the others: a run that goes on reads no rows of them."""
     import renderfarm
     from renderfarm import commit
     from renderfarm.driver import Driver

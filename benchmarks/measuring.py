@@ -31,7 +31,7 @@ CONFIDENCE = 0.95
 
 
 class Child:
-    """A script of this folder in a process of its own; it answers each line with a line of JSON, and the first before it is asked anything."""
+    """A script of this folder in a process of its own; it answers each line with a line of JSON, and says one before it is asked."""
 
     def __init__(self, script: str, *arguments: str, **environment: str) -> None:
         command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
@@ -190,7 +190,9 @@ class Report:
 
     def show(self, title: str, titles: Sequence[str], lines: Sequence[Sequence[object]], **rounds: Any) -> None:
         print(f"\n{title}\n\n{table(titles, lines)}", flush=True)
-        self.value.setdefault("tables", []).append({"title": title, "columns": list(titles), "lines": [list(line) for line in lines], **rounds})
+        self.value.setdefault("tables", []).append(
+            {"title": title, "columns": list(titles), "lines": [list(line) for line in lines], **rounds}
+        )
 
     def end(self) -> None:
         self.value |= {"load_after": [round(one, 2) for one in os.getloadavg()], "seconds": round(time.time() - self.began, 1)}

@@ -2,8 +2,8 @@
 
     python benchmarks/mixed.py [--quick] [--rows 400] [--rounds 5] [--json FILE]
 
-The rows are shaped as DiffusionDB's (samplers, step counts, guidance scales and sizes with one common value each and long tails), with their
-sizes mapped to three that the embedded model paints: 64², 80×48, 48×80. Step counts are divided by `--steps-divisor`, so that a round takes
+The rows are shaped as DiffusionDB's (samplers, step counts, guidance scales and sizes with one common value each and long tails), their sizes
+mapped to three that the embedded model paints: 64², 80×48, 48×80. Step counts are divided by `--steps-divisor`, so that a round takes
 seconds; as many different ones are left. All variants get the same rows, samplers, steps, guidance and seeds, and save PNGs.
 
 job               `renderfarm.run`: one denoiser call a step for B slots
@@ -11,8 +11,8 @@ grouped, padded   `pipe(…)` for up to B rows with equal arguments, filled up t
 grouped           the same without filling up: batches of any size, so a row's pixels depend on its mates
 per row           one `pipe(…)` a row
 
-`calls` are denoiser calls of the whole round, `useful` the share of their B places that was no filler. Grouping gets better the more rows there
-are to group; the last table counts, for the whole table of 4,000 rows, what each would call.
+`calls` are denoiser calls of the whole round, `useful` the share of their B places that was no filler. Grouping gets better the more rows
+there are to group; the last table counts, for the whole table of 4,000 rows, what it would call.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from loop import B, count_in_worker, load, timed_run, write_job
+from loop import B, load, timed_run, write_job
 from measuring import DATA, Child, Report, Round, compared, options, serve, take_turns
 
 from renderfarm.samplers import DIFFUSIONDB_CODES

@@ -2,7 +2,7 @@
 
     python benchmarks/nodes.py [--quick] [--seconds 40] [--rounds 3] [--json FILE]
 
-One machine plays the nodes (`ray.cluster_utils.Cluster`), so the model is the fake one at a fixed time per denoiser call: its workers sleep, and
+One machine plays the nodes (`ray.cluster_utils.Cluster`), so the model is the fake one at a fixed time per denoiser call: workers sleep, and
 what is measured is whether driver, leases and commits keep them busy. `images/s` is from the moment that the last worker is ready to the
 commit of the last part, so the end, where workers run dry one by one, is in it; of what was committed before that moment nothing counts.
 `linear` is against one worker on one node in the same round, `of the sleep` against workers that do nothing but sleep. A worker holds its
@@ -69,7 +69,17 @@ def show(report: Report, given: argparse.Namespace, found: dict[tuple[int, int],
         bound = not_below(linear)
         asleep = statistics.median(column(rounds, "images_per_second")) / (workers * B / (STEPS * given.step))
         used = "+".join(str(number) for number in rounds[-1]["workers_by_node"])
-        lines.append([nodes, workers, used, spread(column(rounds, "images_per_second")), spread(linear), "–" if bound is None else f"{bound:.3g}", f"{asleep:.1%}"])
+        lines.append(
+            [
+                nodes,
+                workers,
+                used,
+                spread(column(rounds, "images_per_second")),
+                spread(linear),
+                "–" if bound is None else f"{bound:.3g}",
+                f"{asleep:.1%}",
+            ]
+        )
     title = f"B={B}, {STEPS} calls of {given.step} s an image, parts of {PART_ROWS}, {given.rounds} round(s)"
     titles = ["nodes", "workers", "on nodes", "images/s", "linear", "not below (95 %)", "of the sleep"]
     report.show(title, titles, lines, rounds={str(place): rounds for place, rounds in found.items()})

@@ -2,9 +2,9 @@
 
     python benchmarks/overlap.py [--quick] [--images 256] [--rounds 5] [--json FILE]
 
-The fake model, at a time per picture that is measured first: what the encoder takes for one picture, alone. Its `step` sleeps, as a process
-does whose device computes; its `decode` gives pictures with grain, drawn before the clock starts, which make PNGs of 2 MB as photographs do.
-The device counts as busy in `step` alone; idle is the rest of the time from its first call to the end of its last one. Two variants take turns:
+The fake model, at a time per picture that is measured first: what the encoder takes for one picture, alone. Its `step` sleeps, as a
+process does whose device computes; its `decode` gives pictures with grain, drawn before the clock starts: PNGs of 2 MB, as of photographs.
+The device counts as busy in `step` alone; idle is the rest of the time from its first call to the end of its last. Two variants take turns:
 
 overlapped   the job as it is: encoding, hashing and writing beside the next steps
 in turn      the same calls as a plain loop makes them: render B pictures, encode and write them, go on
@@ -65,7 +65,12 @@ def main() -> None:
             for line, rounds in zip(compared(found, "overlapped", "images_per_second"), found.values(), strict=True)
         ]
         title = f"{given.images} PNGs of {SIZE}², {rendering * 1e3:.1f} ms each on the device, {alone * 1e3:.1f} ms to encode"
-        report.show(f"{title}, {given.rounds} rounds", ["", "images/s", "`overlapped` / it", "not below (95 %)", "device idle, %", "s"], lines, rounds=found)
+        report.show(
+            f"{title}, {given.rounds} rounds",
+            ["", "images/s", "`overlapped` / it", "not below (95 %)", "device idle, %", "s"],
+            lines,
+            rounds=found,
+        )
         show_timeline(Path(name) / "out")
     report.end()
 

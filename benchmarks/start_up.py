@@ -25,7 +25,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from loop import B, GUIDANCE, SIZE, STEPS, draw, load, write_job
+from loop import GUIDANCE, SIZE, STEPS, B, draw, load, write_job
 from measuring import REPOSITORY, Report, Round, compared, options, spread, take_turns
 
 STAGES = {
@@ -73,7 +73,10 @@ def show_stages(report: Report, given: argparse.Namespace, folder: Path) -> None
     stages = {title: lambda code=code: python(code) for title, code in {"an empty interpreter": "", **STAGES}.items()}  # type: ignore[misc]
     found = take_turns(stages, min(5, given.rounds))
     empty = statistics.median(one["seconds"] for one in found["an empty interpreter"])
-    lines = [[title, f"{statistics.median(one['seconds'] for one in rounds) - empty * (title != 'an empty interpreter'):.2f}"] for title, rounds in found.items()]
+    lines = [
+        [title, f"{statistics.median(one['seconds'] for one in rounds) - empty * (title != 'an empty interpreter'):.2f}"]
+        for title, rounds in found.items()
+    ]
     inside = [parts(folder, child) for child in ("worker", "ray") for _ in range(min(5, given.rounds))]
     names = dict.fromkeys(name for one in inside for name in one)
     lines += [[name, f"{statistics.median(one[name] for one in inside if name in one):.2f}"] for name in names]
@@ -182,7 +185,9 @@ def ray_alone(given: argparse.Namespace) -> None:
     import ray
 
     laps.lap("ray: import")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=256 << 20)
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=256 << 20
+    )
     laps.lap("ray: init")
 
     @ray.remote
