@@ -2,7 +2,7 @@
 
     python benchmarks/mixed.py [--quick] [--rows 400] [--rounds 5] [--json FILE]
 
-The rows are shaped as DiffusionDB's (samplers, step counts, guidance scales and sizes with one common value each and long tails), their sizes
+The rows are shaped as DiffusionDB's (samplers, step counts, guidance scales and sizes with one common value each and long tails), sizes
 mapped to three that the embedded model paints: 64², 80×48, 48×80. Step counts are divided by `--steps-divisor`, so that a round takes
 seconds; as many different ones are left. All variants get the same rows, samplers, steps, guidance and seeds, and save PNGs.
 

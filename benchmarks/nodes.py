@@ -2,7 +2,7 @@
 
     python benchmarks/nodes.py [--quick] [--seconds 40] [--rounds 3] [--json FILE]
 
-One machine plays the nodes (`ray.cluster_utils.Cluster`), so the model is the fake one at a fixed time per denoiser call: workers sleep, and
+One machine plays the nodes (`ray.cluster_utils.Cluster`), and the model is the fake one at a fixed time per denoiser call: workers sleep;
 what is measured is whether driver, leases and commits keep them busy. `images/s` is from the moment that the last worker is ready to the
 commit of the last part, so the end, where workers run dry one by one, is in it; of what was committed before that moment nothing counts.
 `linear` is against one worker on one node in the same round, `of the sleep` against workers that do nothing but sleep. A worker holds its

@@ -12,6 +12,7 @@ Shapes: B slots, H×W pixels, C channels, h×w latents, L text positions, D feat
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class SlotPipeline(LoadedPipeline):
         encoders = (getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
         if self.weighted is not None:
             self.cached_texts = 256  # longer ones
+        self._count = functools.lru_cache(self.cached_texts)(self._count_anew)  # in the render thread, so a sweep's prompts once
         self.mixes_texts = all(fills_vectors(encoder) for encoder in encoders if encoder is not None)
         self._tried_texts_at = 0
 
@@ -111,7 +113,7 @@ class SlotPipeline(LoadedPipeline):
         negative = self._negative(sample) if self._guided(sample) else None
         return Counted(tokens, cut_off, None if negative is None else self._count(negative)[1])
 
-    def _count(self, texts: Hashable) -> tuple[int, str | None]:
+    def _count_anew(self, texts: Hashable) -> tuple[int, str | None]:
         if self.weighted is not None:
             return self.weighted.count(texts), None
         return count_texts(texts if isinstance(texts, tuple) else (texts,), self._readers())
