@@ -18,7 +18,7 @@ from renderfarm.models.catalog import describe
 from renderfarm.models.common import count_texts
 from renderfarm.models.load import load_model
 from renderfarm.records import Sample, SampleKey
-from renderfarm.samplers import SAMPLERS
+from renderfarm.samplers import SAMPLERS, make_scheduler
 from renderfarm.slots import Rendered, SlotLoop
 
 WORKERS = Workers(batch_size=B)
@@ -137,7 +137,9 @@ def test_twenty_prompts_with_fifty_seeds_are_encoded_and_counted_as_twenty(
 ) -> None:
     called: list[torch.Tensor] = []
     counted: list[str] = []
+    made: list[str] = []
     monkeypatch.setattr(pipeline, "count_texts", lambda texts, readers: counted.extend(texts) or count_texts(texts, readers))
+    monkeypatch.setattr(pipeline, "make_scheduler", lambda name, config: made.append(name) or make_scheduler(name, config))
     loop = SlotLoop(lambda: load_model(model("sd").info, Workers(batch_size=8)))
     encoder = loop.ready.result().pipe.text_encoder  # type: ignore[attr-defined]
     encoder.register_forward_pre_hook(lambda module, args: called.append(args[0]))
@@ -147,6 +149,7 @@ def test_twenty_prompts_with_fifty_seeds_are_encoded_and_counted_as_twenty(
     assert len(torch.cat(called).unique(dim=0)) == loop.counters.encoded_texts == 20 + 1  # the empty text, to be guided away from
     assert len(called) == 3, "B texts go through the encoder at once, also those that a part needs later"
     assert sorted(counted) == sorted(["", *words])
+    assert made == ["euler"]
 
 
 def test_guidance_of_one_or_less_runs_without_an_unconditional_pass(slots: SlotLoop) -> None:

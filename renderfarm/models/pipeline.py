@@ -30,7 +30,7 @@ from renderfarm.models.loaded import LoadedPipeline
 from renderfarm.models.places import differing, mate_of, mates
 from renderfarm.models.torch_setup import translated
 from renderfarm.records import Sample
-from renderfarm.samplers import make_scheduler
+from renderfarm.samplers import copied, make_scheduler
 
 Embedding = tuple[torch.Tensor, ...]  # of one text, without the batch's axis: L×D, and for some families a pooled D
 
@@ -64,6 +64,7 @@ class SlotPipeline(LoadedPipeline):
         self._count = functools.lru_cache(self.cached_texts)(self._count_anew)  # in the render thread, so a sweep's prompts once
         self.mixes_texts = all(fills_vectors(encoder) for encoder in encoders if encoder is not None)
         self._tried_texts_at = 0
+        self._untouched: dict[str, Any] = {}  # a scheduler of each sampler, from which those of samples are copied
 
     def slot_group(self, sample: Sample) -> Hashable:
         chunks = None if self.weighted is None else self.weighted.padded(self._texts(sample))[0].chunks
@@ -122,7 +123,7 @@ class SlotPipeline(LoadedPipeline):
     @torch.inference_mode()
     def start(self, sample: Sample, embeddings: Sequence[Embedding]) -> State:
         noise, generator = initial_noise(sample, self._noise_shape(sample), self.device, self.dtype)
-        scheduler = make_scheduler(sample.sampler, self.pipe.scheduler.config)
+        scheduler = self._scheduler(sample.sampler)
         latents = self._begin(scheduler, sample, noise)
         negative = None
         if self._guided(sample):
@@ -138,6 +139,12 @@ class SlotPipeline(LoadedPipeline):
             negative=negative,
             guidance_embedding=self._guidance_embedding(sample),
         )
+
+    def _scheduler(self, sampler: str) -> Any:
+        """One for a sample of its own. To make it of the configuration takes diffusers longer than a step takes a fast device."""
+        if sampler not in self._untouched:
+            self._untouched[sampler] = make_scheduler(sampler, self.pipe.scheduler.config)
+        return copied(self._untouched[sampler])
 
     def calls(self, state: State) -> int:
         return len(state.timesteps)
