@@ -305,7 +305,7 @@ def measure(given: argparse.Namespace, report: Report, name: str) -> None:
     report.value.setdefault("devices", []).append(plain.said)
     best = best_batch(plain, 4 if given.tiny else BATCHES[-1])
     job = child(given, "job", name, "--batch", str(best))
-    variants = {mode: (lambda mode=mode: plain.ask(f"{mode} {best}")) for mode in ("defaults", "free", "exact")}  # type: ignore[misc]
+    variants = {mode: (lambda _, mode=mode: plain.ask(f"{mode} {best}")) for mode in ("defaults", "free", "exact")}  # type: ignore[misc]
     found = take_turns({**variants, "job": job.ask}, given.rounds)
     floor = given.tflops / case.tflop
     lines = []

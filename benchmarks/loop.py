@@ -10,7 +10,8 @@ Ray Data      read_parquet → map_batches on one actor, B rows at a time → wr
 
 What is timed: images per second from the moment that the model is loaded to the last file. For a job that is from its first worker's
 readiness to the commit of the last part; for Ray Data from the end of the actor's constructor to the last file written. Loading is in
-`start_up.py`. `besides` is what a round took beyond that, loading included. Every variant has done the same work once before it counts.
+`start_up.py`. `besides` is what a round took beyond that, loading included. Every variant has rendered two batches before it counts.
+Each round renders the next rows of the table, so all rounds together are --images.
 
     --work parti        the first rows of PartiPrompts, B=8, 64², 20 steps
     --work sweep        20 of these prompts, each with 50 seeds (with --images: as many prompts as fit)
@@ -48,7 +49,7 @@ def main() -> None:
     given = options(
         str(__doc__).splitlines()[0],
         work=(str, "parti", "parti, sweep or unguided"),
-        images=(int, (1632, 160), "images in each round"),
+        images=(int, (1632, 216), "of all rounds that count together"),
         rounds=(int, (9, 9), "that count"),
         threads=(int, 1, "of torch, in every variant"),
         variants=(str, ",".join(VARIANTS), "which ones"),
@@ -60,7 +61,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="rf-loop-", dir=given.folder) as name:
         folder = Path(name)
-        write_rows(given, folder / "rows.parquet")
+        write_rows(given, folder)
         report = Report(given)
         arguments = ["--folder", name, "--work", given.work, "--threads", str(given.threads)]
         children = {VARIANTS[one]: Child("loop.py", "--child", one, *arguments) for one in given.variants.split(",")}
@@ -73,14 +74,20 @@ def main() -> None:
         report.end()
 
 
-def write_rows(given: argparse.Namespace, path: Path) -> None:
-    """What every variant renders."""
+def write_rows(given: argparse.Namespace, folder: Path) -> None:
+    """What every variant renders in each round: the next rows of the table, whole batches of them."""
     prompts = pq.read_table(given.manifest, columns=["prompt"]).column("prompt").to_pylist()
     if given.work == "sweep":
         several = [prompt for prompt in prompts for _ in range(SEEDS_OF_A_PROMPT)]
         prompts = several[: min(given.images, 20 * SEEDS_OF_A_PROMPT)]
-    prompts = prompts[: given.images]
-    pq.write_table(pa.table({"prompt": prompts, "seed": list(range(len(prompts)))}), path)
+    each = max(B, min(given.images, len(prompts)) // given.rounds // B * B)
+    for number in range(-1, given.rounds):
+        start, stop = (0, 2 * B) if number < 0 else (number * each, (number + 1) * each)
+        pq.write_table(pa.table({"prompt": prompts[start:stop], "seed": list(range(start, stop))}), rows_of(folder, str(number)))
+
+
+def rows_of(folder: Path, number: str) -> Path:
+    return folder / f"rows{number}.parquet"
 
 
 def show(report: Report, given: argparse.Namespace, found: dict[str, list[Round]], folder: Path) -> None:
@@ -90,9 +97,9 @@ def show(report: Report, given: argparse.Namespace, found: dict[str, list[Round]
     for line, rounds in zip(compared(found, ours, "images_per_second"), found.values(), strict=True):
         counts = [str(rounds[-1].get(name, "")) for name in ("texts", "predictions")]
         lines.append([*line, f"{statistics.median(one['besides'] for one in rounds):.1f}", *counts])
-    images = pq.read_metadata(folder / "rows.parquet").num_rows
-    title = f"{given.work}: {images} images of {SIZE}², {STEPS} steps, B={B}, guidance {GUIDANCE[given.work]:g}, {given.threads} thread(s)"
-    report.show(f"{title}, {given.rounds} rounds", titles, lines, rounds=found)
+    images = pq.read_metadata(rows_of(folder, "0")).num_rows
+    title = f"{given.work}: {SIZE}², {STEPS} steps, B={B}, guidance {GUIDANCE[given.work]:g}, {given.threads} thread(s)"
+    report.show(f"{title}, {given.rounds} rounds of {images} images", titles, lines, rounds=found)
     if (folder / "bare").is_dir() and (folder / "job").is_dir():
         same, of, most = differences(folder)
         print(f"\n{same} of {of} pictures of `job` are those of `bare`, bit for bit; the largest difference of the others is {most}")
@@ -103,9 +110,9 @@ def differences(folder: Path) -> tuple[int, int, int]:
     """Equal pictures, all, and the largest difference. A batch of another make-up may move bits in `bare`, never in `job`."""
     same, most = 0, 0
     tables = sorted((folder / "job").glob("data/*/metadata.parquet"))
-    rows = [(path.parent / row["file_name"], row["row"]) for path in tables for row in pq.read_table(path).to_pylist()]
-    for file, row in rows:
-        ours, theirs = (np.asarray(Image.open(one), np.int16) for one in (file, folder / "bare" / f"{row}.png"))
+    rows = [(path.parent / row["file_name"], row["seed"]) for path in tables for row in pq.read_table(path).to_pylist()]
+    for file, seed in rows:
+        ours, theirs = (np.asarray(Image.open(one), np.int16) for one in (file, folder / "bare" / f"{seed}.png"))
         most = max(most, int(np.abs(ours - theirs).max()))
         same += bool((ours == theirs).all())
     return same, len(rows), most
@@ -146,7 +153,7 @@ def load(threads: int) -> Any:
 
     torch.set_num_threads(threads)
     folder = Path(renderfarm.__file__).parent / "shapes" / "model"
-    pipe = StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -171,13 +178,14 @@ def plain(given: argparse.Namespace, size: int, name: str) -> Callable[[str], Ro
     counts.watch(pipe)
     out.mkdir()
 
-    def work(_: str) -> Round:
-        rows = pq.read_table(given.folder / "rows.parquet").to_pylist()
+    def work(number: str) -> Round:
+        rows = pq.read_table(rows_of(given.folder, number)).to_pylist()
         counts.taken()
         began = time.perf_counter()
         for start in range(0, len(rows), size):
-            for row, picture in enumerate(draw(pipe, given.work, rows[start : start + size]), start):
-                picture.save(out / f"{row}.png")
+            some = rows[start : start + size]
+            for row, picture in zip(some, draw(pipe, given.work, some), strict=True):
+                picture.save(out / f"{row['seed']}.png")
         seconds = time.perf_counter() - began
         return {"images_per_second": len(rows) / seconds, "besides": 0.0, **counts.taken()}
 
@@ -199,7 +207,7 @@ def job(given: argparse.Namespace, name: str, engine: str) -> Callable[[str], Ro
     said = {
         "version": 1,
         "name": "loop",
-        "manifest": str(given.folder / "rows.parquet"),
+        "manifest": str(rows_of(given.folder, "-1")),
         "model": "builtin:shapes",
         "render": {"height": SIZE, "width": SIZE, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE[given.work], "sampler": "euler"},
         "workers": {"max": 1, "batch_size": B, "threads": given.threads, "device": "cpu"},
@@ -207,10 +215,11 @@ def job(given: argparse.Namespace, name: str, engine: str) -> Callable[[str], Ro
     }
     file = write_job(given.folder / f"{name}.yaml", said)
 
-    def work(_: str) -> Round:
+    def work(number: str) -> Round:
         shutil.rmtree(given.folder / name, ignore_errors=True)
         counts.taken()
-        return timed_run(load_job(file), engine) | (counts.taken() if engine == "inline" else {})
+        job = load_job(file, [f"manifest={rows_of(given.folder, number)}"])
+        return timed_run(job, engine) | (counts.taken() if engine == "inline" else {})
 
     return work
 
@@ -291,17 +300,17 @@ def data(given: argparse.Namespace) -> Callable[[str], Round]:
     ray.data.DataContext.get_current().enable_progress_bars = False
     out = given.folder / "ray-data"
 
-    def work(_: str) -> Round:
+    def work(number: str) -> Round:
         shutil.rmtree(out, ignore_errors=True)
         began = time.time()
-        rows = ray.data.read_parquet(str(given.folder / "rows.parquet"))
+        rows = ray.data.read_parquet(str(rows_of(given.folder, number)))
         actor = {"fn_constructor_args": (given.threads, given.work), "compute": ray.data.ActorPoolStrategy(size=1)}
         rows.map_batches(Renderer, batch_size=B, num_cpus=1, **actor).write_parquet(str(out))
         whole, files = time.time() - began, list(out.glob("*.parquet"))
         ready = min(pq.read_table(file, columns=["ready"]).column("ready")[0].as_py() for file in files)
         images = sum(pq.read_metadata(file).num_rows for file in files)
         seconds = max(file.stat().st_mtime for file in files) - ready
-        assert images == pq.read_metadata(given.folder / "rows.parquet").num_rows
+        assert images == pq.read_metadata(rows_of(given.folder, number)).num_rows
         return {"images_per_second": images / seconds, "besides": whole - seconds}
 
     return work

@@ -42,7 +42,7 @@ class Child:
         self.process = subprocess.Popen(command, env=clean | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # noqa: S603
         self.said = self._answer()
 
-    def ask(self, line: str = "again") -> Round:
+    def ask(self, line: str) -> Round:
         assert self.process.stdin is not None
         self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
@@ -79,13 +79,13 @@ def once(script: str, *arguments: str, **environment: str) -> Round:
     return child.said
 
 
-def take_turns(variants: Mapping[str, Callable[[], Round]], rounds: int, warm_up: bool = True) -> dict[str, list[Round]]:
-    """A B C, B C A, …: each does the same work in every round. The first round warms up and is not counted."""
+def take_turns(variants: Mapping[str, Callable[[str], Round]], rounds: int) -> dict[str, list[Round]]:
+    """A B C, B C A, …: each is told the number of the round, and does the same work in it. Round -1 warms up and is not counted."""
     found: dict[str, list[Round]] = {name: [] for name in variants}
     names = list(variants)
-    for number in range(-1 if warm_up else 0, rounds):
+    for number in range(-1, rounds):
         for name in names[max(0, number) % len(names) :] + names[: max(0, number) % len(names)]:
-            seen = variants[name]()
+            seen = variants[name](str(number))
             if number >= 0:
                 found[name].append(seen)
             print(f"  round {number + 1} {name}: {said(seen)}", file=sys.stderr, flush=True)

@@ -53,9 +53,9 @@ def main() -> None:
         folder = Path(name)
         pq.write_table(pa.table({"prompt": [f"a large red circle {row}" for row in range(B)], "seed": range(B)}), folder / "rows.parquet")
         variants = {
-            "plain diffusers": lambda: command(folder, [__file__, "--child", "plain", "--folder", name], "plain"),
-            "run, inline": lambda: run(folder, "inline"),
-            "run, Ray": lambda: run(folder, "ray"),
+            "plain diffusers": lambda _: command(folder, [__file__, "--child", "plain", "--folder", name], "plain"),
+            "run, inline": lambda _: run(folder, "inline"),
+            "run, Ray": lambda _: run(folder, "ray"),
         }
         found = take_turns(variants, given.rounds)
         lines = [
@@ -70,7 +70,7 @@ def main() -> None:
 
 def show_stages(report: Report, given: argparse.Namespace, folder: Path) -> None:
     """Each import in a bare interpreter of its own (less an empty one's time), then a worker's own stages and Ray's."""
-    stages = {title: lambda code=code: python(code) for title, code in {"an empty interpreter": "", **STAGES}.items()}  # type: ignore[misc]
+    stages = {title: lambda _, code=code: python(code) for title, code in {"an empty interpreter": "", **STAGES}.items()}  # type: ignore[misc]
     found = take_turns(stages, min(5, given.rounds))
     empty = statistics.median(one["seconds"] for one in found["an empty interpreter"])
     lines = [
