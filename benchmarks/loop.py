@@ -17,7 +17,8 @@ Each round renders the next rows of the table, so all rounds together are --imag
     --work sweep        20 of these prompts, each with 50 seeds (with --images: as many prompts as fit)
     --work unguided     as parti, with guidance_scale 1: no unconditional pass
 
-`texts` and `predictions` are counted by hooks on the text encoder and the denoiser: rows that they were given, fillers included. At the end
+`CPU ms/image` is of the whole process within that time, where it is one process: other people's load moves it less than the clock.
+`texts` and `predictions` are counted by hooks on the text encoder and the denoiser: rows that they were given, fillers and what a worker tries before it is ready included. At the end
 the pictures of `bare` and `job` are compared.
 """
 
@@ -36,7 +37,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from measuring import DATA, Child, Report, Round, compared, options, serve, take_turns
+from measuring import DATA, Child, Report, Round, column, compared, options, serve, spread, take_turns
 from PIL import Image
 
 B, SIZE, STEPS = 8, 64, 20
@@ -92,11 +93,12 @@ def rows_of(folder: Path, number: str) -> Path:
 
 def show(report: Report, given: argparse.Namespace, found: dict[str, list[Round]], folder: Path) -> None:
     ours = "job" if "job" in found else next(iter(found))
-    titles = ["", "images/s", f"`{ours}` / it", "not below (95 %)", "besides, s", "texts", "predictions"]
+    titles = ["", "images/s", f"`{ours}` / it", "not below (95 %)", "CPU ms/image", "besides, s", "texts", "predictions"]
     lines = []
     for line, rounds in zip(compared(found, ours, "images_per_second"), found.values(), strict=True):
         counts = [str(rounds[-1].get(name, "")) for name in ("texts", "predictions")]
-        lines.append([*line, f"{statistics.median(one['besides'] for one in rounds):.1f}", *counts])
+        cpu = spread(column(rounds, "cpu_ms")) if "cpu_ms" in rounds[0] else ""
+        lines.append([*line, cpu, f"{statistics.median(one['besides'] for one in rounds):.1f}", *counts])
     images = pq.read_metadata(rows_of(folder, "0")).num_rows
     title = f"{given.work}: {SIZE}², {STEPS} steps, B={B}, guidance {GUIDANCE[given.work]:g}, {given.threads} thread(s)"
     report.show(f"{title}, {given.rounds} rounds of {images} images", titles, lines, rounds=found)
@@ -181,13 +183,13 @@ def plain(given: argparse.Namespace, size: int, name: str) -> Callable[[str], Ro
     def work(number: str) -> Round:
         rows = pq.read_table(rows_of(given.folder, number)).to_pylist()
         counts.taken()
-        began = time.perf_counter()
+        began, used = time.perf_counter(), time.process_time()
         for start in range(0, len(rows), size):
             some = rows[start : start + size]
             for row, picture in zip(some, draw(pipe, given.work, some), strict=True):
                 picture.save(out / f"{row['seed']}.png")
-        seconds = time.perf_counter() - began
-        return {"images_per_second": len(rows) / seconds, "besides": 0.0, **counts.taken()}
+        seconds, used = time.perf_counter() - began, time.process_time() - used
+        return {"images_per_second": len(rows) / seconds, "cpu_ms": 1e3 * used / len(rows), "besides": 0.0, **counts.taken()}
 
     return work
 
@@ -235,21 +237,20 @@ def timed_run(job: Any, engine: Any, address: str | None = None) -> Round:
     """Images per second from the first worker's readiness to the last part's commit, as the driver hears of it."""
     import renderfarm
 
-    ended = 0.0
+    seen: list[tuple[float, float]] = []  # this process's time and CPU time, at its beginning and at its end
 
     def observe(progress: Any) -> None:
-        nonlocal ended
-        if not ended and progress.parts and progress.parts_done == progress.parts:
-            ended = time.time()
-        if progress.first_ready is not None:
-            ready.append(progress.first_ready)
+        if progress.first_ready is not None and not seen:
+            seen.append((progress.first_ready, time.process_time()))
+        if len(seen) == 1 and progress.parts and progress.parts_done == progress.parts:
+            seen.append((time.time(), time.process_time()))
 
-    ready: list[float] = []
     began = time.time()
     summary = renderfarm.run(job, engine=engine, address=address, observe=observe)
-    whole, seconds = time.time() - began, (ended or time.time()) - ready[0]
+    whole, (seconds, used) = time.time() - began, (b - a for a, b in zip(*seen, strict=True))
     assert not summary.errors, summary.error_classes
-    return {"images_per_second": summary.images / seconds, "besides": whole - seconds, "useful_slots": summary.useful_slots}
+    cpu = {"cpu_ms": 1e3 * used / summary.images} if engine == "inline" else {}
+    return {"images_per_second": summary.images / seconds, **cpu, "besides": whole - seconds, "useful_slots": summary.useful_slots}
 
 
 def count_in_worker(counts: Counts) -> None:
