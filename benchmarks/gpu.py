@@ -38,6 +38,8 @@ import pyarrow.parquet as pq
 from loop import timed_run, write_job
 from measuring import Child, Report, Round, column, compared, options, ratios, serve, spread, take_turns
 
+from renderfarm.models.load import prepare_libraries
+
 BATCHES = (1, 2, 4, 8, 16, 32)
 WORTH_IT = 1.03
 
@@ -183,6 +185,7 @@ LETTERS = [chr(code) for code in range(33, 127)]
 
 def build(folder: Path, model: str, tiny: bool) -> None:
     """Write a model in diffusers' format, with random weights in bfloat16."""
+    prepare_libraries()
     import diffusers
     import torch
     import transformers
@@ -312,6 +315,7 @@ def measure(given: argparse.Namespace, report: Report, name: str) -> None:
     for line, rounds in zip(compared(found, "job", "images_per_second"), found.values(), strict=True):
         lines.append([*line, f"{statistics.median(column(rounds, 'images_per_second')) / floor:.1%}"])
     what = f"{name}: {case.side}², {case.steps} steps, guidance {case.guidance:g}, B={best}, bfloat16, {plain.said['device']}"
+    what = f"{name}, toy model: says nothing of speed" if given.tiny else what
     report.show(what, ["", "images/s", "`job` / it", "not below (95 %)", "of the floor"], lines, rounds=found)
     cost = [1 - one for one in ratios(found["exact"], found["free"], "images_per_second")]
     print(f"\nthe exact flags cost {statistics.median(cost):.1%} of the free ones' speed ({min(cost):.1%} to {max(cost):.1%})")
@@ -371,10 +375,11 @@ class Plain:
     """diffusers as its users call it, with one set of flags or another."""
 
     def __init__(self, given: argparse.Namespace) -> None:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the context is made; in every mode alike
+        prepare_libraries()
         import diffusers
         import torch
 
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the context is made; in every mode alike
         self.case, folder, self.dtype = case_of(given)
         self.batches = given.batches
         self.device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -18,8 +18,8 @@ Each round renders the next rows of the table, so all rounds together are --imag
     --work unguided     as parti, with guidance_scale 1: no unconditional pass
 
 `CPU ms/image` is of the whole process within that time, where it is one process: other people's load moves it less than the clock.
-`texts` and `predictions` are counted by hooks on the text encoder and the denoiser: rows that they were given, fillers and what a worker tries before it is ready included. At the end
-the pictures of `bare` and `job` are compared.
+`texts` and `predictions` are counted by hooks on the text encoder and the denoiser: rows that they were given, with fillers, and with what a
+worker tries before it is ready. At the end the pictures of `bare` and `job` are compared.
 """
 
 from __future__ import annotations
@@ -148,10 +148,12 @@ class Counts:
 
 def load(threads: int) -> Any:
     """As a user of diffusers does, without its progress bar."""
+    import renderfarm
+    from renderfarm.models.load import prepare_libraries
+
+    prepare_libraries()  # silences imports; not a number changes
     import torch
     from diffusers import StableDiffusionPipeline
-
-    import renderfarm
 
     torch.set_num_threads(threads)
     folder = Path(renderfarm.__file__).parent / "shapes" / "model"
