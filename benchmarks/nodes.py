@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from loop import write_job
 from measuring import Child, Report, Round, column, not_below, options, ratios, serve, spread
 
-B, STEPS, PART_ROWS = 8, 10, 32
+B, STEPS, PART_ROWS = 8, 10, 16
 PLACES = ((1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (3, 4))
 """(nodes, workers)"""
 
@@ -32,7 +32,7 @@ PLACES = ((1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (3, 4))
 def main() -> None:
     given = options(
         str(__doc__).splitlines()[0],
-        seconds=(float, (40.0, 16.0), "that each worker renders in each place"),
+        seconds=(float, (60.0, 20.0), "that each worker renders in each place"),
         rounds=(int, (5, 1), "of all places"),
         step=(float, 0.05, "seconds that a denoiser call sleeps"),
         nodes=(int, 1, "of a child's cluster"),
@@ -89,6 +89,7 @@ def show(report: Report, given: argparse.Namespace, found: dict[tuple[int, int],
 
 
 def serve_cluster(given: argparse.Namespace) -> None:
+    import ray
     from ray.cluster_utils import Cluster
 
     (given.folder / "ray").mkdir(exist_ok=True)
@@ -98,6 +99,7 @@ def serve_cluster(given: argparse.Namespace) -> None:
     try:
         serve(lambda line: measured(given, cluster.address, int(line)))
     finally:
+        ray.shutdown()
         cluster.shutdown()
 
 

@@ -39,7 +39,7 @@ DIFFERENT = 8  # pictures, over and over
 def main() -> None:
     given = options(
         str(__doc__).splitlines()[0],
-        images=(int, (256, 192), "in each round"),
+        images=(int, (256, 96), "in each round"),
         rounds=(int, (9, 5), "that count"),
         folder=(Path, None, "where to work"),
         share=(float, 1.0, "rendering's time as a share of encoding's"),
