@@ -12,7 +12,8 @@ grouped           the same without filling up: batches of any size, so a row's p
 per row           one `pipe(…)` a row
 
 `calls` are denoiser calls of the whole round, `useful` the share of their B places that was no filler. Grouping gets better the more rows
-there are to group; the last table counts, for the whole table of 4,000 rows, what it would call.
+there are to group; the last table counts, for the whole table of 4,000 rows, what it would call, and what slots do call: that job runs with
+the fake model, which takes as many steps of 20 ms.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from loop import B, load, timed_run, write_job
-from measuring import DATA, Child, Report, Round, compared, options, serve, take_turns
+from loop import B, load, rows_of, timed_run, write_job
+from measuring import DATA, Child, Report, Round, compared, once, options, serve, take_turns
 
 from renderfarm.samplers import DIFFUSIONDB_CODES
 
@@ -43,21 +44,26 @@ Key = tuple[Any, ...]
 def main() -> None:
     given = options(
         str(__doc__).splitlines()[0],
-        rows=(int, (400, 96), "of the table, drawn at random with a fixed seed"),
-        rounds=(int, (5, 5), "that count"),
-        steps_divisor=(int, 5, "by which step counts are divided"),
+        rows=(int, (400, 48), "of the table, drawn at random with a fixed seed"),
+        rounds=(int, (5, 3), "that count"),
+        steps_divisor=(int, (5, 10), "by which step counts are divided"),
         variants=(str, ",".join(VARIANTS), "which ones"),
         manifest=(Path, DATA / "diffusiondb_shaped.parquet", "rows in DiffusionDB's columns"),
         folder=(Path, None, "where to work"),
     )
     if given.child:
-        serve(job(given) if given.child == "job" else plain(given, given.child))
+        if given.child == "fake":
+            serve(lambda line: {}, job(given, "builtin:fake")(str(given.folder / "every.parquet")))
+        else:
+            serve(job(given) if given.child == "job" else plain(given, given.child))
         return
     with tempfile.TemporaryDirectory(prefix="rf-mixed-", dir=given.folder) as name:
         folder = Path(name)
         every = read_rows(given)
         rows = sorted(random.Random(0).sample(every, min(given.rows, len(every))), key=lambda row: row["seed"])
-        pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+        for number in range(-1, given.rounds):
+            pq.write_table(pa.Table.from_pylist(rows[:B] if number < 0 else rows), rows_of(folder, str(number)))
+        pq.write_table(pa.Table.from_pylist(every), folder / "every.parquet")
         report = Report(given)
         children = {VARIANTS[one]: Child("mixed.py", "--child", one, "--folder", name) for one in given.variants.split(",")}
         try:
@@ -65,7 +71,7 @@ def main() -> None:
         finally:
             for child in children.values():
                 child.close()
-        show(report, found, rows, every)
+        show(report, found, rows, every, once("mixed.py", "--child", "fake", "--folder", name, RENDERFARM_FAKE_STEP_S="0.02"))
         report.end()
 
 
@@ -96,7 +102,7 @@ def chunks(rows: list[Row]) -> list[list[Row]]:
     return [group[start : start + B] for group in groups.values() for start in range(0, len(group), B)]
 
 
-def show(report: Report, found: dict[str, list[Round]], rows: list[Row], every: list[Row]) -> None:
+def show(report: Report, found: dict[str, list[Round]], rows: list[Row], every: list[Row], slots: Round) -> None:
     lines = []
     for line, rounds in zip(compared(found, "job", "images_per_second"), found.values(), strict=True):
         useful = rounds[-1].get("useful_slots")
@@ -109,14 +115,24 @@ def show(report: Report, found: dict[str, list[Round]], rows: list[Row], every: 
         work = sum(number * count for number, count in steps.items())
         calls = sum(chunk[0]["num_inference_steps"] for chunk in chunks(some))
         lines.append([title, len({group_of(row) for row in some}), work // B, calls, f"{work / (B * calls):.1%}"])
-    titles = ["steps counted, not rendered", "different rows", "least calls of B", "calls when grouped", "useful places then"]
-    report.show("What grouping would call", titles, lines)
+    lines[-1] += [slots["calls"], f"{slots['useful_slots']:.1%}"]
+    lines[0] += ["", ""]
+    titles = [
+        "steps counted, not rendered",
+        "different rows",
+        "least calls of B",
+        "calls when grouped",
+        "useful then",
+        "calls of slots",
+        "useful then",
+    ]
+    report.show("What grouping would call, and slots", titles, lines)
 
 
 # ------------------------------------------------------------------------------------------------ variants
 
 
-def job(given: argparse.Namespace) -> Callable[[str], Round]:
+def job(given: argparse.Namespace, model: str = "builtin:shapes") -> Callable[[str], Round]:
     import renderfarm.slots
     from renderfarm.jobfile import load_job
 
@@ -131,16 +147,17 @@ def job(given: argparse.Namespace) -> Callable[[str], Round]:
     said = {
         "version": 1,
         "name": "mixed",
-        "manifest": str(given.folder / "rows.parquet"),
-        "model": "builtin:shapes",
+        "manifest": str(given.folder / "every.parquet"),
+        "model": model,
         "workers": {"max": 1, "batch_size": B, "device": "cpu"},
         "output": {"path": str(given.folder / "job"), "part_rows": 64},
     }
     file = write_job(given.folder / "job.yaml", said)
 
-    def work(_: str) -> Round:
+    def work(number: str) -> Round:
         shutil.rmtree(given.folder / "job", ignore_errors=True)
-        return timed_run(load_job(file), "inline") | {"calls": loops[0].counters.denoiser_calls}
+        manifest = number if number.endswith(".parquet") else rows_of(given.folder, number)
+        return timed_run(load_job(file, [f"manifest={manifest}"]), "inline") | {"calls": loops[0].counters.denoiser_calls}
 
     return work
 
@@ -155,10 +172,10 @@ def plain(given: argparse.Namespace, name: str) -> Callable[[str], Round]:
     out = given.folder / name
     out.mkdir()
 
-    def work(_: str) -> Round:
+    def work(number: str) -> Round:
         import torch
 
-        rows = pq.read_table(given.folder / "rows.parquet").to_pylist()
+        rows = pq.read_table(rows_of(given.folder, number)).to_pylist()
         calls.clear()
         began = time.perf_counter()
         for chunk in [[row] for row in rows] if name == "rows" else chunks(rows):
