@@ -18,8 +18,8 @@ Each round renders the next rows of the table, so all rounds together are --imag
     --work unguided     as parti, with guidance_scale 1: no unconditional pass
 
 `CPU ms/image` is of the whole process within that time, where it is one process: a machine's load moves it less.
-`texts` and `predictions` are counted by hooks on the text encoder and the denoiser: rows that they were given, with fillers, and with what a
-worker tries before it is ready. At the end the pictures of `bare` and `job` are compared.
+`texts` and `predictions` are counted by hooks on the text encoder and the denoiser: rows that they were given, with fillers, and with what
+a worker tries before it is ready. At the end the pictures of `bare` and `job` are compared.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from measuring import DATA, Child, Report, Round, compared, once, options, serve
 from renderfarm.samplers import DIFFUSIONDB_CODES
 
 VARIANTS = {"job": "job", "padded": "grouped, padded", "grouped": "grouped", "rows": "per row"}
+PART_ROWS = 64
 Row = dict[str, Any]
 Key = tuple[Any, ...]
 
@@ -110,13 +111,18 @@ def show(report: Report, found: dict[str, list[Round]], rows: list[Row], every: 
     title = f"{len(rows)} rows, {len({group_of(row) for row in rows})} of them different in their arguments"
     report.show(title, ["", "images/s", "`job` / it", "not below (95 %)", "calls", "useful"], lines, rounds=found)
     lines = []
-    for title, some in ((f"{len(rows)} rows", rows), (f"all {len(every)} rows", every)):
-        steps = Counter(row["num_inference_steps"] for row in some)
-        work = sum(number * count for number, count in steps.items())
-        calls = sum(chunk[0]["num_inference_steps"] for chunk in chunks(some))
+    in_parts = [every[start : start + PART_ROWS] for start in range(0, len(every), PART_ROWS)]
+    for title, several in (
+        (f"{len(rows)} rows", [rows]),
+        (f"{len(every)} rows, in parts of {PART_ROWS}", in_parts),
+        (f"{len(every)} rows", [every]),
+    ):
+        some = [row for part in several for row in part]
+        work = sum(row["num_inference_steps"] for row in some)
+        calls = sum(chunk[0]["num_inference_steps"] for part in several for chunk in chunks(part))
         lines.append([title, len({group_of(row) for row in some}), work // B, calls, f"{work / (B * calls):.1%}"])
     lines[-1] += [slots["calls"], f"{slots['useful_slots']:.1%}"]
-    lines[0] += ["", ""]
+    lines[:-1] = [[*line, "", ""] for line in lines[:-1]]
     titles = [
         "steps counted, not rendered",
         "different rows",
@@ -150,7 +156,7 @@ def job(given: argparse.Namespace, model: str = "builtin:shapes") -> Callable[[s
         "manifest": str(given.folder / "every.parquet"),
         "model": model,
         "workers": {"max": 1, "batch_size": B, "device": "cpu"},
-        "output": {"path": str(given.folder / "job"), "part_rows": 64},
+        "output": {"path": str(given.folder / "job"), "part_rows": PART_ROWS},
     }
     file = write_job(given.folder / "job.yaml", said)
 
