@@ -39,7 +39,7 @@ class UNetPipeline(SlotPipeline):
         return latents
 
     def _step_arguments(self, scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
-        accepted = _accepted(type(scheduler))  # type: ignore[arg-type] - classes are hashable, whatever mypy takes Any for
+        accepted = _accepted(type(scheduler))  # type: ignore[arg-type]  # classes can be hashed, whatever mypy takes Any for
         arguments: dict[str, Any] = {"eta": 0.0} if "eta" in accepted else {}
         return arguments | {"generator": generator} if "generator" in accepted else arguments
 
