@@ -7,6 +7,7 @@ One line per sampler. Its options are applied on top of the model's own schedule
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Mapping
@@ -274,6 +275,13 @@ def own_sampler(scheduler: str, config: Mapping[str, Any], kind: Kind) -> Sample
 def without_zero_snr() -> list[str]:
     """Names of the samplers whose class knows of no noise that hides the picture wholly."""
     return [sampler.name for sampler in _TABLE if sampler.kind == "diffusion" and sampler.scheduler not in _ZERO_SNR]
+
+
+def copied(scheduler: Any) -> Any:
+    """Another scheduler in the same state, of which nothing that may change is shared; its configuration cannot."""
+    other = copy.copy(scheduler)
+    vars(other).update({name: copy.deepcopy(value) for name, value in vars(scheduler).items() if name != "_internal_dict"})
+    return other
 
 
 def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:

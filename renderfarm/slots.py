@@ -18,7 +18,7 @@ import queue
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -239,10 +239,8 @@ class SlotLoop:
         size = self._model.batch_size
         needed = list(dict.fromkeys(text for job in entering for text in self._model.texts(job.sample)))
         missing = [text for text in needed if text not in self._embeddings]
-        if missing and len(missing) % size:
-            soon = dict.fromkeys(text for job, _ in zip(waiting, range(4 * size), strict=False) for text in self._model.texts(job.sample))
-            later = [text for text in soon if text not in self._embeddings and text not in missing]
-            missing += later[: -len(missing) % size]
+        if missing:
+            missing += itertools.islice(self._needed_later(waiting, set(missing)), -len(missing) % size)
         for start in range(0, len(missing), size):
             chunk = missing[start : start + size]
             self._embeddings.update(zip(chunk, self._model.encode_texts(chunk), strict=True))
@@ -251,6 +249,14 @@ class SlotLoop:
             self._embeddings.move_to_end(text)
         while len(self._embeddings) > max(self._model.cached_texts, len(needed)):
             self._embeddings.popitem(last=False)
+
+    def _needed_later(self, waiting: deque[_Job], but: set[Hashable]) -> Iterator[Hashable]:
+        """Texts of samples that wait which nobody has encoded, each once: those of a sweep may be a prompt's hundred seeds away."""
+        for job in waiting:
+            for text in self._model.texts(job.sample):
+                if text not in but and text not in self._embeddings:
+                    but.add(text)
+                    yield text
 
     def _step(self, group: _Group) -> None:
         try:

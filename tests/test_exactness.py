@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import diffusers
@@ -9,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from covering import only
-from oracle import REFERENCE, B, plain_pipeline, reference
+from oracle import REFERENCE, B, Model, plain_pipeline, reference
 
 from renderfarm.config import ModelSpec, Workers
+from renderfarm.models import pipeline
 from renderfarm.models.catalog import describe
+from renderfarm.models.common import count_texts
 from renderfarm.models.load import load_model
 from renderfarm.records import Sample, SampleKey
-from renderfarm.samplers import SAMPLERS
+from renderfarm.samplers import SAMPLERS, make_scheduler
 from renderfarm.slots import Rendered, SlotLoop
 
 WORKERS = Workers(batch_size=B)
@@ -127,6 +130,26 @@ def test_each_distinct_text_is_encoded_once(slots: SlotLoop) -> None:
     before = slots.counters.encoded_texts
     rendered(slots.submit([sample(k, "euler", seed=k, prompt="a text never seen before") for k in range(7)]))
     assert slots.counters.encoded_texts == before + 1
+
+
+def test_twenty_prompts_with_fifty_seeds_are_encoded_and_counted_as_twenty(
+    model: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[torch.Tensor] = []
+    counted: list[str] = []
+    made: list[str] = []
+    monkeypatch.setattr(pipeline, "count_texts", lambda texts, readers: counted.extend(texts) or count_texts(texts, readers))
+    monkeypatch.setattr(pipeline, "make_scheduler", lambda name, config: made.append(name) or make_scheduler(name, config))
+    loop = SlotLoop(lambda: load_model(model("sd").info, Workers(batch_size=8)))
+    encoder = loop.ready.result().pipe.text_encoder  # type: ignore[attr-defined]
+    encoder.register_forward_pre_hook(lambda module, args: called.append(args[0]))
+    words = [f"{colour} {shape}" for colour in ("red", "blue", "green", "pink") for shape in ("dot", "bar", "star", "ring", "box")]
+    rendered(loop.submit([sample(k, "euler", seed=k, steps=1, side=(16, 16), prompt=words[k // 50]) for k in range(1000)]))
+    loop.close()
+    assert len(torch.cat(called).unique(dim=0)) == loop.counters.encoded_texts == 20 + 1  # the empty text, to be guided away from
+    assert len(called) == 3, "B texts go through the encoder at once, also those that a part needs later"
+    assert sorted(counted) == sorted(["", *words])
+    assert made == ["euler"]
 
 
 def test_guidance_of_one_or_less_runs_without_an_unconditional_pass(slots: SlotLoop) -> None:

@@ -6,6 +6,7 @@ import inspect
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import diffusers
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from renderfarm.errors import InvalidInput
 from renderfarm.models.catalog import refused_by_configuration
-from renderfarm.samplers import DIFFUSIONDB_CODES, SAMPLERS, Kind, find_sampler, make_scheduler, own_sampler
+from renderfarm.samplers import DIFFUSIONDB_CODES, SAMPLERS, Kind, copied, find_sampler, make_scheduler, own_sampler
 
 WORDS = [(word, sampler.name) for sampler in SAMPLERS.values() for word in (sampler.name, *sampler.aliases)]
 
@@ -94,6 +95,28 @@ def five_steps(scheduler: Any) -> torch.Tensor:
     for t in scheduler.timesteps:
         latents = scheduler.step(scheduler.scale_model_input(latents, t) / 2, t, latents, return_dict=False)[0]
     return latents
+
+
+@pytest.mark.parametrize("name", [name for name, sampler in SAMPLERS.items() if sampler.kind == "diffusion"])
+def test_copies_of_a_scheduler_that_step_in_turns_go_the_way_of_one_that_was_made_anew(name: str) -> None:
+    config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+    wanted, untouched = list(walk(make_scheduler(name, config))), make_scheduler(name, config)
+    for _ in range(2):
+        ways = list(zip(walk(copied(untouched)), walk(copied(untouched)), strict=True))
+        assert len(ways) == len(wanted)
+        for one, other, alone in zip(*zip(*ways, strict=True), wanted, strict=True):
+            assert torch.equal(one, alone)
+            assert torch.equal(other, alone)
+
+
+def walk(scheduler: Any) -> Iterator[torch.Tensor]:
+    """Five steps, one at a time."""
+    scheduler.set_timesteps(5)
+    drawn = {"generator": torch.Generator().manual_seed(0)} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    latents = torch.ones(1, 4, 2, 2) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        latents = scheduler.step(scheduler.scale_model_input(latents, t) / 2, t, latents, return_dict=False, **drawn)[0]
+        yield latents
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)

@@ -12,6 +12,7 @@ Shapes: B slots, H×W pixels, C channels, h×w latents, L text positions, D feat
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from renderfarm.models.loaded import LoadedPipeline
 from renderfarm.models.places import differing, mate_of, mates
 from renderfarm.models.torch_setup import translated
 from renderfarm.records import Sample
-from renderfarm.samplers import make_scheduler
+from renderfarm.samplers import copied, make_scheduler
 
 Embedding = tuple[torch.Tensor, ...]  # of one text, without the batch's axis: L×D, and for some families a pooled D
 
@@ -60,8 +61,10 @@ class SlotPipeline(LoadedPipeline):
         encoders = (getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2", "text_encoder_3"))
         if self.weighted is not None:
             self.cached_texts = 256  # longer ones
+        self._count = functools.lru_cache(self.cached_texts)(self._count_anew)  # in the render thread, so a sweep's prompts once
         self.mixes_texts = all(fills_vectors(encoder) for encoder in encoders if encoder is not None)
         self._tried_texts_at = 0
+        self._untouched: dict[str, Any] = {}  # a scheduler of each sampler, from which those of samples are copied
 
     def slot_group(self, sample: Sample) -> Hashable:
         chunks = None if self.weighted is None else self.weighted.padded(self._texts(sample))[0].chunks
@@ -111,7 +114,7 @@ class SlotPipeline(LoadedPipeline):
         negative = self._negative(sample) if self._guided(sample) else None
         return Counted(tokens, cut_off, None if negative is None else self._count(negative)[1])
 
-    def _count(self, texts: Hashable) -> tuple[int, str | None]:
+    def _count_anew(self, texts: Hashable) -> tuple[int, str | None]:
         if self.weighted is not None:
             return self.weighted.count(texts), None
         return count_texts(texts if isinstance(texts, tuple) else (texts,), self._readers())
@@ -120,7 +123,7 @@ class SlotPipeline(LoadedPipeline):
     @torch.inference_mode()
     def start(self, sample: Sample, embeddings: Sequence[Embedding]) -> State:
         noise, generator = initial_noise(sample, self._noise_shape(sample), self.device, self.dtype)
-        scheduler = make_scheduler(sample.sampler, self.pipe.scheduler.config)
+        scheduler = self._scheduler(sample.sampler)
         latents = self._begin(scheduler, sample, noise)
         negative = None
         if self._guided(sample):
@@ -136,6 +139,12 @@ class SlotPipeline(LoadedPipeline):
             negative=negative,
             guidance_embedding=self._guidance_embedding(sample),
         )
+
+    def _scheduler(self, sampler: str) -> Any:
+        """One for a sample of its own. To make it of the configuration takes diffusers longer than a step takes a fast device."""
+        if sampler not in self._untouched:
+            self._untouched[sampler] = make_scheduler(sampler, self.pipe.scheduler.config)
+        return copied(self._untouched[sampler])
 
     def calls(self, state: State) -> int:
         return len(state.timesteps)

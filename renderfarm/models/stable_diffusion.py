@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -13,6 +14,12 @@ from renderfarm.config import Workers
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.pipeline import SlotPipeline, State, halves, stacked
 from renderfarm.records import Sample
+
+
+@functools.cache
+def _accepted(scheduler: type) -> frozenset[str]:
+    """The arguments of its step."""
+    return frozenset(inspect.signature(scheduler.step).parameters)  # type: ignore[attr-defined]
 
 
 class UNetPipeline(SlotPipeline):
@@ -32,7 +39,7 @@ class UNetPipeline(SlotPipeline):
         return latents
 
     def _step_arguments(self, scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
-        accepted = inspect.signature(scheduler.step).parameters
+        accepted = _accepted(type(scheduler))  # type: ignore[arg-type]  # classes can be hashed, whatever mypy takes Any for
         arguments: dict[str, Any] = {"eta": 0.0} if "eta" in accepted else {}
         return arguments | {"generator": generator} if "generator" in accepted else arguments
 
