@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 from renderfarm.config import Job, is_url
 from renderfarm.errors import InvalidJob
 from renderfarm.kubernetes import (
+    APPLY,
     CLUSTER_VARIABLE,
     MAX_FILES_BYTES,
     MAX_NAME,
@@ -298,7 +299,8 @@ def _manifests(tick: Tick, said: str, *documents: dict[str, Any]) -> Schedule:
     local = [f"  {place}" for place, path in tick.job.places() if path.startswith("/") and path not in sent]
     why = f"in no store; in the pods, where relative paths begin at {MOUNT}, these must lead to a volume or into the image:"
     note = remarks(why, *local) if local else ""
-    return Schedule({f"{tick.name}.yaml": _heading(tick, said) + note + to_yaml(*documents)}, f"kubectl apply -f {tick.name}.yaml")
+    text = _heading(tick, said) + note + to_yaml(*documents)
+    return Schedule({f"{tick.name}.yaml": text}, f"kubectl {' '.join(APPLY)} -f {tick.name}.yaml")
 
 
 # ------------------------------------------------------------------------------------------------ Airflow
