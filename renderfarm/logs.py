@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from renderfarm.control import family
 from renderfarm.errors import InvalidJob, Transient
 from renderfarm.journal import LOGS, log_key
 from renderfarm.manifest import parse_ranges
@@ -61,8 +62,8 @@ def _stores(out: str, choice: Choice, follow: bool) -> Iterator[Store]:
     for seen in watch(out, FOLLOW_S):
         if seen.progress:
             yield (store := store or _with_log(open_output(out).store, choice))
-        if choice.run not in (None, seen.progress.get("run_id", choice.run)):
-            return  # another one is at work
+        if choice.run is not None and family(str(seen.progress.get("run_id", choice.run))) != family(choice.run):
+            return  # another one is at work; those that share its work say so in turns
 
 
 def _with_log(store: Store, choice: Choice) -> Store:
@@ -98,7 +99,7 @@ def _events(data: bytes) -> Iterator[Event]:
     for line in data.splitlines():
         with contextlib.suppress(ValueError):
             event = json.loads(line)
-            if isinstance(event, dict) and isinstance(event.get("n"), int):
+            if isinstance(event, dict) and isinstance(event.get("n"), int) and ("event" in event or "left_out" in event):
                 yield event
 
 
