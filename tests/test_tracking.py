@@ -134,8 +134,26 @@ def test_a_package_that_is_missing_and_credentials_are_told_before_anything_is_r
             renderfarm.Job.load(file).plan()
 
 
-def test_a_warning_holds_no_password_that_the_environment_has() -> None:
-    assert tracking._first_line(OSError("GET https://me:hush@example.org/api failed\nat")) == "GET https://example.org/api failed"
+def test_nothing_that_is_said_holds_a_secret_of_the_environment(
+    sink: Kept, write_manifest: Write, write_job: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "canary5d1f")
+    told = "GET https://me:hush@example.org/api?sig=canary5d1f failed, key canary5d1f"
+
+    def make_worker(*given: Any, **more: Any) -> Any:
+        raise Fatal(told)
+
+    monkeypatch.setattr("renderfarm.engines.inline.Worker", make_worker)
+    with pytest.raises(Fatal):
+        renderfarm.run(job(write_manifest, write_job, WANDB), engine="inline")
+    ((_, said, _),) = sink.ended
+    assert said["error"].endswith("GET https://…@example.org/api?… failed, key ${WANDB_API_KEY}")
+    sink.fails, sink._may_fail = "end", lambda what: (_ for _ in ()).throw(OSError(told))  # type: ignore[method-assign]
+    with pytest.raises(Fatal) as raised:
+        renderfarm.run(job(write_manifest, write_job, WANDB), engine="inline")
+    (note,) = raised.value.__notes__
+    assert "hush" not in note
+    assert "canary" not in note
 
 
 # ------------------------------------------------------------------------------------------------- the real packages
