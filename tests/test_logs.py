@@ -200,12 +200,20 @@ def test_a_log_is_followed_until_no_run_is_at_work(shared: bool, store: Store, m
         if steps == 1 and shared:  # progress is written in turns
             store.put(commit.PROGRESS, commit.to_json({"run_id": "r1+abc", "state": "RUNNING", "updated": time.time()}))
 
+    def read(self: Store, key: str) -> bytes:
+        asked.append(key)
+        return read_it(self, key)
+
+    asked, read_it = list[str](), type(store).read
+    store.put(log_key("r0"), b'{"n": 1, "at": 0, "event": "ended"}')
     journal.say("began")
     heart("RUNNING")
     monkeypatch.setattr("renderfarm.logs.time.sleep", sleep)
+    monkeypatch.setattr(type(store), "read", read)
     chosen = Choice(run="r1") if shared else Choice()
-    assert [event["event"] for event in read_logs(store.url, chosen, follow=True)] == ["began", "leased", "leased", "ended"]
-    assert steps == 3
+    found = [(event["run"], event["event"]) for event in read_logs(store.url, chosen, follow=True)]
+    assert found == [*([] if shared else [("r0", "ended")]), *(("r1", what) for what in ("began", "leased", "leased", "ended"))]
+    assert (steps, asked.count(log_key("r0")), asked.count(log_key("r1"))) == (3, 0 if shared else 1, 4), "old ones are read once"
 
 
 def test_damaged_lines_and_other_files_say_nothing_and_dropped_ones_are_counted(store: Store) -> None:
