@@ -10,7 +10,7 @@ import importlib.util
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from renderfarm.config import Mlflow, Param, Scalar, Track, Wandb, expand_env
@@ -201,10 +201,15 @@ class MlflowRun:
         url = prepared.store.url
         tags = {"renderfarm.out": url, "renderfarm.job": prepared.job.name, "mlflow.note.content": f"output: {url}"}
         self.id = self.client.create_run(experiment, tags=tags, run_name=run_id).info.run_id
-        self.client.log_batch(self.id, params=[Param(name, value) for name, value in parameters(prepared).items()])
+        # with the first counts: were this to fail once there is a run, the next try would begin another one
+        self._parameters = [Param(name, value) for name, value in parameters(prepared).items()]
 
     def log(self, figures: Figures, step: int) -> None:
-        self.client.log_batch(self.id, metrics=list(self._metrics(figures, step)))
+        self._log(figures, step)
+
+    def _log(self, figures: Figures, step: int, tags: Sequence[Any] = ()) -> None:
+        self.client.log_batch(self.id, metrics=list(self._metrics(figures, step)), params=self._parameters, tags=tags)
+        self._parameters = []
 
     def _metrics(self, figures: Figures, step: int) -> Iterator[Any]:
         from mlflow.entities import Metric
@@ -216,5 +221,5 @@ class MlflowRun:
         from mlflow.entities import RunTag
 
         tags = [RunTag(f"renderfarm.{name}", text) for name, text in said.items()]
-        self.client.log_batch(self.id, metrics=[*self._metrics({f"final_{name}": value for name, value in figures.items()}, 0)], tags=tags)
+        self._log({f"final_{name}": value for name, value in figures.items()}, 0, tags)
         self.client.set_terminated(self.id, STATUSES.get(exit_code, "FAILED"))
