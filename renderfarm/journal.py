@@ -27,6 +27,7 @@ EVERY_S = 15.0
 FIRST_BYTES, LAST_BYTES, ROUTINE_BYTES = 128 << 10, 256 << 10, 256 << 10
 MAX_BYTES = FIRST_BYTES + LAST_BYTES + ROUTINE_BYTES + 1024
 MAX_MESSAGE, MAX_ID = 300, 100  # characters
+LOOKED_AT = 10 * MAX_MESSAGE  # of a message; what is searched grows with the square of it
 SHORTEST_SECRET = 8  # a shorter value of such a variable is a switch or a number, and would be found everywhere
 _SECRETS = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|CONNECTION_STRING", re.IGNORECASE)
 _USER_IN_URL, _QUERY = re.compile(r"(?<=://)[^/\s@'\"]+@"), re.compile(r"(?<=[^\s?])\?[^\s'\")\]]*=[^\s'\")\]]*")
@@ -41,7 +42,7 @@ def redacted(text: str) -> str:
     for name, value in os.environ.items():
         if _SECRETS.search(name) and len(value) >= SHORTEST_SECRET:
             text = text.replace(value, f"${{{name}}}")
-    text = _QUERY.sub("?…", _USER_IN_URL.sub("…@", " ".join(text.split())))
+    text = _QUERY.sub("?…", _USER_IN_URL.sub("…@", " ".join(text[:LOOKED_AT].split())))
     return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 1]}…"
 
 
@@ -73,7 +74,9 @@ class Journal:
         """`about`: JSON values; None and empty ones are left out. `routine`: what comes with each lease."""
         self.number += 1
         said = {name: redacted(value) if name == "reason" else value for name, value in about.items() if value not in (None, "", [])}
-        line = json.dumps({"n": self.number, "at": round(time.time(), 3), "event": event, **said}, ensure_ascii=False).encode() + b"\n"
+        text = json.dumps({"n": self.number, "at": round(time.time(), 3), "event": event, **said}, ensure_ascii=False)
+        # a path that an error names may be no Unicode; then it is as JSON escapes it
+        line = text.encode(errors="backslashreplace") + b"\n"
         self.is_urgent |= not routine
         if routine:
             self.routine.add(self.number, line)

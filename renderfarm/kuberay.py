@@ -13,7 +13,19 @@ from dataclasses import dataclass
 
 from renderfarm.config import Job
 from renderfarm.errors import Fatal, InvalidJob
-from renderfarm.kubernetes import MAX_FILES_BYTES, MAX_NAME, MOUNT, Files, Pods, checked, kubernetes_name, ray_job, remarks, to_yaml
+from renderfarm.kubernetes import (
+    APPLY,
+    MAX_FILES_BYTES,
+    MAX_NAME,
+    MOUNT,
+    Files,
+    Pods,
+    checked,
+    kubernetes_name,
+    ray_job,
+    remarks,
+    to_yaml,
+)
 from renderfarm.parcel import JOB_FILE, Parcel, pack
 from renderfarm.preparation import RUN_KEY
 from renderfarm.submit import submission_id
@@ -38,14 +50,15 @@ class Manifest:
 
 def manifest(job: Job, pods: Pods) -> Manifest:
     """Raises InvalidJob for what pods cannot be given."""
-    parcel, name = pack(job, MAX_FILES_BYTES - len(job.model_dump_json())), name_of(job)
+    parcel, name = pack(job, MAX_FILES_BYTES - len(job.model_dump_json().encode())), name_of(job)
     files = Files(name, {JOB_FILE: parcel.text.encode(), **{name: path.read_bytes() for name, path in parcel.files.items()}})
     entrypoint = f"renderfarm run {MOUNT}/{JOB_FILE} --address auto"
     spec = {"jobId": submission_id(job), **ray_job(job, checked(pods), files, entrypoint, {RUN_KEY: job.key})}
     document = {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": pods.metadata(name), "spec": spec}
     made = Manifest(name, pods.namespace, to_yaml(files.config_map(pods), document), parcel)
     date = f" of {job.logical_date}" if job.logical_date else ""
-    heading = remarks(f"renderfarm job {job.name}{date}, for KubeRay 1.5 or later: kubectl apply -f THIS FILE", *made.notes)
+    how = " ".join(("kubectl", *APPLY, "-f", "THIS FILE"))
+    heading = remarks(f"renderfarm job {job.name}{date}, for KubeRay 1.5 or later: {how}", *made.notes)
     return Manifest(name, pods.namespace, heading + made.text, parcel)
 
 
@@ -67,7 +80,7 @@ def apply(made: Manifest) -> bool:
         return False
     if ended is not None:
         _kubectl("delete", "rayjob", made.name, "--wait", namespace=made.namespace)
-    _kubectl("apply", "-f", "-", namespace=made.namespace, given=made.text)
+    _kubectl(*APPLY, "-f", "-", namespace=made.namespace, given=made.text)
     return True
 
 
@@ -106,8 +119,8 @@ def _kubectl(*words: str, namespace: str | None, given: str | None = None) -> st
     """What it prints. Raises Fatal with what it says."""
     if (program := shutil.which("kubectl")) is None:
         raise InvalidJob(
-            "kubectl is not on this machine: print the manifest (--dry-run > rayjob.yaml), and apply it where kubectl is: kubectl apply -f "
-            "rayjob.yaml"
+            "kubectl is not on this machine: print the manifest (--dry-run > rayjob.yaml), and apply it where kubectl is: kubectl "
+            f"{' '.join(APPLY)} -f rayjob.yaml"
         )
     command = [program, *words, *(["--namespace", namespace] if namespace else [])]
     try:

@@ -20,6 +20,8 @@ from renderfarm.errors import InvalidJob
 
 MOUNT = "/jobs"
 MAX_FILES_BYTES = 700_000  # a ConfigMap ends at 1 MiB, and what is no text grows by a third
+# by the client, kubectl would keep a copy of each object in one of its annotations, which may hold 256 KiB
+APPLY = ("apply", "--server-side")
 CLUSTER_VARIABLE = "RENDERFARM_RAY_CLUSTER"  # the RayCluster's name: KubeRay makes it of the RayJob's, and that of a RayCronJob's tick
 TOKEN = {"name": "RAY_AUTH_MODE", "value": "token"}
 MAX_NAME = 47  # of a RayJob: KubeRay adds six characters, and services more
@@ -164,7 +166,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+    style = '"' if "\x85" in text else "|" if "\n" in text else None  # to a reader of YAML a bare NEL is a line's end
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Dumper.add_representer(str, _text)
@@ -175,4 +178,5 @@ def to_yaml(*documents: dict[str, Any]) -> str:
 
 
 def remarks(*lines: str) -> str:
-    return "".join(f"# {line}\n" for line in lines)
+    """Of each text a line, whatever is in it."""
+    return "".join(f"# {' '.join(line.splitlines())}\n" for line in lines)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from renderfarm.control import family
 from renderfarm.errors import InvalidJob, Transient
 from renderfarm.journal import LOGS, log_key
 from renderfarm.manifest import parse_ranges
@@ -40,10 +41,10 @@ def read_logs(out: str, choice: Choice = Choice(), *, follow: bool = False) -> I
     """Events, run by run, as they came. `follow`: and those that come, until no run is at work (as `waiting.watch` sees it). Raises
     InvalidJob for what is no output, for rows that are none, and for a run that said nothing."""
     seen, _ = dict[str, int](), choice.ranges  # a mistake in them is better said before anything else
-    for store in _stores(out, choice, follow):
+    for store, at_work in _stores(out, choice, follow):
         then = dict(seen)
         try:
-            found = list(_new(store, choice, then))
+            found = list(_new(store, choice, then, at_work))
         except Transient:
             if not follow:
                 raise
@@ -52,17 +53,19 @@ def read_logs(out: str, choice: Choice = Choice(), *, follow: bool = False) -> I
         yield from (shown for event in found if (shown := _chosen(event, choice)) is not None)
 
 
-def _stores(out: str, choice: Choice, follow: bool) -> Iterator[Store]:
-    """The output's, each time that somebody is to look into it. Raises as `read_logs` does."""
+def _stores(out: str, choice: Choice, follow: bool) -> Iterator[tuple[Store, str | None]]:
+    """The output's, each time that somebody is to look into it, and which run is at work, if that was asked. Raises as `read_logs` does."""
     if not follow:
-        yield _with_log(open_output(out).store, choice)
+        yield _with_log(open_output(out).store, choice), None
         return
     store: Store | None = None
     for seen in watch(out, FOLLOW_S):
-        if seen.progress:
-            yield (store := store or _with_log(open_output(out).store, choice))
-        if choice.run not in (None, seen.progress.get("run_id", choice.run)):
-            return  # another one is at work
+        if not seen.progress:
+            continue
+        at_work = str(seen.progress.get("run_id"))
+        yield (store := store or _with_log(open_output(out).store, choice)), at_work
+        if choice.run is not None and family(choice.run) != family(at_work):
+            return  # those that share their work say in turns that they are at it
 
 
 def _with_log(store: Store, choice: Choice) -> Store:
@@ -76,11 +79,13 @@ def _run_of(key: str) -> str:
     return key.removeprefix(f"{LOGS}/").removesuffix(".jsonl")
 
 
-def _new(store: Store, choice: Choice, seen: dict[str, int]) -> Iterator[Event]:
-    """What was not seen before; then it is."""
+def _new(store: Store, choice: Choice, seen: dict[str, int], at_work: str | None) -> Iterator[Event]:
+    """What was not seen before; then it is. `at_work`: of other runs what was seen is all that there will be."""
     for key in store.list(LOGS):
         run = _run_of(key)
         if choice.run not in (None, run) or not key.endswith(".jsonl"):
+            continue
+        if run in seen and at_work is not None and family(run) != family(at_work):
             continue
         with contextlib.suppress(KeyError):
             for event in _events(store.read(key)):
@@ -98,7 +103,7 @@ def _events(data: bytes) -> Iterator[Event]:
     for line in data.splitlines():
         with contextlib.suppress(ValueError):
             event = json.loads(line)
-            if isinstance(event, dict) and isinstance(event.get("n"), int):
+            if isinstance(event, dict) and isinstance(event.get("n"), int) and ("event" in event or "left_out" in event):
                 yield event
 
 

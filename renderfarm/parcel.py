@@ -47,8 +47,11 @@ class Parcel:
     @property
     def text(self) -> str:
         """Of the job file."""
-        said = Job.model_validate(self.job).model_dump(mode="json", exclude_defaults=True)
-        return yaml.safe_dump({"version": self.job["version"], **said}, sort_keys=False, allow_unicode=True)
+        given = Job.model_validate(self.job).model_dump(mode="json", exclude_defaults=True)
+        said = {"version": self.job["version"], **given}
+        text = yaml.safe_dump(said, sort_keys=False, allow_unicode=True)
+        # to a reader of YAML a bare NEL is a line's end
+        return text if "\x85" not in text else yaml.safe_dump(said, sort_keys=False)
 
     def notes(self) -> list[str]:
         """What somebody must have seen to, a line each."""

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 from renderfarm.config import Job, is_url
 from renderfarm.errors import InvalidJob
 from renderfarm.kubernetes import (
+    APPLY,
     CLUSTER_VARIABLE,
     MAX_FILES_BYTES,
     MAX_NAME,
@@ -120,6 +121,14 @@ def check_cron(text: str) -> None:
                 raise InvalidJob(f"--at {text!r}: {piece!r} is no {name}; write a number from {least} to {most}, 1-5, 1,15, * or */2")
 
 
+def _one_line(tick: Tick) -> str:
+    """The command for files that end a command with its line. Raises InvalidJob where it has several."""
+    command = tick.command(str(tick.file), TODAY, _program())
+    if len(command.splitlines()) > 1:
+        raise InvalidJob("a --set, or the job file's path, holds a line break, which these files cannot: write the value into the job file")
+    return command
+
+
 def _program() -> list[str]:
     """Its full path: schedulers have another PATH."""
     found = shutil.which("renderfarm")
@@ -138,15 +147,14 @@ def _cron(tick: Tick) -> Schedule:
     lock = shlex.quote(str(tick.file.with_name(f".{tick.name}.lock")))
     held = {"skip": f"flock -n -E 75 {lock} ", "wait": f"flock {lock} ", "allow": ""}[tick.overlap]
     log = shlex.quote(str(tick.file.with_suffix(".log")))
-    line = f"{held}{tick.command(str(tick.file), TODAY, _program())} >> {log} 2>&1"
+    line = f"{held}{_one_line(tick)} >> {log} 2>&1"
     escaped = line.replace("%", "\\%")  # cron takes a bare one for the end of the line
     text = _heading(tick, "each tick renders its own date, in this machine's time") + f"{tick.at}  {escaped}\n"
     return Schedule({f"{tick.name}.cron": text}, f"(crontab -l; cat {tick.name}.cron) | crontab -")
 
 
 def _systemd(tick: Tick) -> Schedule:
-    line = tick.command(str(tick.file), TODAY, _program())
-    escaped = line.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
+    escaped = _one_line(tick).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%").replace("$", "$$")
     service = f"""{_heading(tick, "the work of one tick")}[Unit]
 Description=renderfarm job {tick.job.name}
 After=network-online.target
@@ -298,7 +306,8 @@ def _manifests(tick: Tick, said: str, *documents: dict[str, Any]) -> Schedule:
     local = [f"  {place}" for place, path in tick.job.places() if path.startswith("/") and path not in sent]
     why = f"in no store; in the pods, where relative paths begin at {MOUNT}, these must lead to a volume or into the image:"
     note = remarks(why, *local) if local else ""
-    return Schedule({f"{tick.name}.yaml": _heading(tick, said) + note + to_yaml(*documents)}, f"kubectl apply -f {tick.name}.yaml")
+    text = _heading(tick, said) + note + to_yaml(*documents)
+    return Schedule({f"{tick.name}.yaml": text}, f"kubectl {' '.join(APPLY)} -f {tick.name}.yaml")
 
 
 # ------------------------------------------------------------------------------------------------ Airflow
@@ -306,7 +315,7 @@ def _manifests(tick: Tick, said: str, *documents: dict[str, Any]) -> Schedule:
 
 def _airflow(tick: Tick) -> Schedule:
     # Airflow fills {{ ds }} with the run's logical date; what the job file has of it is not Airflow's to see
-    command = tick.command(str(tick.file), "{{ ds }}", _program())
+    command = re.sub(r"\{[%#]", "{{ '\\g<0>' }}", tick.command(str(tick.file), "{{ ds }}", _program()))
     text = f'''{_heading(tick, "a DAG for Airflow 3; put it into the dags folder")}"""Each run renders the data of its logical date."""
 
 from datetime import datetime, timedelta, timezone
@@ -323,7 +332,7 @@ with DAG(
 ) as dag:
     BashOperator(
         task_id="render",
-        bash_command={json.dumps(command)},
+        bash_command={json.dumps(command, ensure_ascii=False)},
         retries=3,  # a run that goes on redoes nothing
         retry_delay=timedelta(minutes=5),
     )

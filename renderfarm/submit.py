@@ -48,7 +48,7 @@ def submit_job(job: Job, address: str) -> tuple[str, bool]:
     id_ = submission_id(job)
     parcel = packed(job)
     with _asked(address, "cannot submit to") as client:
-        if any(known.submission_id == id_ for known in client.list_jobs()):
+        if _is_there(client, id_):
             if client.get_job_status(id_) in (JobStatus.PENDING, JobStatus.RUNNING):
                 return id_, False
             client.delete_job(id_)
@@ -59,15 +59,24 @@ def submit_job(job: Job, address: str) -> tuple[str, bool]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / name)
         with _asked(address, "cannot submit to") as client:
-            client.submit_job(
-                submission_id=id_,
-                entrypoint=ENTRYPOINT,
-                runtime_env={"working_dir": str(folder), "env_vars": environment(job)},
-                metadata={"renderfarm_job": job.name, "out": job.output.path, "key": job.key},
-            )
+            try:
+                client.submit_job(
+                    submission_id=id_,
+                    entrypoint=ENTRYPOINT,
+                    runtime_env={"working_dir": str(folder), "env_vars": environment(job)},
+                    metadata={"renderfarm_job": job.name, "out": job.output.path, "key": job.key},
+                )
+            except RuntimeError:
+                if _is_there(client, id_):  # a tick that fired twice: the other one was faster
+                    return id_, False
+                raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return id_, True
+
+
+def _is_there(client: Any, id_: str) -> bool:
+    return any(known.submission_id == id_ for known in client.list_jobs())
 
 
 def check_address(address: str) -> None:
@@ -148,7 +157,7 @@ def stop(job: Job, address: str) -> None:
 def _known(job: Job, address: str) -> Iterator[tuple[Any, str]]:
     id_ = submission_id(job)
     with _asked(address, "cannot ask") as client:
-        if not any(known.submission_id == id_ for known in client.list_jobs()):
+        if not _is_there(client, id_):
             raise InvalidJob(
                 f"no submission {id_} at {address}: nothing was submitted there, or the job, its parameters or its date were others"
             )

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import queue
-import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from renderfarm.config import Mlflow, Param, Scalar, Track, Wandb, expand_env
 from renderfarm.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_ROWS_FAILED, EXIT_STOPPED_BY_USER, InvalidJob
+from renderfarm.journal import redacted
 from renderfarm.params import values
 from renderfarm.preparation import Prepared
 from renderfarm.progress import Progress
@@ -73,7 +73,8 @@ class Tracker:
     def end(self, summary: Mapping[str, Any], *, at_once: bool) -> list[str]:
         """Warnings. `summary`: how it ended, as for `notify`; `at_once`: somebody waits for our end."""
         figures = _numbers(summary) | {f"errors_{name}": count for name, count in summary["error_classes"].items()}
-        said = {name: str(summary[name]) for name in ("state", "out", "error", "error_class") if summary.get(name)}
+        said = {name: str(summary[name]) for name in ("state", "out", "error_class") if summary.get(name)}
+        said |= {"error": redacted(summary["error"])} if summary.get("error") else {}
         deadline = time.monotonic() + (AT_ONCE_S if at_once else END_S)
         spoken = [one for one in self._speakers if one.began or summary["new_images"] or summary["new_errors"] or "error" in summary]
         for speaker in spoken:
@@ -138,7 +139,7 @@ class _Speaker:
                 what(sink)
                 self._reason = ""
             except BaseException as error:  # whatever somebody else's package raises, an exit included, is its own affair
-                self._reason = f"{type(error).__name__}: {_first_line(error)}"
+                self._reason = f"{type(error).__name__}: {redacted(next(iter(str(error).splitlines()), ''))}"
             if last:
                 self._done.set()
                 return
@@ -147,11 +148,6 @@ class _Speaker:
         if not self._done.wait(max(0.0, deadline - time.monotonic())):
             return f"track: {self.name} did not take the run's end in time; what it has of the run may be incomplete"
         return f"track: {self.name} was not told of the run's end ({self._reason})" if self._reason else None
-
-
-def _first_line(error: BaseException) -> str:
-    """Without a password that a URL of the environment may hold."""
-    return re.sub(r"//[^/@\s]*@", "//", next(iter(str(error).splitlines()), ""))[:200]
 
 
 def _maker(name: str, settings: Any, prepared: Prepared) -> Callable[[str], Sink]:
@@ -205,10 +201,15 @@ class MlflowRun:
         url = prepared.store.url
         tags = {"renderfarm.out": url, "renderfarm.job": prepared.job.name, "mlflow.note.content": f"output: {url}"}
         self.id = self.client.create_run(experiment, tags=tags, run_name=run_id).info.run_id
-        self.client.log_batch(self.id, params=[Param(name, value) for name, value in parameters(prepared).items()])
+        # with the first counts: were this to fail once there is a run, the next try would begin another one
+        self._parameters = [Param(name, value) for name, value in parameters(prepared).items()]
 
     def log(self, figures: Figures, step: int) -> None:
-        self.client.log_batch(self.id, metrics=list(self._metrics(figures, step)))
+        self._log(figures, step)
+
+    def _log(self, figures: Figures, step: int, tags: Sequence[Any] = ()) -> None:
+        self.client.log_batch(self.id, metrics=list(self._metrics(figures, step)), params=self._parameters, tags=tags)
+        self._parameters = []
 
     def _metrics(self, figures: Figures, step: int) -> Iterator[Any]:
         from mlflow.entities import Metric
@@ -220,5 +221,5 @@ class MlflowRun:
         from mlflow.entities import RunTag
 
         tags = [RunTag(f"renderfarm.{name}", text) for name, text in said.items()]
-        self.client.log_batch(self.id, metrics=[*self._metrics({f"final_{name}": value for name, value in figures.items()}, 0)], tags=tags)
+        self._log({f"final_{name}": value for name, value in figures.items()}, 0, tags)
         self.client.set_terminated(self.id, STATUSES.get(exit_code, "FAILED"))

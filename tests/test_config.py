@@ -284,6 +284,7 @@ def test_a_seed_in_the_render_block_is_told_both_ways_out(tmp_path: Path) -> Non
         "S3://AKIA:hunter2@bucket",
         "s3://:hunter2@bucket/x",
         "hdfs://me:hunter2@namenode:8020/x",
+        "https://hunter2@host/x",
     ],
 )
 @pytest.mark.parametrize("place", ["manifest.path", "output.path", "model.id"])
@@ -326,7 +327,14 @@ def test_credentials_in_a_list_of_manifests_or_in_out_are_found_too(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "url", ["s3://bucket/a@b/c", "http://host:9000/bucket@main/x", "hf://datasets/org/name@main/x.parquet", "/data/a:b@c"]
+    "url",
+    [
+        "abfs://container@account.dfs.core.windows.net/x",
+        "s3://bucket/a@b/c",
+        "http://host:9000/bucket@main/x",
+        "hf://datasets/org/name@main/x.parquet",
+        "/data/a:b@c",
+    ],
 )
 def test_an_at_sign_in_a_path_is_no_credential(tmp_path: Path, url: str) -> None:
     assert load_job(write(tmp_path, manifest=url)).manifest.path == url

@@ -223,6 +223,18 @@ def test_a_linter_of_dockerfiles_has_nothing_to_say_of_it() -> None:
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
+def test_what_is_in_a_file_or_a_path_stays_there(write_job: Write, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("prompt\na\x85b {{ x }}\n---\n'\"\U0001f600\n", encoding="utf-8")
+    odd = tmp_path / "odd\n---\nkind: Pod\x85.parquet"  # which is nowhere, and so is named in a remark
+    job = load_job(write_job({"path": [str(rows), str(odd)]}, output={"path": "s3://bucket/out"}))
+    made = manifest(job, PODS)
+    assert [document["kind"] for document in documents(made)] == ["ConfigMap", "RayJob"]
+    sent = load_job(mounted(made, tmp_path / "pod") / "job.yaml")
+    assert Path(sent.manifest.paths[0]).read_bytes() == rows.read_bytes()
+    assert sent.manifest.paths[1] == str(odd)
+
+
 # ------------------------------------------------------------------------------------------- kubectl
 
 # A cluster of one RayJob, in a file: what it was given, and how far it is
@@ -230,7 +242,7 @@ KUBECTL = """#!/bin/sh
 echo "$@" >> "$CLUSTER.said"
 case "$1 $2" in
   "get rayjob") [ -e "$CLUSTER" ] && cat "$CLUSTER" || true;;
-  "apply -f") cat > "$CLUSTER.given"; echo '{"status": {"jobDeploymentStatus": "Running"}}' > "$CLUSTER";;
+  "apply --server-side") cat > "$CLUSTER.given"; echo '{"status": {"jobDeploymentStatus": "Running"}}' > "$CLUSTER";;
   "delete rayjob") rm "$CLUSTER";;
   logs*) echo "2 images, 0 errors";;
 esac
@@ -264,7 +276,7 @@ def test_a_ray_job_that_is_at_work_is_left_alone_and_one_that_has_ended_is_repla
     assert not cluster.exists()
     said = cluster.with_suffix(".said").read_text().splitlines()
     assert [" ".join(line.split()[:2]) for line in said if not line.startswith("get")] == [
-        "apply -f", f"logs job/{made.name}", "delete rayjob", "apply -f", "delete rayjob",
+        "apply --server-side", f"logs job/{made.name}", "delete rayjob", "apply --server-side", "delete rayjob",
     ]  # fmt: skip
     assert all(line.endswith("--namespace renders") for line in said)
 

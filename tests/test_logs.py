@@ -103,6 +103,12 @@ def test_secrets_and_users_of_urls_are_left_out(monkeypatch: pytest.MonkeyPatch)
     assert len(redacted("x" * 10_000)) == MAX_MESSAGE
 
 
+def test_a_message_that_is_no_unicode_is_kept_as_json_escapes_it() -> None:
+    journal = Journal()
+    journal.say("lost", reason="cannot read \udcff.png")
+    assert lines(journal.due())[1]["reason"] == "cannot read \udcff.png"
+
+
 # ------------------------------------------------------------------------------------------------ a run's own
 
 
@@ -178,7 +184,8 @@ def store() -> Store:
     return store
 
 
-def test_a_log_is_followed_until_no_run_is_at_work(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_log_is_followed_until_no_run_is_at_work(shared: bool, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     journal, steps = Journal(), 0
 
     def heart(state: str) -> None:
@@ -190,17 +197,28 @@ def test_a_log_is_followed_until_no_run_is_at_work(store: Store, monkeypatch: py
         steps += 1
         journal.say("leased" if steps < 3 else "ended")
         heart("RUNNING" if steps < 3 else "SUCCEEDED")
+        if steps == 1 and shared:  # progress is written in turns
+            store.put(commit.PROGRESS, commit.to_json({"run_id": "r1+abc", "state": "RUNNING", "updated": time.time()}))
 
+    def read(self: Store, key: str) -> bytes:
+        asked.append(key)
+        return read_it(self, key)
+
+    asked, read_it = list[str](), type(store).read
+    store.put(log_key("r0"), b'{"n": 1, "at": 0, "event": "ended"}')
     journal.say("began")
     heart("RUNNING")
     monkeypatch.setattr("renderfarm.logs.time.sleep", sleep)
-    assert [event["event"] for event in read_logs(store.url, follow=True)] == ["began", "leased", "leased", "ended"]
-    assert steps == 3
+    monkeypatch.setattr(type(store), "read", read)
+    chosen = Choice(run="r1") if shared else Choice()
+    found = [(event["run"], event["event"]) for event in read_logs(store.url, chosen, follow=True)]
+    assert found == [*([] if shared else [("r0", "ended")]), *(("r1", what) for what in ("began", "leased", "leased", "ended"))]
+    assert (steps, asked.count(log_key("r0")), asked.count(log_key("r1"))) == (3, 0 if shared else 1, 4), "old ones are read once"
 
 
 def test_damaged_lines_and_other_files_say_nothing_and_dropped_ones_are_counted(store: Store) -> None:
     good = '{"n": 8, "at": 0, "event": "leased", "worker": "w0", "part": "part-00000000", "rows": [0, 3]}'
-    store.put(log_key("r1"), f'{{"n": 0, "left_out": 7}}\n[]\n{{"n"\n{good}\n{{"event": "x"}}\n'.encode() + b"\xff\n")
+    store.put(log_key("r1"), f'{{"n": 0, "left_out": 7}}\n[]\n{{"n"\n{good}\n{{"event": "x"}}\n{{"n": 9}}\n'.encode() + b"\xff\n")
     store.put(f"{LOGS}/readme.txt", b"mine")
     assert list(map(line_of, read_logs(store.url))) == [
         "r1: 7 lines were left out",

@@ -76,6 +76,14 @@ def test_text_is_sent_as_it_is_and_what_is_too_large_or_elsewhere_is_named(write
     assert (pack(stores, ROOM).there, pack(stores, ROOM).notes()) == ({}, [])
 
 
+def test_a_jobs_own_rows_are_sent_sign_by_sign(write_job: Write, tmp_path: Path) -> None:
+    texts = ["a\x85b", "a\u2028b", "\ufeffa", "a\r\nb", "\t'a\" : {x} #", "😀\x7f", "- a\n\n  b\n"]
+    job = load_job(write_job({"rows": [{"prompt": text} for text in texts]}))
+    sent = load_job(unpacked(pack(job, ROOM), tmp_path / "there"))
+    assert sent.manifest.rows == job.manifest.rows
+    assert sent.key == job.key
+
+
 def test_pictures_stay_where_they_are_and_their_folder_is_named(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(picture(1)))
     pictures = write_manifest({"prompt": ["x"], "image": ["a.png"]}, "pictures.parquet")

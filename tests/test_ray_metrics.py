@@ -100,8 +100,9 @@ def test_lost_leases_steps_and_what_is_in_flight(local_ray: None) -> None:
     metrics.gone("w1")
     metrics.failed("w1", leases[3], NodeLost("spot"))
     metrics.failed("w1", leases[4], Transient("busy"))
-    metrics.given("w0", leases[2])
-    found = until("made-up", lambda found: found.get("ray_renderfarm_samples_in_flight") == 6)
+    last = lease(5, rows=4)  # so many samples were never in flight before
+    metrics.given("w0", last)
+    found = until("made-up", lambda found: found.get("ray_renderfarm_samples_in_flight") == 8)
     assert (found["ray_renderfarm_images_total"], found["ray_renderfarm_parts_total"]) == (5, 1), "what was adopted, somebody else counts"
     assert found["ray_renderfarm_denoiser_calls_total"] == 20
     steps = [found[f"ray_renderfarm_denoiser_step_seconds_bucket le={bound}"] for bound in (0.25, 0.5)]
@@ -109,7 +110,7 @@ def test_lost_leases_steps_and_what_is_in_flight(local_ray: None) -> None:
     assert found["ray_renderfarm_stage_seconds_bucket le=5.0 stage=put"] == 1
     assert found["ray_renderfarm_workers_ready"] == 1
     assert (found["ray_renderfarm_leases_lost_total reason=worker"], found["ray_renderfarm_leases_lost_total reason=node"]) == (1, 1)
-    metrics.stopped("w0", [leases[2]])
+    metrics.stopped("w0", [last])
     metrics.close()
     found = until("made-up", lambda found: found["ray_renderfarm_workers_ready"] == 0)
     assert found["ray_renderfarm_leases_lost_total reason=silence"] == 1

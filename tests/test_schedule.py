@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import jsonschema
 import pytest
 import yaml
@@ -231,11 +232,13 @@ def test_kubectl_reads_the_manifests(kind: Kind, nightly: Path, tmp_path: Path) 
 
 
 def test_an_airflow_file_is_python_and_hands_over_airflows_date(nightly: Path, tmp_path: Path) -> None:
-    ((name, text),) = schedule(tick(nightly), "airflow").files.items()
+    sets = ('render.negative_prompt=50% of $HOME\'s "words" \\ `id` {% raw %} {# \U0001f600',)
+    ((name, text),) = schedule(tick(nightly, sets=sets), "airflow").files.items()
     tree = ast.parse(text, name)
     call = next(node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "BashOperator")
     command = ast.literal_eval(next(keyword.value for keyword in call.keywords if keyword.arg == "bash_command"))
-    assert argv(command.replace("{{ ds }}", "2026-11-28"), tmp_path) == expected(str(nightly), "2026-11-28")
+    as_airflow_does = jinja2.Template(command).render(ds="2026-11-28")
+    assert argv(as_airflow_does, tmp_path) == ["run", str(nightly), "--set", *sets, "--logical-date", "2026-11-28"]
     assert name.isascii()
     assert name.removesuffix(".py").isidentifier()
     compile(tree, name, "exec")
@@ -261,6 +264,9 @@ def test_what_a_scheduler_cannot_do_is_refused_with_what_it_can(nightly: Path) -
         schedule(tick(nightly), "cronjob")
     with pytest.raises(InvalidJob, match="each tick has a cluster of its own"):
         schedule(tick(nightly, image="i", address=HEAD), "raycronjob")
+    for kind in ("cron", "systemd"):
+        with pytest.raises(InvalidJob, match="holds a line break"):
+            schedule(tick(nightly, sets=('render.negative_prompt="a\n\nb"',)), kind)
     with pytest.raises(InvalidJob, match="either of the two days"):
         schedule(tick(nightly, at="0 0 1 * 1"), "systemd")
 

@@ -133,6 +133,15 @@ def test_a_submission_that_somebody_stops_is_to_be_run_again(head: str, write_ma
     manifest, long = write_manifest({"prompt": ["a red circle"] * 200}), {"num_inference_steps": 500}
     job = write_job(manifest, name="stopped.yaml", model="builtin:shapes", render=long)
     id_ = json.loads(submit(job, head).stdout.splitlines()[-1])["submission_id"]
+    # it looks, and the other one's submission comes in between
+    blind = f"""
+import ray.job_submission as jobs, renderfarm
+look, looks = jobs.JobSubmissionClient.list_jobs, []
+jobs.JobSubmissionClient.list_jobs = lambda self: looks.append(0) or (look(self) if len(looks) > 1 else [])
+print(renderfarm.Job.load({str(job)!r}).submit({head!r}), len(looks))
+"""
+    twice = subprocess.run([sys.executable, "-c", blind], capture_output=True, text=True, env={**os.environ, **TOKEN}, timeout=300)
+    assert twice.stdout.split() == [id_, "2"], twice.stdout + twice.stderr
     assert json.loads(submit(job, head, "--stop").stdout) == {"submission_id": id_, "stop": "told", "out": str(tmp_path / "out")}
     waiting = [sys.executable, "-c", f"from renderfarm.submit import wait_for; print(vars(wait_for({id_!r}, {head!r})))"]
     ended = subprocess.run(waiting, capture_output=True, text=True, env={**os.environ, **TOKEN}, timeout=120)

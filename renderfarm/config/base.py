@@ -20,9 +20,9 @@ def is_path(text: str) -> bool:
 
 
 def check_credentials(place: str, text: str) -> None:
-    """Raises InvalidJob for a URL with a password, which would be written into the output."""
-    # the secret may hold slashes, as AWS keys do; `host:9000/…@…` is a port and a path
-    if re.match(r"^[a-z0-9+.-]+://[^/@:]*:(?!\d+/)[^@]*@", text, re.IGNORECASE):
+    """Raises InvalidJob for a URL with a password or a token, which would be written into the output."""
+    # the secret may hold slashes, as AWS keys do; `host:9000/…@…` is a port and a path; `abfs://container@account` is a place
+    if re.match(r"^([a-z0-9+.-]+://[^/@:]*:(?!\d+/)[^@]*@|https?://[^/@?#]*@)", text, re.IGNORECASE):
         raise InvalidJob(f"the URL in {place} holds credentials; remove them and use the environment's own credential chain")
 
 
