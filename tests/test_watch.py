@@ -116,7 +116,7 @@ def test_a_run_that_was_submitted_may_come_a_little_later(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("renderfarm.waiting.time.sleep", sleep)
     result = CliRunner().invoke(app, ["watch", store.url], catch_exceptions=False)
-    assert (result.exit_code, len(result.stdout.splitlines())) == (0, 6)
+    assert (result.exit_code, len(result.stdout.splitlines())) == (0, 4)
     assert "waiting: nothing is there yet" in result.stdout
     clock[0] = 100.0
     with pytest.raises(InvalidJob, match="not an output of renderfarm"):
