@@ -23,6 +23,7 @@ from pydantic_core import ErrorDetails
 
 from renderfarm import params
 from renderfarm.config import COMPANIONS, STEP_FILES, ComponentSpec, Job, ModelSpec, Output, Params, Step, Track, is_url
+from renderfarm.config.render import LOOKALIKES
 from renderfarm.errors import InvalidJob
 from renderfarm.params import Place
 
@@ -292,7 +293,8 @@ def _nearest(location: tuple[int | str, ...]) -> str:
         if model is None:
             return ""
     names = list(model.model_fields)
-    close = difflib.get_close_matches(str(location[-1]), names, n=1)
+    other = LOOKALIKES.get(str(location[-1]))
+    close = [other] if other in names else difflib.get_close_matches(str(location[-1]), names, n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known fields: {', '.join(names)}"
 
 

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from renderfarm.arguments import ARGUMENTS, IMAGE, OUR_OWN, PRESETS, accepts
 from renderfarm.config import ManifestSpec, expand_env
+from renderfarm.config.render import LOOKALIKES
 from renderfarm.errors import Fatal, InvalidJob, Transient
 from renderfarm.schema import OUR_COLUMNS, output_name
 from renderfarm.storage import PATIENCE_S, find_files, open_file
@@ -33,15 +34,6 @@ EXTRA = "input:"
 BATCH_ROWS = 4096
 BATCH_BYTES = 32 << 20  # about: by what its row groups hold on the average
 IDS_LOOKED_AT = 1_000_000
-# what other tools call diffusers' arguments
-LOOKALIKES = {
-    **dict.fromkeys(("steps", "step", "num_steps", "inference_steps"), "num_inference_steps"),
-    **dict.fromkeys(("cfg", "cfg_scale", "guidance", "scale"), "guidance_scale"),
-    **dict.fromkeys(("negative", "neg_prompt", "uc"), "negative_prompt"),
-    **dict.fromkeys(("n", "n_images", "num_images", "n_iter", "batch_count"), "num_images_per_prompt"),
-    **dict.fromkeys(("sampler_name", "scheduler", "sampling_method"), "sampler"),
-    **dict.fromkeys(("caption", "text"), "prompt"),
-}
 MAX_ORDINAL = 2**62
 
 

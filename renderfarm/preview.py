@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from renderfarm.report.contact_sheet import KEY, write_contact_sheet
 from renderfarm.report.notebook import small_sheet
 from renderfarm.shown import Shown
 from renderfarm.storage import open_store
+from renderfarm.sweep import axes
 
 MAX_ROWS = 1000
 MAX_CELLS = 240
@@ -71,8 +73,8 @@ def preview(job: Job, file: Path | None, rows: int = 9, observe: Observer = lamb
     with tempfile.TemporaryDirectory(prefix="renderfarm-preview-") as folder:
         summary = run(_elsewhere(prepared, chosen, folder), engine="inline", observe=observe)
         output = open_output(folder)
-        axes = [*job.sweep.product, *job.sweep.zip] if job.sweep else []
-        written = write_contact_sheet(output, min(MAX_CELLS, max(1, summary.images)), lambda record: _caption(record, axes))
+        swept = [*job.sweep.product, *job.sweep.zip] if job.sweep else []
+        written = write_contact_sheet(output, min(MAX_CELLS, max(1, summary.images)), lambda record: _caption(record, swept))
         sheet = output.store.read(KEY) if written is not None else None
         if sheet is not None and file is not None:
             _write(file, sheet)
@@ -111,10 +113,11 @@ def _elsewhere(prepared: Prepared, rows: list[int], folder: str) -> Prepared:
 
 def spread(prepared: Prepared, rows: int) -> list[int]:
     """Ordinals of rows that the job wants, one from each of `rows` equal stretches, not always at its beginning: in a sweep, rows at
-    equal distances could all have the same value of an axis."""
+    equal distances could all have the same value of an axis. Of a sweep, each combination comes once before any comes twice."""
     where = prepared.job.manifest.where
     if where is None:
-        return sorted(set(_places(prepared.manifest.rows, rows)))
+        total, block = prepared.manifest.rows, _rows_of_each(prepared.job)
+        return sorted(set(_across(total, block, rows) if total % block == 0 else _places(total, rows)))
     if where.keys() == {ROW}:
         wanted = np.unique(np.concatenate([np.arange(*_within(of, prepared.manifest.rows)) for of in parse_ranges(str(where[ROW]))]))
     else:
@@ -131,6 +134,22 @@ def _within(rows: range, total: int) -> tuple[int, int, int]:
 def _selected(prepared: Prepared) -> Iterator[np.ndarray]:
     parts = prepared.grid_of(ROWS_AT_A_TIME)
     return (table.column(ROW).to_numpy() for table in prepared.manifest.stream((part.start, part.stop) for part in parts))
+
+
+def _rows_of_each(job: Job) -> int:
+    """The rows that a sweep makes of each of the manifest's, where that is the same number for all; else 1."""
+    if job.sweep is None or (job.prompts is not None and job.prompts.templates == "combinatorial"):
+        return 1
+    return axes(job.sweep).combinations * (job.prompts.samples if job.prompts else 1)
+
+
+def _across(total: int, block: int, some: int) -> Iterator[int]:
+    """As `_places`, of blocks that are alike: places within them follow each other at a distance that meets each before one comes back."""
+    if block == 1:
+        return _places(total, some)
+    some, blocks = min(total, some), total // block
+    stride = next(step for step in range(max(1, round(block * GOLDEN)), 2 * block) if math.gcd(step, block) == 1)
+    return (k * blocks // some * block + k * stride % block for k in range(some))
 
 
 def _places(total: int, some: int) -> Iterator[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -61,6 +62,8 @@ class Output:
 
     def __init__(self, url: str, patience_s: float = PATIENCE_S) -> None:
         """`patience_s`: with each request of a store that is away."""
+        if os.path.isfile(url):
+            raise InvalidJob(f"{url}: not an output of renderfarm but a file; give the folder that `run` printed")
         self.store = open_store(url, patience_s=patience_s)
         try:
             self.job = commit.read_job(self.store)

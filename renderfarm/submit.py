@@ -148,8 +148,11 @@ def logs(job: Job, address: str) -> str:
 
 
 def stop(job: Job, address: str) -> None:
-    """Ray ends the driver within seconds, and the workers with it; what is committed stays. Raises InvalidJob where there is none."""
+    """Ray ends the driver within seconds, and the workers with it; what is committed stays. Raises InvalidJob where none is at work."""
     with _known(job, address) as (client, id_):
+        if (status := client.get_job_status(id_)).is_terminal():
+            said = f"{id_} has ended ({status.value.lower()})"
+            raise InvalidJob(f"{said}, so there is nothing to stop; the same submission again continues")
         client.stop_job(id_)
 
 

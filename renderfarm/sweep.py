@@ -23,8 +23,9 @@ import pyarrow as pa
 
 from renderfarm.arguments import ARGUMENTS, IMAGE, TEXT, accepts
 from renderfarm.config import Job, Prompts, Sweep
+from renderfarm.config.render import LOOKALIKES
 from renderfarm.errors import InvalidJob
-from renderfarm.manifest import EXTRA, LOOKALIKES, ROW, Manifest
+from renderfarm.manifest import EXTRA, ROW, Manifest
 from renderfarm.seeds import sample_seed
 from renderfarm.templates import Node, Wildcards, parse
 

@@ -114,7 +114,18 @@ def _look(store: Store, waited_s: float) -> Seen:
     except Transient as error:
         return Seen("UNKNOWN", {}, str(error))
     state = _state(progress, waited_s)
-    return Seen(state, progress | {"state": state})
+    died = state == "INTERRUPTED" != progress.get("state")
+    return Seen(state, progress | {"state": state} | (_counted(store) if died else {}))
+
+
+def _counted(store: Store) -> dict[str, Any]:
+    """What a run that died had not said of itself any more: the index knows. Nothing of a store that is away."""
+    try:
+        totals = commit.totals(store, commit.index_entries(store))
+    except Transient:
+        return {}
+    counts = {"parts_done": totals.parts_done, "images": totals.images, "errors": totals.errors, "waived": totals.waived}
+    return counts | {"error_classes": totals.classes, "rows_by_state": {}}
 
 
 def _state(progress: dict[str, Any], waited_s: float) -> str:

@@ -238,10 +238,16 @@ def test_init_preview_schedule_and_backfill_speak_to_people_and_as_json(tmp_path
     written = json.loads(cli("init", "j.yaml", "--template", "sweep", "--json").stdout)["written"]
     assert written == ["j.yaml", "job.schema.json"]
     assert "exists, and is left as it is" in refused("init", "j.yaml")
+    assert cli("validate", "j.yaml", "--set", "seed=3").stdout.endswith(" plan j.yaml --set seed=3\n")
+    planned = cli("plan", "j.yaml", "--out", "o", "--set", "seed=3")
+    assert [line.partition("renderfarm ")[2] for line in planned.stdout.splitlines()[-2:]] == [
+        "preview j.yaml --set seed=3", "run j.yaml --set seed=3 --out o",
+    ]  # fmt: skip
     done = cli("preview", "j.yaml", "--rows", "2", "--set", "model=builtin:fake")
     assert done.returncode == 0, done.stderr
     assert "2 images of 2 rows" in done.stdout
     assert "contact sheet: j-preview.png" in done.stdout
+    assert done.stdout.endswith(" run j.yaml --set model=builtin:fake\n")
     assert (tmp_path / "j-preview.png").exists()
     assert len(json.loads(cli("preview", "j.yaml", "--rows", "2", "--set", "model=builtin:fake", "--json").stdout)["pixels"]) == 2
     assert "put {{ ds }} into output.path" in refused("schedule", "j.yaml", "--kind", "cron")
@@ -252,6 +258,10 @@ def test_init_preview_schedule_and_backfill_speak_to_people_and_as_json(tmp_path
     assert "--logical-date" in cli("schedule", "j.yaml", "--kind", "cron").stdout
     made = cli("schedule", "j.yaml", "--kind", "systemd", "--write", "units", "--json")
     assert sorted(json.loads(made.stdout)["files"]) == sorted(path.name for path in (tmp_path / "units").iterdir())
+    written_there = cli("schedule", "j.yaml", "--kind", "cron", "--write", "here")
+    assert "wrote here/renderfarm-j.cron" in written_there.stderr
+    assert "to install, in that folder: " in written_there.stderr
+    assert "to install (with --write FOLDER, then in that folder): " in cli("schedule", "j.yaml", "--kind", "cron").stderr
     days = ["--from", "2026-11-27", "--to", "2026-11-28", "--engine", "inline"]
     planned = cli("backfill", "j.yaml", *days, "--every", "2", "--set", "seed=1", "--dry-run")
     again = "backfill j.yaml --from 2026-11-27 --to 2026-11-28 --reprocess missing --every 2 --set seed=1 --engine inline"
@@ -260,6 +270,8 @@ def test_init_preview_schedule_and_backfill_speak_to_people_and_as_json(tmp_path
     ended = json.loads(cli("backfill", "j.yaml", *days, "--json").stdout)
     assert [(day["date"], day["action"]) for day in ended["days"]] == [("2026-11-27", "render"), ("2026-11-28", "render")]
     assert [(run["date"], run["images"]) for run in ended["runs"]] == [("2026-11-27", 27), ("2026-11-28", 27)]
+    done = cli("run", "j.yaml", "--logical-date", "2026-11-28", "--engine", "inline")
+    assert done.stdout.endswith(" export out/2026-11-28 out/2026-11-28-export\n"), "its rows say their steps: the job's change nothing"
     assert json.loads(cli("backfill", "j.yaml", *days, "--json").stdout)["runs"] == []
 
 

@@ -172,6 +172,7 @@ def test_any_bytes_are_a_job_or_one_refusal_that_names_the_file(tmp_path_factory
         ({"sead": 1}, "sead: unknown field; did you mean 'seed'?"),
         ({"worker": {}}, "worker: unknown field; did you mean 'workers'?"),
         ({"xyzzy": 1}, "xyzzy: unknown field; known fields: version, name, manifest"),
+        ({"render": {"steps": 8}}, "render.steps: unknown field; did you mean 'num_inference_steps'?"),
         ({"render": {"heigth": 64}}, "render.heigth: unknown field; did you mean 'height'?"),
         ({"render": {"steps": 8}}, "render.steps: unknown field; "),
         ({"manifest": {"path": "a", "colums": {}}}, "manifest.colums: unknown field; did you mean 'columns'?"),

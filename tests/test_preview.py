@@ -62,6 +62,13 @@ def test_rows_are_spread_over_the_manifest_and_do_not_keep_step_with_an_axis(wri
     assert chosen(500) == list(range(100))
     swept = chosen(40, sweep={"product": {"guidance_scale": [1, 2, 3, 4]}})
     assert {place % 4 for place in swept} == {0, 1, 2, 3}
+    three_by_three = {"product": {"guidance_scale": [1, 2, 3], "num_inference_steps": "1..3"}}
+    four = write_manifest({"prompt": [f"p{k}" for k in range(4)]}, name="four.parquet")
+    few = chosen(9, manifest=four, sweep=three_by_three)
+    assert ({place % 9 for place in few}, {place // 9 for place in few}) == (set(range(9)), set(range(4)))
+    assert chosen(99, manifest=four, sweep=three_by_three) == list(range(36))
+    drawn = chosen(8, manifest=four, sweep={"product": {"guidance_scale": [1, 2]}}, prompts={"templates": "random", "samples": 4})
+    assert {place % 8 for place in drawn} == set(range(8))
     assert chosen(3, manifest={"path": str(manifest), "where": {"row": "5-6,90-99"}})[0] == 5
     assert all(place % 2 for place in chosen(9, manifest={"path": str(manifest), "where": {"kind": "b"}}))
     with pytest.raises(InvalidJob, match="selects no row"):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -172,6 +175,24 @@ def test_a_model_that_cannot_be_loaded_stops_the_job_at_once_with_the_reason(
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(Fatal, match="cannot be loaded"):
         renderfarm.run(write_job(write_manifest(), model=str(folder)), engine=engine)
+
+
+def test_a_cluster_where_nobody_listens_is_not_waited_for(write_manifest: Write, write_job: Write) -> None:
+    """In processes of their own: this one has a Ray, which would be taken."""
+
+    def said(address: str) -> str:
+        command = [sys.executable, "-m", "renderfarm", "run", str(write_job(write_manifest())), "--address", address]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 4, done.stdout + done.stderr
+        return done.stderr
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and listens to nobody
+        for scheme in ("", "ray://"):
+            told = said(address := f"{scheme}127.0.0.1:{taken.getsockname()[1]}")
+            assert f"error: cannot start or join Ray at {address}: " in told
+            assert "refused; is the address right?" in told
+    assert "a dashboard's, for `renderfarm submit`; give HOST:6379" in said("http://127.0.0.1:8265")
 
 
 def test_stopping_finishes_what_is_in_flight_and_the_next_run_continues(

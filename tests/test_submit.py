@@ -112,6 +112,9 @@ def test_a_submitted_job_renders_on_the_cluster_and_the_same_job_is_one_submissi
     status, logs = (submit(job, head, "--logical-date", "2026-11-21", option) for option in ("--status", "--logs"))
     assert json.loads(status.stdout)["status"] == "SUCCEEDED"
     assert "succeeded: 12 images, 0 errors" in json.loads(logs.stdout)["logs"]
+    ended = submit(job, head, "--logical-date", "2026-11-21", "--stop")
+    assert ended.returncode == 2
+    assert "has ended (succeeded), so there is nothing to stop" in ended.stderr
     other_day = submit(job, head, "--logical-date", "2026-11-22", "--status")
     assert other_day.returncode == 2
     assert "the job, its parameters or its date were others" in other_day.stderr

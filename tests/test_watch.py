@@ -65,12 +65,14 @@ def test_a_line_for_each_change_and_the_runs_exit_code(store: Store, monkeypatch
     result = CliRunner().invoke(app, ["watch", store.url], catch_exceptions=False)
     assert result.exit_code == 3
     lines = result.stdout.splitlines()
-    assert [line.split(",")[0] for line in lines[:-1]] == [
+    assert [line.split(",")[0] for line in lines[:-2]] == [
         "running: part 2 of 8", "running: part 3 of 8", "running: part 3 of 8", "partial: part 8 of 8",
     ]  # fmt: skip
     assert "5 images, 1 errors, 2.0 images/s, 0:09 left, 1 workers" in lines[0]
     assert lines[2].endswith("; waiting: the store is away")
-    assert lines[-1] == f"partial: 23 images, 1 errors in {store.url}"
+    assert lines[3].endswith("images/s")  # nothing is left of what has ended
+    assert lines[4] == f"partial: 23 images, 1 errors in {store.url}"
+    assert lines[5].endswith(f" errors {store.url}")
 
 
 def test_json_is_an_object_a_line_and_the_last_one_has_the_exit_code(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,15 +89,17 @@ def test_json_is_an_object_a_line_and_the_last_one_has_the_exit_code(store: Stor
 
 
 def test_a_run_that_has_ended_or_died_is_shown_once(store: Store) -> None:
-    for state, said, code, shown in (
-        ("SUCCEEDED", {}, 0, "succeeded: part 2"),
-        ("CANCELLED", {}, 5, "cancelled: part 2"),
-        ("RUNNING", {"updated": time.time() - 1e6}, 75, "interrupted: part 2"),
+    for state, said, code, shown, then in (
+        ("SUCCEEDED", {"errors": 1, "waived": 0}, 0, "succeeded: part 2", f" errors {store.url}"),
+        ("CANCELLED", {}, 5, "cancelled: part 2", "`renderfarm run JOB`, which continues"),
+        # what a dead run had not said is counted, and here is nothing
+        ("RUNNING", {"updated": time.time() - 1e6}, 75, "interrupted: part 0 of 8, 0 images", "`renderfarm run JOB`, which continues"),
     ):
         heart(store, state, **said)
         result = CliRunner().invoke(app, ["watch", store.url], catch_exceptions=False)
-        assert (result.exit_code, len(result.stdout.splitlines())) == (code, 2)
+        assert (result.exit_code, len(result.stdout.splitlines())) == (code, 3)
         assert result.stdout.startswith(shown)
+        assert result.stdout.endswith(f"{then}\n")
     with pytest.raises(InvalidJob, match="--interval '2': give a number with its unit"):
         CliRunner().invoke(app, ["watch", store.url, "--interval", "2"], catch_exceptions=False)
 
@@ -112,7 +116,7 @@ def test_a_run_that_was_submitted_may_come_a_little_later(monkeypatch: pytest.Mo
 
     monkeypatch.setattr("renderfarm.waiting.time.sleep", sleep)
     result = CliRunner().invoke(app, ["watch", store.url], catch_exceptions=False)
-    assert (result.exit_code, len(result.stdout.splitlines())) == (0, 3)
+    assert (result.exit_code, len(result.stdout.splitlines())) == (0, 4)
     assert "waiting: nothing is there yet" in result.stdout
     clock[0] = 100.0
     with pytest.raises(InvalidJob, match="not an output of renderfarm"):

@@ -108,6 +108,14 @@ def typed(
     return words + (["--address", address] if address else [])
 
 
+def print_next(*commands: str) -> None:
+    """What may be typed after this command, without the program's name."""
+    if len(commands) > 1:
+        out_console.print("next:")
+    for line in commands:
+        out_console.print(f"{'  ' if len(commands) > 1 else 'next: '}{as_called()} {line}", markup=False, soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
 

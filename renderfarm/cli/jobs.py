@@ -23,10 +23,10 @@ from renderfarm.cli.common import (
     Out,
     Sets,
     app,
-    as_called,
     console,
     out_console,
     print_json,
+    print_next,
     print_pairs,
     shown_path,
     typed,
@@ -71,7 +71,7 @@ def run(
         _print_summary(summary.to_dict(), some_rows=loaded.manifest.where is not None)
         if summary.state not in ("INTERRUPTED", "CANCELLED"):
             how = shlex.join(typed(engine=engine, address=address))
-            _print_next(summary.to_dict(), shlex.join([str(job), *typed(sets, logical_date)]), how, loaded.model)
+            _print_next(summary.to_dict(), shlex.join([str(job), *typed(sets, logical_date)]), how, loaded.model, loaded.sweep)
     raise typer.Exit(summary.exit_code)
 
 
@@ -115,9 +115,9 @@ def _print_summary(summary: dict[str, Any], some_rows: bool) -> None:
         out_console.print(f"report: {out}/{REPORT}")
 
 
-def _print_next(summary: dict[str, Any], job: str, how: str, model: Any) -> None:
+def _print_next(summary: dict[str, Any], job: str, how: str, model: Any, sweep: Any) -> None:
     """Three commands to try, as they would have to be typed after this one. `job`: its file and what was changed in it; `how`: it was run;
-    `model`: the job's ModelSpec."""
+    `model`: the job's ModelSpec; `sweep`: its Sweep, if it has one, whose values win over the job's."""
     from renderfarm.config import COMPANIONS
 
     out = shlex.quote(shown_path(summary["out"]))
@@ -125,13 +125,13 @@ def _print_next(summary: dict[str, Any], job: str, how: str, model: Any) -> None
     folders |= {f"{name}=": given.id for name, given in model.components.items()}
     models = "".join(f" --model {shlex.quote(name + shown_path(id_))}" for name, id_ in folders.items() if os.path.isabs(id_))
     again = " ".join(filter(None, (job, how)))
-    out_console.print("next:")
-    for command in (
+    steps_vary = sweep is not None and "num_inference_steps" in {**sweep.product, **sweep.zip}
+    other = f"export {out} {out}-export" if steps_vary else f"run {again} --set render.num_inference_steps=8 --out {out}-8-steps"
+    print_next(
         f"status {out}",
         f"verify {out} --sample 3{models}" if summary["images"] else f"validate {job}",
-        f"validate {job}" if summary["errors"] else f"run {again} --set render.num_inference_steps=8 --out {out}-8-steps",
-    ):
-        out_console.print(f"  {as_called()} {command}", markup=False, soft_wrap=True)
+        f"errors {out}" if summary["errors"] else other,
+    )
 
 
 @command()
@@ -161,6 +161,8 @@ def validate(
             out_console.print(hint, markup=False)
         bad = f"{found.bad_rows:,} bad rows, {found.duplicate_ids:,} duplicate ids"
         out_console.print(f"{found.rows:,} rows, {found.images:,} images, {bad}")
+        if found.ok:
+            print_next(shlex.join(["plan", str(job), *typed(sets, logical_date), *(["--out", out] if out else [])]))
     raise typer.Exit(EXIT_OK if found.ok else EXIT_ROWS_FAILED)
 
 
@@ -177,6 +179,14 @@ def plan(job: JobFile, sets: Sets = None, out: Out = None, logical_date: Logical
         print_json(found)
     else:
         print_pairs(found)
+        again = [str(job), *typed(sets, logical_date)]
+        run_it = shlex.join(["run", *again, *(["--out", out] if out else [])])
+        if not found["parts left"] and not found["of them to be rendered again"] and found["parts (leases)"]:
+            print_next(shlex.join(["status", shown_path(found["out"])]))
+        elif found["parts done"]:
+            print_next(run_it)
+        else:
+            print_next(shlex.join(["preview", *again]), run_it)
 
 
 @command()
@@ -207,6 +217,7 @@ def preview(
         out_console.print(reason, markup=False)
     if found.file is not None:
         out_console.print(f"contact sheet: {shown_path(found.file)}", markup=False)
+        print_next(shlex.join(["run", str(job), *typed(sets, logical_date)]))
     raise typer.Exit(found.exit_code)
 
 
@@ -233,4 +244,4 @@ def init(
         print_json({"written": written})
         return
     out_console.print(f"wrote {', '.join(written)}", markup=False)
-    out_console.print(f"next: {as_called()} plan {shlex.quote(str(file))}", markup=False, soft_wrap=True)
+    print_next(shlex.join(["plan", str(file)]))

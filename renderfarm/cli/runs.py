@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from enum import StrEnum
 from functools import partial
@@ -11,7 +12,18 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from renderfarm.cli.common import AsJson, OutputFolder, app, console, out_console, print_json, print_pairs, seconds
+from renderfarm.cli.common import (
+    AsJson,
+    OutputFolder,
+    app,
+    console,
+    out_console,
+    print_json,
+    print_next,
+    print_pairs,
+    seconds,
+    shown_path,
+)
 from renderfarm.errors import EXIT_TIMED_OUT
 from renderfarm.shown import shown_value
 
@@ -28,6 +40,24 @@ def status(out: OutputFolder, as_json: AsJson = False) -> None:
         print_json(found)
     else:
         print_pairs(found)
+        _print_next(out, found["state"], found["errors"] - found["errors waived"])
+
+
+def _print_next(out: str, state: str, errors: int) -> None:
+    """What may be done with an output whose last run is in this state."""
+    from renderfarm.heartbeat import ALIVE
+
+    folder = shlex.quote(shown_path(out))
+    if state == "PAUSED":
+        print_next(f"resume {folder}")
+    elif state in ALIVE:
+        print_next(f"watch {folder}")
+    elif errors and state in ("SUCCEEDED", "PARTIAL"):
+        print_next(f"errors {folder}")
+    elif state == "SUCCEEDED":
+        print_next(f"verify {folder}", f"export {folder} {folder}-export")
+    else:
+        out_console.print("next: `renderfarm run JOB`, which continues")
 
 
 @command()
@@ -53,6 +83,7 @@ def watch(
     if not as_json:
         counts = f"{said.get('images', 0):,} images, {said.get('errors', 0):,} errors in {out}"
         out_console.print(f"{seen.state.lower()}: {counts}", markup=False)
+        _print_next(out, seen.state, said.get("errors", 0) - said.get("waived", 0))
     raise typer.Exit(code)
 
 
@@ -98,6 +129,7 @@ def wait(
     else:
         late = " (still; --timeout has passed)" if found.exit_code == EXIT_TIMED_OUT else ""
         out_console.print(f"{found.state.lower()}{late}: {found.images:,} images, {found.errors:,} errors in {found.out}", markup=False)
+        _print_next(out, found.state, found.errors)
     raise typer.Exit(found.exit_code)
 
 
@@ -184,6 +216,11 @@ def errors(
     out_console.print(table if lines else "no errors: every sample that was rendered has its image")
     if not group_by and total > len(lines):
         out_console.print(f"… {total:,} in all (--limit 0 prints them)")
+    unwaived = [line for line in lines if (line["waived"] < line["count"] if group_by else not line["waived"])]
+    if unwaived:
+        folder = shlex.quote(shown_path(out))
+        retries = [f"retry {folder}"] if any(line["retryable"] for line in unwaived) else []
+        print_next(*retries, f'waive {folder} --all --reason "as it should be"')
 
 
 def _cell(value: Any) -> str:

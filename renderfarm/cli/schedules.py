@@ -20,10 +20,10 @@ from renderfarm.cli.common import (
     JobFile,
     Sets,
     app,
-    as_called,
     console,
     out_console,
     print_json,
+    print_next,
     shown_path,
     typed,
 )
@@ -93,7 +93,10 @@ def schedule(
             if len(made.files) > 1:
                 out_console.out(f"# ---- {name}", highlight=False)
             out_console.out(text, highlight=False, end="")
-    console.print(f"{f'wrote {write}/' + ', '.join(made.files) if write else 'to install it'}: {made.install}", markup=False)
+    if write is not None:
+        console.print(f"wrote {', '.join(str(write / name) for name in made.files)}", markup=False)
+    how = "to install, in that folder" if write is not None else "to install (with --write FOLDER, then in that folder)"
+    console.print(f"{how}: {made.install}", markup=False)
 
 
 def _write(file: Path, text: str) -> None:
@@ -157,7 +160,7 @@ def backfill(
     elif dry_run and any(day.action for day in planned):
         how = ["--from", first, "--to", last, "--reprocess", reprocess.value, *(["--every", str(every)] if every > 1 else [])]
         again = shlex.join([str(job), *how, *typed(sets, engine=engine, address=address)])
-        out_console.print(f"next: {as_called()} backfill {again}", markup=False, soft_wrap=True)
+        print_next(f"backfill {again}")
     raise typer.Exit(code)
 
 

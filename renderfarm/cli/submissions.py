@@ -16,10 +16,10 @@ from renderfarm.cli.common import (
     Out,
     Sets,
     app,
-    as_called,
     console,
     out_console,
     print_json,
+    print_next,
     shown_path,
     shown_value,
     typed,
@@ -85,9 +85,8 @@ def submit(
             if ended.exit_code:
                 out_console.print(shown_value(ended.log_tail), markup=False)
         again = shlex.join(["submit", str(job), *where.options(), *typed(sets, logical_date), *(["--out", out] if out else [])])
-        out_console.print("next:")
-        for line in (f"watch {shlex.quote(shown_path(loaded.output.path))}", f"{again} --logs", f"{again} --stop"):
-            out_console.print(f"  {as_called()} {line}", markup=False, soft_wrap=True)
+        folder = shlex.quote(shown_path(loaded.output.path))
+        print_next(*([f"status {folder}", f"{again} --logs"] if ended else [f"watch {folder}", f"{again} --logs", f"{again} --stop"]))
     if ended:
         raise typer.Exit(ended.exit_code)
 

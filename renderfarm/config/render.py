@@ -9,6 +9,16 @@ from pydantic import Field, field_validator, model_validator
 
 from renderfarm.config.base import Strict
 
+# what other tools call diffusers' arguments
+LOOKALIKES = {
+    **dict.fromkeys(("steps", "step", "num_steps", "inference_steps"), "num_inference_steps"),
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance", "scale"), "guidance_scale"),
+    **dict.fromkeys(("negative", "neg_prompt", "uc"), "negative_prompt"),
+    **dict.fromkeys(("n", "n_images", "num_images", "n_iter", "batch_count"), "num_images_per_prompt"),
+    **dict.fromkeys(("sampler_name", "scheduler", "sampling_method"), "sampler"),
+    **dict.fromkeys(("caption", "text"), "prompt"),
+}
+
 
 class Render(Strict):
     """Defaults for every row; a row's own column wins. None: the model family's default."""

@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 import ray.exceptions
@@ -35,6 +36,7 @@ from renderfarm.worker import MOST_LEASES, Worker, WorkerSpec
 DRAIN_POLL_S = 2.0
 HEAD_AWAY_S = 45.0  # Ray itself ends this process without a word when it has not reached the head for 60 s
 CONNECT_S = 2.0
+REACH_S = 30.0  # of a cluster that is to be joined, which may lie behind a slow network
 NODE_DIED = "node has died"  # in Ray's words for an actor that went with its node
 
 
@@ -88,6 +90,7 @@ class RayEngine:
         common: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
         try:
             if address is not None:
+                _reach(address)
                 ray.init(address=address, **common)
                 return
             self._folder = tempfile.mkdtemp(prefix="rf-")
@@ -239,6 +242,17 @@ def _signals_kept() -> Iterator[None]:
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)
+
+
+def _reach(address: str) -> None:
+    """Ray itself would try a wrong address for many minutes. Raises ConnectionError or OSError where nobody listens, ValueError for what
+    is no host and port."""
+    scheme, _, place = address.rpartition("://")
+    if scheme in ("http", "https"):
+        raise ValueError("that is a dashboard's, for `renderfarm submit`; give HOST:6379, or ray://HOST:10001, or auto on a node")
+    host, port = urlsplit(f"//{place}").hostname, urlsplit(f"//{place}").port
+    if host is not None and port is not None:
+        socket.create_connection((host, port), timeout=REACH_S).close()
 
 
 @contextlib.contextmanager

@@ -13,9 +13,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from renderfarm.heartbeat import ALIVE
 from renderfarm.progress import Progress
 
 LOG_EVERY_S = 30.0
+GOING_ON = (*ALIVE, "UNKNOWN")
 TOLD = ("PAUSING", "PAUSED", "CANCELLING")  # at once: somebody has asked for it
 
 
@@ -31,10 +33,11 @@ def duration(seconds: float | None) -> str:
 def one_line(said: dict[str, Any]) -> str:
     """`said`: a `Progress.snapshot()`, of this process or of the output."""
     known: dict[str, Any] = {"state": "UNKNOWN", "parts_done": 0, "images": 0, "errors": 0, "workers": {}} | said
+    ready = sum(worker["state"] == "ready" for worker in known["workers"].values())
+    going_on = f", {duration(said.get('eta_seconds'))} left, {ready} workers" if known["state"] in GOING_ON else ""
     return (
         f"{known['state'].lower()}: part {known['parts_done']} of {said.get('parts') or '?'}, {known['images']} images, "
-        f"{known['errors']} errors, {said.get('images_per_second') or 0.0:.1f} images/s, {duration(said.get('eta_seconds'))} left, "
-        f"{sum(worker['state'] == 'ready' for worker in known['workers'].values())} workers"
+        f"{known['errors']} errors, {said.get('images_per_second') or 0.0:.1f} images/s{going_on}"
         + (f"; waiting: {printable(said['trouble'])}" if said.get("trouble") else "")
         + ("; `renderfarm resume` goes on" if known["state"] == "PAUSED" else "")
     )
