@@ -51,7 +51,9 @@ def _serving(command: list[str], port: int, log: Path) -> Iterator[None]:
 def moto(folder: Path) -> Iterator[str]:
     """The endpoint of an S3 server in a process of its own."""
     port = free_port()
-    with _serving([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port, folder / "moto.log"):
+    with _serving(
+        [sys.executable, str(Path(__file__).with_name("moto_server.py")), "-H", "127.0.0.1", "-p", str(port)], port, folder / "moto.log"
+    ):
         yield f"http://127.0.0.1:{port}"
 
 
