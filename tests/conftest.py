@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import uuid
@@ -213,3 +214,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     total = sum((Counter(value) for report in passed for name, value in report.user_properties if name == "schedules"), Counter())
     if total:
         terminalreporter.write_line(f"simulated: {', '.join(f'{count} × {name}' for name, count in total.items())}")
+
+
+@pytest.fixture(autouse=True)
+def handlers_of_signals() -> Iterator[None]:
+    """A command that a test calls in this process leaves its own: it would end soon."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)

@@ -40,7 +40,7 @@ from renderfarm.worker import Worker, WorkerSpec
 LATENCY_S = 0.05  # of a request, at most
 SAMPLE_S = 0.5
 GC_AGE_S = 20_000.0  # older than any attempt lives
-MOST_STEPS = 60_000
+MOST_STEPS = 200_000  # three drivers that wait for the deadline of a worker that hangs take more than 60,000
 
 
 class Killed(BaseException):
