@@ -448,8 +448,10 @@ def _mend_views(store: Store, layout: Layout, part: Part, images: pa.Table, erro
         if not store.exists(key) or store.read(key) != data:
             store.put(key, data)
     key, there = errors_key(part), store.exists(errors_key(part))
-    if (there or len(errors)) and not (there and store.read(key) == error_view_bytes(errors)):
-        store.put(key, error_view_bytes(errors))
+    if there or len(errors):
+        data = error_view_bytes(errors)
+        if not there or store.read(key) != data:
+            store.put(key, data)
 
 
 BY = ("run", "worker", "host", "began", "seconds")
