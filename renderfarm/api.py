@@ -17,6 +17,7 @@ from renderfarm.jobfile import at_its_line, load_job
 from renderfarm.preparation import Prepared, prepare
 from renderfarm.progress import Progress
 from renderfarm.report.views import write_card_of, write_views
+from renderfarm.shown import without_secrets
 from renderfarm.summary import RunSummary
 from renderfarm.worker import WorkerSpec
 
@@ -118,7 +119,7 @@ def _ended_by(error: Exception, driver: Driver, prepared: Prepared) -> dict[str,
         "exit_code": code,
         "error_classes": known["error_classes"],
         "seconds": round(driver.progress.seconds, 2),
-        "error": str(error),
+        "error": without_secrets(str(error)),
         "error_class": type(error).__name__,
     }
 

@@ -53,6 +53,7 @@ from renderfarm.preparation import Prepared
 from renderfarm.progress import Progress, WorkerProgress
 from renderfarm.records import Lease, PartId, WorkerReady
 from renderfarm.repair import Repaired, refuse_if_alive, repair
+from renderfarm.shown import without_secrets
 from renderfarm.storage import Store, open_store, probe
 from renderfarm.summary import RunSummary, end_of, summarise
 from renderfarm.worker import LEASES_IN_FLIGHT, leases_held
@@ -198,7 +199,7 @@ class Driver:
             said = self._snapshot()
             self.journal.say("ended", state=self.progress.state, reason=f"{type(error).__name__}: {error}")
             ended = {name: said[name] for name in ("run_id", "job", "key", "logical_date", "state", "new_images", "new_errors")}
-            self.heartbeat.close(said, ended | {"error": str(error), "error_class": type(error).__name__})
+            self.heartbeat.close(said, ended | {"error": without_secrets(str(error)), "error_class": type(error).__name__})
             raise
 
     def _resumed(self) -> bool:
@@ -444,7 +445,7 @@ class Driver:
             if trouble:
                 self.pool.excuse(time.monotonic())
             away = trouble or self.outage.trouble or self.manifest_outage.trouble
-            self.progress.trouble = str(away) if away else self._waiting_for()
+            self.progress.trouble = without_secrets(str(away)) if away else self._waiting_for()
             self.progress.state = self._state()
         self._note_changes()
 
@@ -600,6 +601,7 @@ class Driver:
             return
         announced = self._announced(worker) if announced is None else announced
         node, devices = self.pool.members[worker].place
+        said = without_secrets(str(error))
         self.progress.lost_workers += 1
         self.progress.workers[worker].state = "lost"
         held = self.pool.remove(worker)
@@ -612,10 +614,10 @@ class Driver:
             else:
                 self.again.append((0.0, self.blame.suspect(lease, error, announced)))
         if not isinstance(error, NodeLost) and self.pool.lost_on(node):
-            self.progress.workers[worker].reason = f"{NODE_LOSSES} workers died on node {node}, which gets no more of them: {error}"
+            self.progress.workers[worker].reason = f"{NODE_LOSSES} workers died on node {node}, which gets no more of them: {said}"
         if isinstance(error, DeviceLost) and self.pool.broke_on(node, devices):
             where = f"device {', '.join(devices)} of node {node}"
-            self.progress.workers[worker].reason = f"{DEVICE_LOSSES} contexts broke on {where}, which gets no more work: {error}"
+            self.progress.workers[worker].reason = f"{DEVICE_LOSSES} contexts broke on {where}, which gets no more work: {said}"
         if reason := self.progress.workers[worker].reason:
             self.journal.say("benched", worker=worker, reason=reason)
         if not self.pool.members:
@@ -635,7 +637,7 @@ class Driver:
             self.journal.lost(worker, error, [], frozenset())
             self.restarts.append(time.monotonic() + AWAY_S)
             return
-        shown.state, shown.reason = "failed to start", str(error)
+        shown.state, shown.reason = "failed to start", without_secrets(str(error))
         alone = not len(self.pool)
         self.start_failures += 1
         if isinstance(error, ProfileMismatch):

@@ -4,6 +4,7 @@
     originals      the same below originals/part-N/
     unfinished     _renderfarm/tmp/ and multipart uploads: of writers that died
     announcements  of rows that were once rendered alone; a run reads its own only
+    logs           what runs said, but for the last KEPT_LOGS of them
 
 Only names that renderfarm gives are looked at, and only what is older than an age. What a table names is never touched; what is
 to be known of a part is its table, so of a part whose table is damaged, lost or another than was committed nothing is removed.
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 from renderfarm import commit
 from renderfarm.errors import Fatal
 from renderfarm.heartbeat import is_alive
+from renderfarm.journal import LOGS
 from renderfarm.layouts.base import Committed
 from renderfarm.reading import Output
 from renderfarm.reading import open as open_output
@@ -31,7 +33,8 @@ from renderfarm.records import PartId
 from renderfarm.shown import Shown
 from renderfarm.storage import TEMPORARY, Stored
 
-KINDS = ("images", "originals", "unfinished", "announcements")
+KINDS = ("images", "originals", "unfinished", "announcements", "logs")
+KEPT_LOGS = 100
 REMOVERS = 8
 _IMAGE = re.compile(r"(data|originals)/part-(\d{8,})(?:\.r([1-9]\d*))?/\d{10,}-\d{4,}-[0-9a-f]{8}\.[a-z]+")
 _ANNOUNCED = re.compile(rf"{commit.ANNOUNCED}/part-\d{{8,}}(\.r[1-9]\d*)?\.json")
@@ -63,6 +66,8 @@ def collect(out: str, older_than_s: float, *, dry_run: bool = False, say: Callab
         say(f"part {done:,} of {len(by_part):,} that hold old pictures")
         _collect_part(output, entries, part, stored, found)
     _collect_unfinished(output, before, found)
+    logs = sorted(output.store.stored(LOGS), key=lambda stored: stored.modified)[:-KEPT_LOGS]
+    _remove(found, [("logs", stored) for stored in logs if stored.modified < before], output.store.delete)
     return found
 
 

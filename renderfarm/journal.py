@@ -14,13 +14,12 @@ and a message is shown without what may be a secret.
 from __future__ import annotations
 
 import json
-import os
-import re
 import time
 from collections import deque
 from typing import Any
 
 from renderfarm.records import Lease, Part, Receipt, WorkerReady
+from renderfarm.shown import without_secrets
 
 LOGS = "_renderfarm/logs"
 EVERY_S = 15.0
@@ -28,9 +27,6 @@ FIRST_BYTES, LAST_BYTES, ROUTINE_BYTES = 128 << 10, 256 << 10, 256 << 10
 MAX_BYTES = FIRST_BYTES + LAST_BYTES + ROUTINE_BYTES + 1024
 MAX_MESSAGE, MAX_ID = 300, 100  # characters
 LOOKED_AT = 10 * MAX_MESSAGE  # of a message; what is searched grows with the square of it
-SHORTEST_SECRET = 8  # a shorter value of such a variable is a switch or a number, and would be found everywhere
-_SECRETS = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|CONNECTION_STRING", re.IGNORECASE)
-_USER_IN_URL, _QUERY = re.compile(r"(?<=://)[^/\s@'\"]+@"), re.compile(r"(?<=[^\s?])\?[^\s'\")\]]*=[^\s'\")\]]*")
 
 
 def log_key(run_id: str) -> str:
@@ -38,11 +34,8 @@ def log_key(run_id: str) -> str:
 
 
 def redacted(text: str) -> str:
-    """Without what this environment's variables of secrets hold, without users and queries of URLs, on one line, and not too long."""
-    for name, value in os.environ.items():
-        if _SECRETS.search(name) and len(value) >= SHORTEST_SECRET:
-            text = text.replace(value, f"${{{name}}}")
-    text = _QUERY.sub("?…", _USER_IN_URL.sub("…@", " ".join(text[:LOOKED_AT].split())))
+    """Without secrets, on one line, and not too long."""
+    text = without_secrets(" ".join(text[:LOOKED_AT].split()))
     return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 1]}…"
 
 

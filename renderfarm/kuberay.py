@@ -6,13 +6,15 @@ on with its output.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
 
 from renderfarm.config import Job
-from renderfarm.errors import Fatal, InvalidJob
+from renderfarm.errors import EXIT_INTERRUPTED, EXIT_OK, Fatal, InvalidJob
 from renderfarm.kubernetes import (
     APPLY,
     MAX_FILES_BYTES,
@@ -28,7 +30,8 @@ from renderfarm.kubernetes import (
 )
 from renderfarm.parcel import JOB_FILE, Parcel, pack
 from renderfarm.preparation import RUN_KEY
-from renderfarm.submit import submission_id
+from renderfarm.submit import Ended, last_lines, submission_id
+from renderfarm.waiting import Begins, look
 
 KUBECTL_S = 60
 ENDED = ("Complete", "Failed", "ValidationFailed")
@@ -84,6 +87,24 @@ def apply(made: Manifest) -> bool:
     return True
 
 
+def wait_for(job: Job, namespace: str | None, after: str | None, poll_s: float = 5.0) -> Ended:
+    """Wait until KubeRay says that it has ended, with the pods that it makes anew. `after`: the output's run before it. The exit code is
+    the one that its run left in the output; 75 where that cannot be read, or says nothing of it."""
+    name = name_of(job)
+    try:
+        while (status := _status(name, namespace)) not in (None, *ENDED):
+            time.sleep(poll_s)
+    except Fatal as error:
+        raise Fatal(f"lost sight of {name}; the same command attaches to it again: {error}") from error
+    if status is None:
+        return Ended("DELETED", EXIT_INTERRUPTED, "")
+    said = ""
+    with contextlib.suppress(Fatal):  # its pod may be gone
+        said = last_lines(_kubectl("logs", f"job/{name}", namespace=namespace))
+    code = EXIT_OK if status == "Complete" else look(job.output.path, Begins(after)).exit_code or EXIT_INTERRUPTED
+    return Ended(status.upper(), code, said)
+
+
 def status(job: Job, namespace: str | None) -> str:
     """KubeRay's words for how far it is. Raises InvalidJob where there is none."""
     found = _status(name_of(job), namespace)
@@ -99,9 +120,9 @@ def logs(job: Job, namespace: str | None) -> str:
 
 
 def stop(job: Job, namespace: str | None) -> None:
-    """Its cluster goes with it; what is committed stays."""
+    """Its cluster and its files there go with it; what is committed stays."""
     status(job, namespace)
-    _kubectl("delete", "rayjob", name_of(job), "--wait=false", namespace=namespace)
+    _kubectl("delete", f"rayjob/{name_of(job)}", f"configmap/{name_of(job)}", "--ignore-not-found", "--wait=false", namespace=namespace)
 
 
 def _status(name: str, namespace: str | None) -> str | None:

@@ -52,17 +52,19 @@ class Output(reading.Output):
 
         return Figures(f"status of {self.url}", read_status(self.url))
 
-    def wait(self, timeout_s: float | None = None) -> Waited:
-        """Until its run has ended, or `timeout_s` has passed; `exit_code` is that of the run, 6 after the timeout."""
-        from renderfarm.waiting import wait
+    def wait(self, timeout_s: float | None = None, *, after: str | None = None, begins_within_s: float = 60.0) -> Waited:
+        """Until its run has ended, or `timeout_s` has passed; `exit_code` is that of the run, 6 after the timeout. `after`: the id of a run
+        that has ended (`status()["run"]`); the one that comes after it is meant, which has `begins_within_s` to begin."""
+        from renderfarm.waiting import Begins, wait
 
-        return wait(self.url, timeout_s)
+        return wait(self.url, timeout_s, begins=Begins(after, begins_within_s))
 
-    def watch(self, every_s: float = 2.0) -> Iterator[Seen]:
-        """How far its run is, every few seconds, until it has ended or is paused: the last one has an `exit_code`."""
-        from renderfarm.waiting import watch
+    def watch(self, every_s: float = 2.0, *, after: str | None = None, begins_within_s: float = 60.0) -> Iterator[Seen]:
+        """How far its run is, every few seconds, until it has ended or is paused: the last one has an `exit_code`. `after`,
+        `begins_within_s`: as for `wait`."""
+        from renderfarm.waiting import Begins, watch
 
-        return watch(self.url, every_s)
+        return watch(self.url, every_s, Begins(after, begins_within_s))
 
     def logs(
         self, run: str | None = None, *, worker: str | None = None, rows: Rows | None = None, follow: bool = False

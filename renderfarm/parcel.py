@@ -71,8 +71,13 @@ class Parcel:
 def pack(job: Job, most_bytes: int) -> Parcel:
     """`job`: with absolute paths, as `load_job` gives it. `most_bytes`: of all files that are sent; what has no room must be there.
 
-    Raises InvalidJob for lists of words that are too many. A manifest that is not on this machine may be on that one.
+    Raises InvalidJob for lists of words that are too many, and for a hook that is written out. A manifest that is not on this machine may be on that one.
     """
+    if job.notify is not None and "${" not in job.notify.url:
+        raise InvalidJob(
+            "notify.url: who may read the job in the cluster could tell the same hook anything; put it into an environment variable "
+            "there, and write ${NAME} here"
+        )
     parcel = Parcel(job.model_dump(mode="json"), most_bytes)
     _take_wildcards(parcel, job)
     _take_manifest(parcel, job)
@@ -99,7 +104,8 @@ def _texts(job: Job) -> str:
 def _take_wildcards(parcel: Parcel, job: Job) -> None:
     if job.prompts is None or is_url(job.prompts.wildcards) or not (folder := Path(job.prompts.wildcards)).is_dir():
         return
-    for path in sorted(path for path in folder.rglob("*.txt") if path.is_file()):
+    inside = folder.resolve()  # a list that is a link out of it is none (`templates`)
+    for path in sorted(path for path in folder.rglob("*.txt") if path.is_file() and path.resolve().is_relative_to(inside)):
         if not parcel.take(f"wildcards/{path.relative_to(folder).as_posix()}", path):
             raise InvalidJob(f"prompts.wildcards: {folder} holds more than can be sent with a job; leave only the lists that it needs")
     parcel.job["prompts"]["wildcards"] = "wildcards"

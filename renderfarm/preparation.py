@@ -165,7 +165,8 @@ def prepare(job: Job) -> Prepared:
     """Raises InvalidJob for everything that can be known now."""
     key = os.environ.get(RUN_KEY) or job.key
     for place, text in job.places():
-        check_credentials(place, expand_env(text))  # what the job file holds was checked when it was read
+        if place != "notify.url":  # which is kept nowhere
+            check_credentials(place, expand_env(text))  # what the job file holds was checked when it was read
     _check_packages(job)
     model = with_weights(describe(job.model), job.render.prompt_weighting)
     # expanded once and here: a worker's environment and folder may be others

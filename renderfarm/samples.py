@@ -23,6 +23,7 @@ from renderfarm.pictures import blank
 from renderfarm.records import InputImage, RowError, Sample, SampleKey
 from renderfarm.samplers import find_sampler
 from renderfarm.seeds import MAX_SEED, sample_seed
+from renderfarm.shown import without_secrets
 
 MAX_PROMPT_CHARACTERS = 20_000
 MAX_IMAGES_PER_ROW = 10_000
@@ -135,7 +136,7 @@ def _with_any_image(sample: Sample, model: ModelInfo) -> Sample:
 
 def row_error(key: SampleKey, row_id: str, prompt: Any, error: RenderfarmError) -> RowError:
     digest = hashlib.sha256(prompt.encode()).hexdigest() if isinstance(prompt, str) else None
-    return RowError(key, row_id, type(error).__name__, str(error), error.retryable, digest)
+    return RowError(key, row_id, type(error).__name__, without_secrets(str(error)), error.retryable, digest)
 
 
 def _images(values: dict[str, Any], job: Job) -> int:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from renderfarm.config import Job, is_url
+from renderfarm.config import WRITTEN_IN, Job, is_url
 from renderfarm.errors import InvalidJob
 from renderfarm.kubernetes import (
     APPLY,
@@ -266,7 +266,7 @@ def _cronjob(tick: Tick) -> Schedule:
         "name": "submit",
         "image": tick.image,
         "command": ["sh", "-c", script],
-        **pods.environment({"name": "JOB_NAME", "valueFrom": label}, *_TOKEN_ENV),
+        **pods.environment({"name": "JOB_NAME", "valueFrom": label}, {"name": WRITTEN_IN, "value": str(tick.file.parent)}, *_TOKEN_ENV),
         "volumeMounts": [{"name": "job", "mountPath": MOUNT}],
     }
     never_again = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2, 3, 4, 5]}}  # as `renderfarm --help` has them
@@ -291,7 +291,7 @@ def _raycronjob(tick: Tick) -> Schedule:
     command = Tick(**{**vars(tick), "address": "auto"}).command(f"{MOUNT}/job.yaml", DAY)
     # a file: whatever is in the command is read by one shell, and not by those between KubeRay and the head
     pods, files = _pods(tick), _files(tick, **{_RUN_FILE: f"{_RUN_OF_TICK}exec {command}\n"})
-    job = ray_job(tick.job, pods, files, f"sh {MOUNT}/{_RUN_FILE}")
+    job = ray_job(tick.job, pods, files, f"sh {MOUNT}/{_RUN_FILE}", {WRITTEN_IN: str(tick.file.parent)})
     raycronjob = _when_due(tick, pods, ("ray.io/v1", "RayCronJob"), jobTemplate=job)
     said = (
         "each tick renders on a cluster of its own, under the date, in UTC, that it was due, as KubeRay 1.7 names it; with an older one,\n"

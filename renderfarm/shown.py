@@ -5,14 +5,27 @@ from __future__ import annotations
 import base64
 import dataclasses
 import html
+import os
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 MOST_LINES, MOST_SIGNS = 40, 2_000  # of one value
+SHORTEST_SECRET = 8  # a shorter value of such a variable is a switch or a number, and would be found everywhere
+_SECRETS = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|CONNECTION_STRING", re.IGNORECASE)
+_USER_IN_URL, _QUERY = re.compile(r"(?<=://)[^/\s@'\"]+@"), re.compile(r"(?<=[^\s?])\?[^\s'\")\]]*=[^\s'\")\]]*")
 
 _TABLE = "border-collapse: collapse; font-size: 13px; text-align: left"
 _NAME = "text-align: left; font-weight: 600; vertical-align: top; padding-right: 1em"
 _VALUE = "text-align: left; white-space: pre-wrap; overflow-wrap: anywhere"
+
+
+def without_secrets(text: str) -> str:
+    """For what is kept or told: without what this environment's variables of secrets hold, and without users and queries of URLs."""
+    for name, value in os.environ.items():
+        if _SECRETS.search(name) and len(value) >= SHORTEST_SECRET:
+            text = text.replace(value, f"${{{name}}}")
+    return _QUERY.sub("?…", _USER_IN_URL.sub("…@", text))
 
 
 def shown_value(value: Any) -> str:

@@ -114,7 +114,7 @@ def _reason(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a submission has ended. `status`: Ray's word (SUCCEEDED, FAILED, STOPPED); `exit_code`: of its `renderfarm run`, 75 where
+    """How a submission has ended. `status`: Ray's word (SUCCEEDED, FAILED, STOPPED), or KubeRay's; `exit_code`: of its `renderfarm run`, 75 where
     something killed it; `log_tail`: the last lines that it wrote."""
 
     status: str
@@ -127,12 +127,16 @@ def wait_for(id_: str, address: str, poll_s: float = 1.0) -> Ended:
     with _asked(address, f"lost sight of {id_}; the same command attaches to it again:") as client:
         while not (status := client.get_job_status(id_)).is_terminal():
             time.sleep(poll_s)
-        tail = "\n".join(client.get_job_logs(id_).splitlines()[-LOG_LINES:])
+        tail = last_lines(client.get_job_logs(id_))
         code = client.get_job_info(id_).driver_exit_code
     if status.value == "SUCCEEDED":
         return Ended(status.value, EXIT_OK, tail)
     # none, or a signal's number: what would have gone on was ended from outside
     return Ended(str(status.value), code if code and 0 < code < SIGNALLED else EXIT_INTERRUPTED, tail)
+
+
+def last_lines(text: str) -> str:
+    return "\n".join(text.splitlines()[-LOG_LINES:])
 
 
 def status(job: Job, address: str) -> str:

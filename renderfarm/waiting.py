@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from renderfarm import commit, control
+from renderfarm.config import expand_env
 from renderfarm.errors import (
     EXIT_INTERRUPTED,
     EXIT_OK,
@@ -16,12 +17,13 @@ from renderfarm.errors import (
     EXIT_STOPPED_BY_USER,
     EXIT_TIMED_OUT,
     InvalidJob,
+    RenderfarmError,
     Transient,
 )
 from renderfarm.heartbeat import STALE_S, is_alive
 from renderfarm.reading import open as open_output
 from renderfarm.shown import Shown
-from renderfarm.storage import Store
+from renderfarm.storage import Store, open_store
 
 POLL_S = 2.0
 ENDED = {
@@ -63,9 +65,34 @@ class Waited(Shown):
     seconds: float
 
 
-def watch(out: str, every_s: float = POLL_S) -> Iterator[Seen]:
+@dataclass(frozen=True)
+class Begins:
+    """The run that is meant. `after`: the run before it, by its id, which is none of it; `within_s`: how long it may take to begin."""
+
+    after: str | None = None
+    within_s: float = STALE_S
+
+
+def last_run(out: str) -> str | None:
+    """The id of an output's last run, if that has ended; None where one is at work, where there was none, and where it cannot be read."""
+    try:
+        progress = commit.read_progress(open_store(expand_env(out), patience_s=0))
+    except RenderfarmError:
+        return None
+    return None if is_alive(progress) or "run_id" not in progress else str(progress["run_id"])
+
+
+def look(out: str, begins: Begins = Begins()) -> Seen:
+    """Once. UNKNOWN for what cannot be read here."""
+    try:
+        return _look(open_output(out).store, begins.within_s, begins)
+    except RenderfarmError as error:
+        return Seen("UNKNOWN", {}, str(error))
+
+
+def watch(out: str, every_s: float = POLL_S, begins: Begins = Begins()) -> Iterator[Seen]:
     """How far it is, again and again, until no run is at work, or one is paused: the last one has an exit code. A run that says nothing
-    for a minute is dead: INTERRUPTED. Raises InvalidJob for what is no output, after as long: who has submitted a run may be early.
+    for a minute is dead: INTERRUPTED, as is one that does not begin in time. Raises InvalidJob for what is no output then.
     """
     store, began = None, time.monotonic()
     while True:
@@ -73,25 +100,33 @@ def watch(out: str, every_s: float = POLL_S) -> Iterator[Seen]:
         try:
             store = store or open_output(out).store
         except InvalidJob:
-            if waited >= STALE_S:
+            if waited >= begins.within_s:
                 raise
-        seen = _look(store, waited) if store else Seen("STARTING", {}, f"nothing is there yet; {STALE_S:.0f} s are given to it")
+        seen = _look(store, waited, begins) if store else Seen("STARTING", {}, f"nothing is there yet; {begins.within_s:.0f} s are given to it")
         yield seen
         if seen.exit_code is not None:
             return
         time.sleep(every_s)
 
 
-def wait(out: str, timeout_s: float | None = None, say: Callable[[str], None] = lambda text: None) -> Waited:
+def wait(
+    out: str, timeout_s: float | None = None, say: Callable[[str], None] = lambda text: None, begins: Begins | None = None
+) -> Waited:
     """Until no run is at work, or one is paused. A run that says nothing for a minute is dead: INTERRUPTED.
 
-    `say`: is told how far it is. Raises InvalidJob for what is no output.
+    `say`: is told how far it is. `begins`: None for one that has begun: what is no output then raises InvalidJob at once.
     """
-    store, began = open_output(out).store, time.monotonic()
+    store, began = None if begins else open_output(out).store, time.monotonic()
     while True:
         waited = time.monotonic() - began
-        seen = _look(store, waited)
-        if seen.exit_code is not None or (timeout_s is not None and waited >= timeout_s):
+        is_late = timeout_s is not None and waited >= timeout_s
+        try:
+            store = store or open_output(out).store
+        except InvalidJob:
+            if begins is None or waited >= begins.within_s or is_late:
+                raise
+        seen = _look(store, waited, begins or Begins()) if store else Seen("STARTING", {}, "nothing is there yet")
+        if store and (seen.exit_code is not None or is_late):
             return Waited(
                 out=store.url,
                 run_id=seen.progress.get("run_id"),
@@ -106,16 +141,19 @@ def wait(out: str, timeout_s: float | None = None, say: Callable[[str], None] = 
         time.sleep(POLL_S if timeout_s is None else max(0.0, min(POLL_S, timeout_s - waited)))
 
 
-def _look(store: Store, waited_s: float) -> Seen:
+def _look(store: Store, waited_s: float, begins: Begins) -> Seen:
     try:
         progress = commit.read_progress(store)
+        if begins.after is not None and progress.get("run_id") == begins.after:
+            progress = {}
         if progress.get("state") == "PAUSED" and control.said(store, str(progress.get("run_id"))) == "run":
             progress["state"] = "RUNNING"  # it has been told to go on, and has not said so yet
     except Transient as error:
         return Seen("UNKNOWN", {}, str(error))
-    state = _state(progress, waited_s)
+    state = _state(progress, waited_s, begins.within_s)
     died = state == "INTERRUPTED" != progress.get("state")
-    return Seen(state, progress | {"state": state} | (_counted(store) if died else {}))
+    late = "" if progress or not died else f"no run began within {begins.within_s:.0f} s; what was to start it may say why"
+    return Seen(state, progress | {"state": state} | (_counted(store) if died else {}), late)
 
 
 def _counted(store: Store) -> dict[str, Any]:
@@ -128,10 +166,10 @@ def _counted(store: Store) -> dict[str, Any]:
     return counts | {"error_classes": totals.classes, "rows_by_state": {}}
 
 
-def _state(progress: dict[str, Any], waited_s: float) -> str:
+def _state(progress: dict[str, Any], waited_s: float, begins_within_s: float) -> str:
     """As the run's heart says; who has begun may not have said so yet."""
     if not progress:
-        return "STARTING" if waited_s < STALE_S else "INTERRUPTED"
+        return "STARTING" if waited_s < begins_within_s else "INTERRUPTED"
     state = str(progress.get("state"))
     if state in ENDED and state != "PAUSED":
         return state

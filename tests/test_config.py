@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from renderfarm.config import Failure, Job, expand_env
+from renderfarm.config import Failure, Job, check_credentials, expand_env
 from renderfarm.errors import InvalidJob
 from renderfarm.jobfile import MAX_JOB_BYTES, load_job
 from renderfarm.preparation import prepare
@@ -310,6 +310,34 @@ def test_credentials_are_refused_wherever_a_job_names_a_place(tmp_path: Path, pl
     message = refusal(write(tmp_path, **changes))
     assert f"the URL in {place} holds credentials" in message
     assert "hunter2" not in message
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "sv=2026-01-01&sig=hunter2",
+        "X-Amz-Signature=hunter2",
+        "x-amz-security-token=hunter2",
+        "X-Goog-Credential=hunter2",
+        "AWSAccessKeyId=hunter2&Expires=1",
+        "token=hunter2",
+        "access_token=hunter2",
+        "api_key=hunter2",
+    ],
+)
+def test_a_url_that_lets_its_bearer_in_is_refused_where_it_would_be_kept(
+    tmp_path: Path, query: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"https://host/x?{query}"
+    for place, changes in (("manifest.path", {"manifest": url}), ("output.path", {"output": {"path": url}}), ("notify.url", {"notify": {"url": url}})):
+        message = refusal(write(tmp_path, **changes))
+        assert f"the URL in {place} holds credentials (its " in message
+        assert "hunter2" not in message
+    monkeypatch.setenv("URL", url)
+    with pytest.raises(InvalidJob, match=r"the URL in model\.id holds credentials") as caught:
+        prepare(load_job(write(tmp_path, model="${URL}")))
+    assert "hunter2" not in str(caught.value)
+    check_credentials("manifest.path", "s3://bucket/what?sigma=1&keys=2/x.parquet")
 
 
 def test_credentials_in_an_environment_variable_are_refused_before_they_reach_the_output(

@@ -18,7 +18,8 @@ from test_cli import cli, refused
 
 import renderfarm
 from renderfarm import commit, garbage
-from renderfarm.garbage import Collected, collect
+from renderfarm.garbage import KEPT_LOGS, Collected, collect
+from renderfarm.journal import LOGS
 from renderfarm.storage import LocalStore, Store, Stored, open_store
 from renderfarm.verification import Choice, verify
 
@@ -125,6 +126,19 @@ def test_orphans_go_and_everything_else_is_as_before(
     assert contents(store) == before | dict.fromkeys(theirs, b"12345")
     assert seen(url) == was
     assert totals(collect(url, 0)) == {}
+
+
+def test_of_what_runs_said_the_last_hundred_stay(out: Path) -> None:
+    logs = sorted((out / LOGS).iterdir())
+    old = [out / LOGS / f"20261101T0000{number // 60:02}-{number:06}.jsonl" for number in range(KEPT_LOGS + 4)]
+    for age, path in enumerate(reversed(old)):
+        path.write_text("{}")
+        os.utime(path, (time.time() - 2 * DAY - age,) * 2)
+    assert totals(collect(str(out), DAY)) == {"logs": 4 + len(logs)}
+    assert sorted((out / LOGS).iterdir()) == sorted([*old[4 + len(logs) :], *logs])
+    for path in old[50:]:
+        path.unlink()
+    assert totals(collect(str(out), 0)) == {}
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from test_schedule import crd
 from typer.testing import CliRunner
 
 import renderfarm
+from renderfarm import commit
 from renderfarm.cli import app
 from renderfarm.errors import InvalidJob
 from renderfarm.jobfile import load_job
 from renderfarm.kuberay import Manifest, apply, logs, manifest, name_of, status, stop
 from renderfarm.kubernetes import GPU, Pods
+from renderfarm.storage import open_store
 
 ROOT = Path(__file__).parent.parent
 Write = Callable[..., Path]
@@ -243,7 +246,7 @@ echo "$@" >> "$CLUSTER.said"
 case "$1 $2" in
   "get rayjob") [ -e "$CLUSTER" ] && cat "$CLUSTER" || true;;
   "apply --server-side") cat > "$CLUSTER.given"; echo '{"status": {"jobDeploymentStatus": "Running"}}' > "$CLUSTER";;
-  "delete rayjob") rm "$CLUSTER";;
+  "delete rayjob"*) rm "$CLUSTER";;
   logs*) echo "2 images, 0 errors";;
 esac
 """
@@ -274,9 +277,10 @@ def test_a_ray_job_that_is_at_work_is_left_alone_and_one_that_has_ended_is_repla
     assert apply(made) is True
     stop(job, "renders")
     assert not cluster.exists()
+    assert f"delete rayjob/{made.name} configmap/{made.name} --ignore-not-found" in cluster.with_suffix(".said").read_text()
     said = cluster.with_suffix(".said").read_text().splitlines()
     assert [" ".join(line.split()[:2]) for line in said if not line.startswith("get")] == [
-        "apply --server-side", f"logs job/{made.name}", "delete rayjob", "apply --server-side", "delete rayjob",
+        "apply --server-side", f"logs job/{made.name}", "delete rayjob", "apply --server-side", f"delete rayjob/{made.name}",
     ]  # fmt: skip
     assert all(line.endswith("--namespace renders") for line in said)
 
@@ -295,6 +299,36 @@ def test_the_command_submits_asks_and_stops(cluster: Path, write_manifest: Write
     assert submit("--stop")["stop"] == "told"
     shown = CliRunner().invoke(app, ["submit", path, "--to", "kuberay", "--image", "i"], catch_exceptions=False).stdout
     assert f"submit {path} --to kuberay --logs" in shown
+    assert "watch s3://bucket/out --begins-within 30m" in shown
+
+
+@pytest.mark.parametrize(
+    ("ended", "state", "code"),
+    [("Complete", "SUCCEEDED", 0), ("Failed", "PARTIAL", 3), ("Failed", "FAILED", 4), ("Failed", None, 75), (None, None, 75)],
+)
+def test_who_waits_exits_as_the_run_in_the_pods_did(
+    ended: str | None, state: str | None, code: int, cluster: Path, write_manifest: Write, write_job: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = f"memory://{uuid.uuid4().hex}"
+    path, store = str(write_job(write_manifest(), output={"path": out})), open_store(out)
+    store.put(commit.JOB, commit.to_json({}))
+    said = {"run_id": "before", "state": "PARTIAL", "updated": 0}
+    store.put(commit.PROGRESS, commit.to_json(said))
+
+    def sleep(seconds: float) -> None:
+        if state:
+            store.put(commit.PROGRESS, commit.to_json(said | {"run_id": "after", "state": state}))
+        if ended:
+            cluster.write_text(json.dumps({"status": {"jobDeploymentStatus": ended}}))
+        else:
+            cluster.unlink()
+
+    monkeypatch.setattr("renderfarm.kuberay.time.sleep", sleep)
+    done = CliRunner().invoke(app, ["submit", path, "--to", "kuberay", "--image", "i", "--wait", "--json"], catch_exceptions=False)
+    assert done.exit_code == code
+    found = json.loads(done.stdout)
+    assert (found["status"], found["after"]) == ((ended or "deleted").upper(), "before")
+    assert found["log_tail"] == ("2 images, 0 errors" if ended else "")
 
 
 def test_where_nothing_can_be_applied_it_is_said_what_to_do(
@@ -325,7 +359,6 @@ def test_a_cluster_that_kubectl_does_not_reach_is_one_message(write_manifest: Wr
     [
         (["--to", "kuberay"], "--image: give a container image"),
         (["--to", "kuberay", "--image", "i", "--address", "http://h:8265"], "KubeRay makes a cluster for the job"),
-        (["--to", "kuberay", "--image", "i", "--wait"], "`renderfarm watch OUT` follows the output"),
         ([], "--address: give the Ray head's dashboard"),
         (["--address", "http://h:8265", "--image", "i"], "are for --to kuberay"),
         (["--address", "http://h:8265", "--logs", "--stop"], "give one of them"),

@@ -128,6 +128,21 @@ def test_the_environments_variables_are_named_and_nothing_of_them_is_sent(
     assert "canary" not in parcel.text
 
 
+def test_a_hook_that_is_written_out_is_refused_and_a_list_that_lies_elsewhere_stays_there(
+    write_manifest: Write, write_job: Write, tmp_path: Path
+) -> None:
+    hook = load_job(write_job(write_manifest(), notify={"url": "https://hooks.example.org/T0/canary5d1f"}))
+    with pytest.raises(InvalidJob, match="notify.url: .* put it into an environment variable there") as caught:
+        pack(hook, ROOM)
+    assert "canary" not in str(caught.value)
+    (tmp_path / "wildcards").mkdir()
+    (tmp_path / "wildcards/colours.txt").write_text("red\n")
+    (tmp_path / "elsewhere.txt").write_text("canary5d1f\n")
+    (tmp_path / "wildcards/out.txt").symlink_to(tmp_path / "elsewhere.txt")
+    parcel = pack(load_job(write_job(write_manifest(), prompts={"templates": "combinatorial"})), ROOM)
+    assert [name for name in parcel.files if name.startswith("wildcards/")] == ["wildcards/colours.txt"]
+
+
 def test_lists_of_words_that_are_too_many_are_refused(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
     (tmp_path / "wildcards").mkdir()
     (tmp_path / "wildcards/long.txt").write_text("word\n" * 100)

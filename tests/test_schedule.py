@@ -198,6 +198,26 @@ def test_what_lies_beside_a_job_goes_with_it_and_secrets_are_named(nightly: Path
         assert "{'secretRef': {'name': 'store'}}, {'secretRef': {'name': 'hub'}}" in str(manifest)
 
 
+def test_a_tick_in_a_pod_is_the_run_that_the_same_job_is_where_it_was_written(
+    nightly: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (nightly.parent / "wildcards").mkdir()
+    nightly.write_text(nightly.read_text().replace(str(nightly.parent), ".") + "prompts: {templates: combinatorial}\n")
+    here = load_job(nightly, None, None, "2026-11-28")
+    assert here.output.path.startswith(str(nightly.parent))
+    pod = tmp_path / "pod/jobs"
+    pod.mkdir(parents=True)
+    for kind, more in (("raycronjob", {}), ("cronjob", {"address": HEAD})):
+        config, manifest = documents(nightly, kind, sets=(), **more)  # type: ignore[arg-type]
+        (pod / "job.yaml").write_text(config["data"]["job.yaml"])
+        (value,) = set(re.findall(r"'name': 'RENDERFARM_WRITTEN_IN', 'value': ('.*?'|\".*?\")\}", str(manifest)))
+        there = load_job(pod / "job.yaml", None, None, "2026-11-28")
+        assert there.key != here.key
+        monkeypatch.setenv("RENDERFARM_WRITTEN_IN", ast.literal_eval(value))
+        assert there.key == here.key != load_job(pod / "job.yaml", None, None, "2026-11-27").key
+        monkeypatch.delenv("RENDERFARM_WRITTEN_IN")
+
+
 def test_a_cron_jobs_pod_is_one_and_gets_the_date_of_its_tick(nightly: Path, tmp_path: Path) -> None:
     config, manifest = documents(nightly, "cronjob", address=HEAD)
     spec = manifest["spec"]

@@ -22,6 +22,7 @@ from renderfarm import commit
 from renderfarm.cli import app
 from renderfarm.errors import InvalidJob
 from renderfarm.storage import Store, open_store
+from renderfarm.waiting import last_run
 
 JOB = {"manifest": {"where": None, "files": [{"rows": 24}]}, "output": {"part_rows": 3, "layout": "files"}, "model": {}, "render": {}}
 WORKER = {"device": "cpu", "node": "n", "images": 9, "leases": 3, "state": "ready", "reason": ""}
@@ -121,6 +122,56 @@ def test_a_run_that_was_submitted_may_come_a_little_later(monkeypatch: pytest.Mo
     clock[0] = 100.0
     with pytest.raises(InvalidJob, match="not an output of renderfarm"):
         CliRunner().invoke(app, ["watch", f"memory://{uuid.uuid4().hex}"], catch_exceptions=False)
+
+
+def test_of_an_output_whose_last_run_has_ended_the_next_run_is_meant(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    heart(store, "PARTIAL", run_id="r0")
+    assert last_run(store.url) == "r0"
+    looks = list[str]()
+
+    def sleep(seconds: float) -> None:
+        looks.append("")
+        if len(looks) == 2:
+            heart(store, "SUCCEEDED", run_id="r1")
+
+    monkeypatch.setattr("renderfarm.waiting.time.sleep", sleep)
+    result = CliRunner().invoke(app, ["watch", store.url, "--after", "r0"], catch_exceptions=False)
+    assert (result.exit_code, len(looks)) == (0, 2)
+    heart(store, "PARTIAL", run_id="r0")
+    looks.clear()
+    assert (renderfarm.open(store.url).wait(after="r0").run_id, len(looks)) == ("r1", 2)
+    assert CliRunner().invoke(app, ["wait", store.url, "--after", "r1", "--begins-within", "0s"]).exit_code == 75
+    heart(store, "RUNNING", run_id="r2")
+    assert last_run(store.url) is None, "it is at work"
+    assert last_run(f"memory://{uuid.uuid4().hex}") is None
+
+
+def test_machines_may_take_their_time_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, clock = open_store(f"memory://{uuid.uuid4().hex}"), [0.0]
+    monkeypatch.setattr("renderfarm.waiting.time.monotonic", lambda: clock[0])
+
+    def sleep(seconds: float) -> None:
+        clock[0] += 300
+        if clock[0] == 1500:
+            store.put(commit.JOB, commit.to_json(JOB))
+            heart(store, "SUCCEEDED")
+
+    monkeypatch.setattr("renderfarm.waiting.time.sleep", sleep)
+    for command in ("watch", "wait"):
+        clock[0] = 0.0
+        result = CliRunner().invoke(app, [command, store.url, "--begins-within", "30m"], catch_exceptions=False)
+        assert (result.exit_code, clock[0]) == (0, 1500.0)
+        store.delete(commit.JOB)
+        store.delete(commit.PROGRESS)
+    clock[0] = 0.0
+    with pytest.raises(InvalidJob, match="not an output of renderfarm"):
+        CliRunner().invoke(app, ["wait", store.url, "--begins-within", "10m"], catch_exceptions=False)
+    assert clock[0] == 600.0
+    store.put(commit.JOB, commit.to_json(JOB))
+    heart(store, "SUCCEEDED", run_id="r0")
+    result = CliRunner().invoke(app, ["watch", store.url, "--after", "r0", "--begins-within", "10m"], catch_exceptions=False)
+    assert result.exit_code == 75
+    assert "no run began within 600 s; what was to start it may say why" in result.stdout
 
 
 def watching(out: Path, **options: Any) -> subprocess.Popen[bytes]:

@@ -60,19 +60,40 @@ def _print_next(out: str, state: str, errors: int) -> None:
         out_console.print("next: `renderfarm run JOB`, which continues")
 
 
+After = Annotated[
+    str | None, typer.Option(help="Of the run that comes after this one (its id), which may have ended; `submit` says it.", show_default=False)
+]
+BeginsWithin = Annotated[
+    str | None, typer.Option(help="So long it may take until a run begins, as where machines come for it: 30m.", show_default=False)
+]
+
+
+def _begins(after: str | None, within: str | None) -> Any:
+    """None: nothing is said of it."""
+    from renderfarm.heartbeat import STALE_S
+    from renderfarm.waiting import Begins
+
+    if after is None and within is None:
+        return None
+    return Begins(after, STALE_S if within is None else seconds(within, "--begins-within"))
+
+
 @command()
 def watch(
     out: OutputFolder,
     interval: Annotated[str, typer.Option(help="Look again after so long: 2s, 1m.")] = "2s",
+    after: After = None,
+    begins_within: BeginsWithin = None,
     as_json: AsJson = False,
 ) -> None:
     """Show how a run goes on, from any machine that can read its output, until it ends; exits as it did. Ctrl-C ends the watching only."""
     from renderfarm.report.live import Changes
+    from renderfarm.waiting import Begins
     from renderfarm.waiting import watch as look_again
 
-    every_s, code = seconds(interval, "--interval"), 0
+    every_s, begins, code = seconds(interval, "--interval"), _begins(after, begins_within) or Begins(), 0
     with Changes(out_console) as changes:
-        for seen in look_again(out, every_s):
+        for seen in look_again(out, every_s, begins):
             said = seen.progress | {"state": seen.state, "trouble": seen.trouble or seen.progress.get("trouble")}
             if not as_json:
                 changes(said)
@@ -116,6 +137,8 @@ def logs(
 def wait(
     out: OutputFolder,
     timeout: Annotated[str | None, typer.Option(help="At most so long: 30s, 2h. Without it, to the end.", show_default=False)] = None,
+    after: After = None,
+    begins_within: BeginsWithin = None,
     as_json: AsJson = False,
 ) -> None:
     """Wait until the run of an output has ended, from any machine that can read it. Exits as that run does, 6 after the timeout."""
@@ -123,7 +146,7 @@ def wait(
     from renderfarm.waiting import wait as wait_for_end
 
     with Line(console, quiet=as_json) as line:
-        found = wait_for_end(out, None if timeout is None else seconds(timeout, "--timeout"), line)
+        found = wait_for_end(out, None if timeout is None else seconds(timeout, "--timeout"), line, _begins(after, begins_within))
     if as_json:
         print_json(vars(found))
     else:

@@ -48,7 +48,7 @@ def submit(
     out: Out = None,
     logical_date: LogicalDate = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted, and submit nothing.")] = False,
-    wait: Annotated[bool, typer.Option(help="ray: wait for the end, and exit as the job's own `run` did.")] = False,
+    wait: Annotated[bool, typer.Option(help="Wait for the end, and exit as the job's own `run` did.")] = False,
     status: Annotated[bool, typer.Option("--status", help="Of this job's submission: how far it is.")] = False,
     logs: Annotated[bool, typer.Option("--logs", help="Of this job's submission: what its driver has written.")] = False,
     stop: Annotated[bool, typer.Option("--stop", help="End this job's submission at once; what is committed stays.")] = False,
@@ -56,7 +56,7 @@ def submit(
 ) -> None:
     """Run a job on a cluster. The same job, parameters and date are one submission: while it runs it is attached to, then continued."""
     from renderfarm.jobfile import load_job
-    from renderfarm.submit import wait_for
+    from renderfarm.waiting import last_run
 
     _check_options(to, address, image, wait=wait, asked=[dry_run, status, logs, stop], of_kuberay=bool(namespace or secrets))
     loaded = load_job(job, sets, out, logical_date)
@@ -72,11 +72,12 @@ def submit(
             out_console.out(found["text"], highlight=False, end="")
             _print_notes(found["notes"])
         return
+    before = last_run(loaded.output.path)  # which may be all that is to be seen there for a while
     id_, new, notes = where.submit(loaded)
-    ended = wait_for(id_, address or "") if wait else None
+    ended = where.wait(loaded, before) if wait else None
     if as_json:
         how = vars(ended) if ended else {"status": None, "log_tail": None}
-        print_json({"submission_id": id_, "new": new, **how, "out": loaded.output.path, "notes": notes})
+        print_json({"submission_id": id_, "new": new, **how, "out": loaded.output.path, "after": before, "notes": notes})
     else:
         out_console.print(f"{'submitted' if new else 'already running, attached'}: {id_}", markup=False)
         _print_notes(notes)
@@ -86,7 +87,8 @@ def submit(
                 out_console.print(shown_value(ended.log_tail), markup=False)
         again = shlex.join(["submit", str(job), *where.options(), *typed(sets, logical_date), *(["--out", out] if out else [])])
         folder = shlex.quote(shown_path(loaded.output.path))
-        print_next(*([f"status {folder}", f"{again} --logs"] if ended else [f"watch {folder}", f"{again} --logs", f"{again} --stop"]))
+        watch = shlex.join(["watch", shown_path(loaded.output.path), *(["--after", before] if before and new else []), *where.patience])
+        print_next(*([f"status {folder}", f"{again} --logs"] if ended else [watch, f"{again} --logs", f"{again} --stop"]))
     if ended:
         raise typer.Exit(ended.exit_code)
 
@@ -103,14 +105,14 @@ def _check_options(to: ToChoice, address: str | None, image: str | None, *, wait
         return
     if address is not None:
         raise InvalidJob("--address: KubeRay makes a cluster for the job; leave it out, or give --to ray")
-    if wait:
-        raise InvalidJob("--wait is for --to ray; `renderfarm watch OUT` follows the output, and exits as the run does")
     if image is None and not any(about):
         raise InvalidJob("--image: give a container image with renderfarm in it (jobs/Dockerfile makes one)")
 
 
 class _Ray:
     """Ray Jobs at one head."""
+
+    patience: tuple[str, ...] = ()
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -122,6 +124,11 @@ class _Ray:
         from renderfarm.submit import packed, submit_job
 
         return (*submit_job(job, self.address), packed(job).notes())
+
+    def wait(self, job: Any, before: str | None) -> Any:
+        from renderfarm.submit import submission_id, wait_for
+
+        return wait_for(submission_id(job), self.address)
 
     def dry_run(self, job: Any) -> dict[str, Any]:
         from renderfarm.submit import ENTRYPOINT, environment, packed, submission_id
@@ -146,6 +153,8 @@ class _Ray:
 class _KubeRay:
     """KubeRay, by kubectl."""
 
+    patience = ("--begins-within", "30m")  # machines come for the job
+
     def __init__(self, image: str, namespace: str | None, secrets: tuple[str, ...]) -> None:
         self.image, self.namespace, self.secrets = image, namespace, secrets
 
@@ -157,6 +166,11 @@ class _KubeRay:
 
         made = self._manifest(job)
         return made.name, apply(made), made.notes
+
+    def wait(self, job: Any, before: str | None) -> Any:
+        from renderfarm.kuberay import wait_for
+
+        return wait_for(job, self.namespace, before)
 
     def dry_run(self, job: Any) -> dict[str, Any]:
         made = self._manifest(job)

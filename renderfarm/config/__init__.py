@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from renderfarm.config.base import check_credentials, expand_env, is_path, is_url
-from renderfarm.config.job import Failure, Job, Mlflow, Notify, Track, Wandb
+from renderfarm.config.job import WRITTEN_IN, Failure, Job, Mlflow, Notify, Track, Wandb
 from renderfarm.config.model import BUILTIN_MODELS, COMPANIONS, STAGES, Adapter, Checkpoint, ComponentSpec, ModelSpec, Quantization
 from renderfarm.config.output import ENCODINGS, C2pa, Card, Encoding, Metadata, Output
 from renderfarm.config.render import STEP_FILES, Colour, Inputs, Render, RestoreFaces, Step, Upscale, Watermark
@@ -19,6 +19,7 @@ __all__ = [
     "ENCODINGS",
     "STAGES",
     "STEP_FILES",
+    "WRITTEN_IN",
     "Adapter",
     "AttentionBackend",
     "C2pa",

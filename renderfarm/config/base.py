@@ -14,6 +14,10 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+SIGNED = r"sig|signature|x-amz-\w+(?:-\w+)*|x-goog-\w+(?:-\w+)*|awsaccesskeyid|googleaccessid|(?:[\w-]*_)?token|(?:api_?)?key|secret|password"
+"""What URLs that let their bearer in call it, in their queries: S3, Google and Azure sign them so, and hooks are told so."""
+
+
 def is_path(text: str) -> bool:
     """Whether a text may be the path of a PEM file, and is not what such a file holds."""
     return "-----" not in text and "\n" not in text and len(text) < 4096
@@ -24,6 +28,11 @@ def check_credentials(place: str, text: str) -> None:
     # the secret may hold slashes, as AWS keys do; `host:9000/…@…` is a port and a path; `abfs://container@account` is a place
     if re.match(r"^([a-z0-9+.-]+://[^/@:]*:(?!\d+/)[^@]*@|https?://[^/@?#]*@)", text, re.IGNORECASE):
         raise InvalidJob(f"the URL in {place} holds credentials; remove them and use the environment's own credential chain")
+    if is_url(text) and (signed := re.search(rf"[?&]({SIGNED})=", text, re.IGNORECASE)):
+        raise InvalidJob(
+            f"the URL in {place} holds credentials (its {signed[1]}), and would be kept in the output; use the environment's own "
+            "credential chain, or, for a URL that is told and not read, an environment variable: ${NAME}"
+        )
 
 
 def expand_env(text: str) -> str:

@@ -18,10 +18,7 @@ function buildGrid() {
     select.append(element('option', {value: ''}, 'nothing'), ...axes.map((column) => element('option', {value: column.name}, `${column.name} (${column.countedWithGaps().length})`)));
     select.addEventListener('change', drawGrid);
   }
-  const [x, y] = likelyAxes(axes);
-  byId('axis-x').value = x;
-  byId('axis-y').value = y;
-  byId('axis-z').value = '';
+  for (const [axis, name] of Object.entries(likelyAxes(axes))) byId(`axis-${axis}`).value = name;
   byId('swap').addEventListener('click', () => {
     [byId('axis-x').value, byId('axis-y').value] = [byId('axis-y').value, byId('axis-x').value];
     drawGrid();
@@ -33,13 +30,14 @@ function buildGrid() {
   roving(byId('grids'), moveInGrid);
 }
 
-// What the job swept across, and what was painted down.
+// What the job swept across, what was painted down, and what was swept besides, which would lie in one cell.
 function likelyAxes(axes) {
   const may = axes.filter((column) => !DERIVED.has(column.name));
   const across = may.filter((column) => column.countedWithGaps().length <= 24 && column.name !== 'prompt' && column.name !== 'row_id');
   const x = SWEPT.map((name) => across.find((column) => column.name === name)).find(Boolean) ?? across[0] ?? may[0];
   const y = may.find((column) => column.name === 'prompt' && column !== x) ?? may.find((column) => column !== x);
-  return [x?.name ?? '', y?.name ?? ''];
+  const z = SWEPT.map((name) => across.find((column) => column.name === name)).find((column) => column && column !== x && column !== y);
+  return {x: x?.name ?? '', y: y?.name ?? '', z: z?.name ?? ''};
 }
 
 // Those of images that are shown, then those that only failed samples have
