@@ -29,6 +29,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from renderfarm import commit, control
+from renderfarm.account import Account
 from renderfarm.blame import Blame
 from renderfarm.engines.base import Done, Engine, Event, Failed, Leaving, Ready
 from renderfarm.errors import (
@@ -45,15 +46,13 @@ from renderfarm.errors import (
     WorkerLost,
 )
 from renderfarm.heartbeat import STALE_S, Heartbeat, is_alive, run_key
-from renderfarm.journal import Journal
 from renderfarm.outage import ASKED_S, Outage, given_up, is_given_up
 from renderfarm.plan import Grid, choose_part_rows, leases, retry_leases
 from renderfarm.pool import DEVICE_LOSSES, NODE_LOSSES, Pool
 from renderfarm.preparation import Prepared
-from renderfarm.progress import Progress, WorkerProgress
+from renderfarm.progress import Progress
 from renderfarm.records import Lease, PartId, WorkerReady
 from renderfarm.repair import Repaired, refuse_if_alive, repair
-from renderfarm.shown import without_secrets
 from renderfarm.storage import Store, open_store, probe
 from renderfarm.summary import RunSummary, end_of, summarise
 from renderfarm.worker import LEASES_IN_FLIGHT, leases_held
@@ -98,6 +97,7 @@ class Driver:
             key=prepared.key,
             logical_date=self.job.logical_date,
         )
+        self.account = Account(self.progress)
         self.grid: Grid | None = None
         self.held = LEASES_IN_FLIGHT
         self.batch_size = self.slot_groups = 1  # until workers say theirs
@@ -119,10 +119,7 @@ class Driver:
         self.untaken: list[Event] = []  # until the store can be asked
         self.restarts: list[float] = []  # when to try again to start a worker
         self.start_failures = self.worker_number = 0
-        self.journal = Journal()
-        self.heartbeat = Heartbeat(self.store.url, self._wanted, self.journal)
-        self.said: tuple[str, str | None] = (self.progress.state, None)
-        """The state and the trouble that the journal knows."""
+        self.heartbeat = Heartbeat(self.store.url, self._wanted, self.account.journal)
 
     def _wanted(self, store: Store) -> str:
         """What is asked of this run; what was asked before it began was asked of another."""
@@ -150,13 +147,7 @@ class Driver:
         self.progress.rate_before = float(commit.read_progress(self.store).get("images_per_second") or 0.0)
         for data in (*self.prepared.adapter_files.values(), *self.prepared.after_files.values()):
             commit.keep(self.store, data)
-        about: dict[str, Any] = {
-            "job": self.job.name,
-            "key": self.progress.key,
-            "logical_date": self.job.logical_date,
-            "shares": self.shares or None,
-        }
-        self.journal.say("began", **about, rows_of_manifest=self.progress.rows)
+        self.account.began(shares=self.shares)
         self.heartbeat.beat(self._snapshot())  # from now on others see that somebody is at it
 
     def _meet_the_other_run(self) -> None:
@@ -196,23 +187,19 @@ class Driver:
             if isinstance(error, Transient):  # in the driver's own hands: the store was away for too long
                 error.exit_code = EXIT_INTERRUPTED
             self.progress.state = "INTERRUPTED" if isinstance(error, Interrupted | Transient) else "FAILED"
-            said = self._snapshot()
-            self.journal.say("ended", state=self.progress.state, reason=f"{type(error).__name__}: {error}")
-            ended = {name: said[name] for name in ("run_id", "job", "key", "logical_date", "state", "new_images", "new_errors")}
-            self.heartbeat.close(said, ended | {"error": without_secrets(str(error)), "error_class": type(error).__name__})
+            self.heartbeat.close(self._snapshot(), self.account.ended_by(error))
             raise
 
     def _resumed(self) -> bool:
         """Wait, without any worker, while the run is paused; whether it goes on then."""
         if not self.paused or not self._has_work():
             return False
-        for worker in self.progress.workers.values():
-            worker.state = "let go" if worker.state in ("ready", "starting", "leaving") else worker.state
+        self.account.all_let_go()
         while self.heartbeat.wanted == "pause" and not self.stop.is_set() and not self.stop_now.is_set():
             self.progress.state = "PAUSED"
-            self._note_changes()
+            self.account.note_changes()
             if self.heartbeat.is_due():
-                self.progress.trouble = self.heartbeat.beat(self._snapshot())
+                self.account.is_away(self.heartbeat.beat(self._snapshot()))
             self.observe(self.progress)
             time.sleep(PAUSED_S)
         return not self._is_to_end()
@@ -256,12 +243,11 @@ class Driver:
         """Take over what is committed of it. Raises Transient, and then nothing has changed."""
         entries = commit.index_entries(self.quick)
         totals = commit.totals(self.quick, entries)
-        self.grid, self.is_done, self.progress.parts = grid, bytearray(grid.total), grid.count
+        self.grid, self.is_done = grid, bytearray(grid.total)
         self.begin_at = random.randrange(grid.total) if self.shares else 0
         for index in commit.parts_of_the_grid(entries):
             self.is_done[index] = 1
-        self.progress.recount(totals)
-        self.journal.say("planned", parts=grid.count, part_rows=grid.part_rows, parts_done=totals.parts_done)
+        self.account.planned(grid, totals)
 
     # ------------------------------------------------------------------------------------------ the loop
 
@@ -341,7 +327,7 @@ class Driver:
         if retries:
             self.source, self.exhausted = retry_leases(self.manifest, self.grid, retries), False
             self.retries_open = len(retries)
-            self.journal.say("retries", parts=[retry.part.name for retry in retries[:100]], count=len(retries))
+            self.account.retries([retry.part for retry in retries])
             for _ in range(min(engine.max_workers, len(retries)) - len(self.pool)):
                 self._start_worker(engine)
         return bool(retries)
@@ -366,13 +352,12 @@ class Driver:
 
     def _submit(self, engine: Engine, worker: str, lease: Lease, *, copy: bool = False) -> None:
         self.pool.take(worker, lease, time.monotonic())
-        self.journal.leased(worker, lease, copy=copy)
+        self.account.leased(worker, lease, copy=copy)
         engine.submit(worker, lease)
 
     def _copy_what_is_late(self, engine: Engine) -> None:
         """The first of the two to publish wins; what the other one has put is for `gc`."""
         if (found := self.pool.late(time.monotonic(), self._is_done)) is not None:
-            self.progress.copies += 1
             self._submit(engine, *found, copy=True)
 
     def _share(self) -> int:
@@ -405,7 +390,7 @@ class Driver:
         for worker in self.pool.empty_handed():
             engine.stop_worker(worker)
             self.pool.remove(worker)
-            self._let_go(worker, "its node goes away")
+            self.account.let_go(worker, "its node goes away")
             self._start_worker(engine)
         self._see_who_is_there(engine, now)
 
@@ -431,13 +416,7 @@ class Driver:
         return frozenset(row for row in rows if row is not None)
 
     def _snapshot(self) -> dict[str, Any]:
-        if (grid := self.grid) is not None:
-            done = grid.rows_in(self.progress.parts_done, last=bool(self.is_done) and bool(self.is_done[-1]))
-            flying = {part.index: part.stop - part.start for lease in self._open_leases() for part in lease.parts if not part.retry}
-            planned = grid.rows_in(grid.count, last=bool(grid.wanted) and grid.wanted[-1].stop == grid.total)
-            held = sum(flying.values())
-            self.progress.rows_by_state = {"done": done, "in flight": held, "left": max(0, planned - done - held)}
-        return self.progress.snapshot()
+        return self.account.snapshot(self.grid, self.is_done, self._open_leases())
 
     def _beat(self) -> None:
         if self.heartbeat.is_due():
@@ -445,20 +424,9 @@ class Driver:
             if trouble:
                 self.pool.excuse(time.monotonic())
             away = trouble or self.outage.trouble or self.manifest_outage.trouble
-            self.progress.trouble = without_secrets(str(away)) if away else self._waiting_for()
+            self.account.is_away(str(away) if away else self._waiting_for())
             self.progress.state = self._state()
-        self._note_changes()
-
-    def _note_changes(self) -> None:
-        """In the journal, what has changed of the run as a whole."""
-        state, trouble = self.progress.state, self.progress.trouble
-        if (state, trouble) != self.said:
-            self.journal.say("waits" if trouble and trouble != self.said[1] else "state", state=state, reason=trouble)
-        self.said = state, trouble
-
-    def _let_go(self, worker: str, reason: str) -> None:
-        self.progress.workers[worker].state = "let go"
-        self.journal.say("let go", worker=worker, reason=reason)
+        self.account.note_changes()
 
     def _waiting_for(self) -> str | None:
         if self.pool.members or self.heartbeat.wanted != "run":
@@ -496,8 +464,7 @@ class Driver:
             case Leaving(worker=str(worker)):
                 if worker in self.pool.members:
                     self.pool.members[worker].leaving = True
-                    self.progress.workers[worker].state = "leaving"
-                    self.journal.say("leaving", worker=worker)
+                    self.account.leaving(worker)
             case Failed():
                 self._failed(engine, event)
 
@@ -508,9 +475,7 @@ class Driver:
         name = f"w{self.worker_number}"
         self.worker_number += 1
         self.pool.starting.add(name)
-        self.progress.forget()
-        self.progress.workers[name] = WorkerProgress()
-        self.journal.say("asked for", routine=True, worker=name)
+        self.account.asked_for(name)
         engine.start_worker(name, frozenset(self.pool.benched))
 
     def _ready(self, engine: Engine, event: Ready) -> None:
@@ -522,11 +487,7 @@ class Driver:
         self._hold()
         self.pool.join(event.worker, event.info, time.monotonic())
         self.start_failures = 0
-        self.journal.ready(event.info)
-        shown = self.progress.workers[event.worker]
-        shown.state, shown.device, shown.node = "ready", event.info.device, event.info.node
-        self.progress.first_ready = self.progress.first_ready or time.time()
-        self.progress.state = "RUNNING"
+        self.account.ready(event.info)
 
     def _is_turned_away(self, engine: Engine, event: Ready) -> bool:
         """A worker that was asked for before its node was benched, or that was given a benched device; unless nobody else works."""
@@ -535,12 +496,11 @@ class Driver:
         if not self.pool.is_benched(event.info):
             return False
         self.pool.starting.discard(event.worker)
-        shown = self.progress.workers[event.worker]
         if self.pool.is_on_benched_device(event.info):
-            shown.state, self.parked[event.worker] = "benched", event
-            self.journal.say("benched", worker=event.worker, reason="its device is benched")
+            self.parked[event.worker] = event
+            self.account.parked(event.worker)
         else:
-            self._let_go(event.worker, "it came up on a benched node")
+            self.account.let_go(event.worker, "it came up on a benched node")
             engine.stop_worker(event.worker)
         self._start_worker(engine)
         return True
@@ -573,8 +533,7 @@ class Driver:
                 self.retries_done.add(part.id)
             else:
                 self.is_done[part.index] = 1
-        self.progress.add(event.worker, event.receipt)
-        self.journal.committed(event.worker, event.lease, event.receipt)
+        self.account.committed(event)
         if event.receipt.slot_groups > self.slot_groups:
             self.slot_groups = event.receipt.slot_groups
             self._hold()
@@ -591,7 +550,7 @@ class Driver:
         elif isinstance(event.error, WorkerLost):
             self._lost(engine, event.worker, event.error)
         elif event.lease is not None and self.pool.give_back(event.worker, event.lease, time.monotonic()) is not None:
-            self.journal.retried(event.worker, event.lease, event.error)
+            self.account.retried(event)
             self._retry(event.lease, event.error)
 
     def _lost(self, engine: Engine, worker: str, error: WorkerLost, announced: frozenset[int] | None = None) -> None:
@@ -601,11 +560,8 @@ class Driver:
             return
         announced = self._announced(worker) if announced is None else announced
         node, devices = self.pool.members[worker].place
-        said = without_secrets(str(error))
-        self.progress.lost_workers += 1
-        self.progress.workers[worker].state = "lost"
         held = self.pool.remove(worker)
-        self.journal.lost(worker, error, held, announced)
+        self.account.lost(worker, error, held, announced)
         for lease in held:
             if self._is_done(lease):
                 continue
@@ -614,12 +570,10 @@ class Driver:
             else:
                 self.again.append((0.0, self.blame.suspect(lease, error, announced)))
         if not isinstance(error, NodeLost) and self.pool.lost_on(node):
-            self.progress.workers[worker].reason = f"{NODE_LOSSES} workers died on node {node}, which gets no more of them: {said}"
+            self.account.benched(worker, f"{NODE_LOSSES} workers died on node {node}, which gets no more of them: {error}")
         if isinstance(error, DeviceLost) and self.pool.broke_on(node, devices):
             where = f"device {', '.join(devices)} of node {node}"
-            self.progress.workers[worker].reason = f"{DEVICE_LOSSES} contexts broke on {where}, which gets no more work: {said}"
-        if reason := self.progress.workers[worker].reason:
-            self.journal.say("benched", worker=worker, reason=reason)
+            self.account.benched(worker, f"{DEVICE_LOSSES} contexts broke on {where}, which gets no more work: {error}")
         if not self.pool.members:
             self.pool.pardon()
             parked, self.parked = self.parked, {}
@@ -630,19 +584,14 @@ class Driver:
 
     def _start_failed(self, worker: str, error: RenderfarmError) -> None:
         self.pool.starting.discard(worker)
-        shown = self.progress.workers[worker]
         if isinstance(error, NodeLost | Transient) and not isinstance(error, CutOff):
             # says nothing of the worker; another one is waited for as long as for the first
-            shown.state = "lost"
-            self.journal.lost(worker, error, [], frozenset())
+            self.account.away(worker, error)
             self.restarts.append(time.monotonic() + AWAY_S)
             return
-        shown.state, shown.reason = "failed to start", without_secrets(str(error))
+        self.account.failed_to_start(worker, error, "benched" if isinstance(error, ProfileMismatch) else "failed to start")
         alone = not len(self.pool)
         self.start_failures += 1
-        if isinstance(error, ProfileMismatch):
-            shown.state = "benched"
-        self.journal.say(shown.state, worker=worker, reason=f"{type(error).__name__}: {error}")
         # those that were asked for may wait for nodes that never come
         tried_enough = not self.pool.members and self.start_failures >= START_ATTEMPTS
         if tried_enough or (alone and isinstance(error, Fatal)):
@@ -693,7 +642,7 @@ class Driver:
         ends = {"unfinished": unfinished, "cancelled": self.heartbeat.wanted == "cancel"}
         progress.state, code = end_of(progress, **ends, tolerate=self.job.failure.tolerate)
         summary = summarise(progress, self.store.url, code, self.warnings, self.repaired)
-        self.journal.say("ended", state=progress.state, exit_code=code, images=progress.images, errors=progress.errors)
+        self.account.ended(summary)
         self._surely(lambda: self.quick.put(run_key(progress.run_id), json.dumps(summary.to_dict(), indent=1).encode()))
         self.heartbeat.close(self._snapshot())
         return summary

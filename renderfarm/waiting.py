@@ -102,16 +102,18 @@ def watch(out: str, every_s: float = POLL_S, begins: Begins = Begins()) -> Itera
         except InvalidJob:
             if waited >= begins.within_s:
                 raise
-        seen = _look(store, waited, begins) if store else Seen("STARTING", {}, f"nothing is there yet; {begins.within_s:.0f} s are given to it")
+        seen = (
+            _look(store, waited, begins)
+            if store
+            else Seen("STARTING", {}, f"nothing is there yet; {begins.within_s:.0f} s are given to it")
+        )
         yield seen
         if seen.exit_code is not None:
             return
         time.sleep(every_s)
 
 
-def wait(
-    out: str, timeout_s: float | None = None, say: Callable[[str], None] = lambda text: None, begins: Begins | None = None
-) -> Waited:
+def wait(out: str, timeout_s: float | None = None, say: Callable[[str], None] = lambda text: None, begins: Begins | None = None) -> Waited:
     """Until no run is at work, or one is paused. A run that says nothing for a minute is dead: INTERRUPTED.
 
     `say`: is told how far it is. `begins`: None for one that has begun: what is no output then raises InvalidJob at once.
