@@ -71,7 +71,8 @@ class Parcel:
 def pack(job: Job, most_bytes: int) -> Parcel:
     """`job`: with absolute paths, as `load_job` gives it. `most_bytes`: of all files that are sent; what has no room must be there.
 
-    Raises InvalidJob for lists of words that are too many, and for a hook that is written out. A manifest that is not on this machine may be on that one.
+    Raises InvalidJob for lists of words that are too many, and for a hook that is written out. A manifest that is not on this machine
+    may be on that one.
     """
     if job.notify is not None and "${" not in job.notify.url:
         raise InvalidJob(

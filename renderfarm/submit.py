@@ -114,8 +114,8 @@ def _reason(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a submission has ended. `status`: Ray's word (SUCCEEDED, FAILED, STOPPED), or KubeRay's; `exit_code`: of its `renderfarm run`, 75 where
-    something killed it; `log_tail`: the last lines that it wrote."""
+    """How a submission has ended. `status`: Ray's word (SUCCEEDED, FAILED, STOPPED), or KubeRay's; `exit_code`: of its `renderfarm run`,
+    75 where something killed it; `log_tail`: the last lines that it wrote."""
 
     status: str
     exit_code: int

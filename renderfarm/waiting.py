@@ -102,11 +102,8 @@ def watch(out: str, every_s: float = POLL_S, begins: Begins = Begins()) -> Itera
         except InvalidJob:
             if waited >= begins.within_s:
                 raise
-        seen = (
-            _look(store, waited, begins)
-            if store
-            else Seen("STARTING", {}, f"nothing is there yet; {begins.within_s:.0f} s are given to it")
-        )
+        early = Seen("STARTING", {}, f"nothing is there yet; {begins.within_s:.0f} s are given to it")
+        seen = _look(store, waited, begins) if store else early
         yield seen
         if seen.exit_code is not None:
             return

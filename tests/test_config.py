@@ -329,11 +329,8 @@ def test_a_url_that_lets_its_bearer_in_is_refused_where_it_would_be_kept(
     tmp_path: Path, query: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = f"https://host/x?{query}"
-    for place, changes in (
-        ("manifest.path", {"manifest": url}),
-        ("output.path", {"output": {"path": url}}),
-        ("notify.url", {"notify": {"url": url}}),
-    ):
+    kept = {"manifest.path": {"manifest": url}, "output.path": {"output": {"path": url}}, "notify.url": {"notify": {"url": url}}}
+    for place, changes in kept.items():
         message = refusal(write(tmp_path, **changes))
         assert f"the URL in {place} holds credentials (its " in message
         assert "hunter2" not in message

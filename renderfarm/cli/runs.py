@@ -62,7 +62,7 @@ def _print_next(out: str, state: str, errors: int) -> None:
 
 After = Annotated[
     str | None,
-    typer.Option(help="Of the run that comes after this one (its id), which may have ended; `submit` says it.", show_default=False),
+    typer.Option(metavar="RUN", help="The run that comes after this one is meant; `submit` names it.", show_default=False),
 ]
 BeginsWithin = Annotated[
     str | None, typer.Option(help="So long it may take until a run begins, as where machines come for it: 30m.", show_default=False)
