@@ -80,16 +80,35 @@ def once(script: str, *arguments: str, **environment: str) -> Round:
 
 
 def take_turns(variants: Mapping[str, Callable[[str], Round]], rounds: int) -> dict[str, list[Round]]:
-    """A B C, B C A, …: each is told the number of the round, and does the same work in it. Round -1 warms up and is not counted."""
+    """A B C, B C A, …: each is told the number of the round, and does the same work in it. Round -1 warms up and is not counted. Each
+    begins on a quiet machine: a Ray cluster goes on starting workers after its turn, and that was the next one's loss."""
     found: dict[str, list[Round]] = {name: [] for name in variants}
     names = list(variants)
     for number in range(-1, rounds):
         for name in names[max(0, number) % len(names) :] + names[: max(0, number) % len(names)]:
+            settle()
             seen = variants[name](str(number))
             if number >= 0:
                 found[name].append(seen)
             print(f"  round {number + 1} {name}: {said(seen)}", file=sys.stderr, flush=True)
     return found
+
+
+def settle(quiet: float = 0.1, patience_s: float = 30.0) -> None:
+    """Wait until all processes together take less than that share of one core for a second. Without /proc (no Linux), do nothing."""
+    ends = time.monotonic() + patience_s
+    with contextlib.suppress(OSError):
+        while time.monotonic() < ends:
+            before = _busy_s()
+            time.sleep(1.0)
+            if _busy_s() - before < quiet:
+                return
+
+
+def _busy_s() -> float:
+    """Seconds of CPU that the machine has worked: all but idle and waiting for disks (proc_stat(5))."""
+    ticks = [int(text) for text in Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
 
 
 def said(seen: Mapping[str, Any]) -> str:

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
 
 from renderfarm import adapters, commit, requests
 from renderfarm.after import Chain
@@ -90,6 +92,7 @@ class Worker:
 
     def ready(self) -> WorkerReady:
         """Wait until the pipeline is loaded and publish or match the render profile."""
+        _import_what_leases_need()
         model, after = self.slots.ready.result(), self.chain.profile()
         record_others = self.job.workers.other_profiles == "record"
         self.profile_sha256 = commit.publish_profile(self.store, model.profile() | after, record_others=record_others)
@@ -147,8 +150,8 @@ class Worker:
             return found
         watch = Stopwatch()
         before = commit.ended(self.store, self.layout, part.index, part.retry) if part.retry else None
-        ordinals = lease.rows.column(ROW).to_numpy()
-        rows = lease.rows.filter(pa.array((ordinals >= part.start) & (ordinals < part.stop)))
+        ordinals = lease.rows.column(ROW)
+        rows = lease.rows.filter(pc.and_(pc.greater_equal(ordinals, part.start), pc.less(ordinals, part.stop)))
         samples: list[Sample] = []
         errors: list[RowError] = []
         for row in expand_rows(rows, self.job, self.spec.model):
@@ -289,6 +292,13 @@ class Worker:
             if name.startswith(EXTRA):
                 table = table.append_column(output_name(name.removeprefix(EXTRA)), source.column(name))
         return table.combine_chunks()
+
+
+def _import_what_leases_need() -> None:
+    """While the model loads, beside it: pyarrow imports pandas (where that is installed) with its first array, Pillow its formats with the
+    first picture. That took an eighth of a second, and more, of the first lease."""
+    pa.array([0])
+    Image.preinit()
 
 
 def _only(
