@@ -19,6 +19,7 @@ import jsonschema
 import pytest
 import yaml
 from test_schedule import crd
+from test_watch import JOB
 from typer.testing import CliRunner
 
 import renderfarm
@@ -311,7 +312,7 @@ def test_who_waits_exits_as_the_run_in_the_pods_did(
 ) -> None:
     out = f"memory://{uuid.uuid4().hex}"
     path, store = str(write_job(write_manifest(), output={"path": out})), open_store(out)
-    store.put(commit.JOB, commit.to_json({}))
+    store.put(commit.JOB, commit.to_json(JOB))
     said = {"run_id": "before", "state": "PARTIAL", "updated": 0}
     store.put(commit.PROGRESS, commit.to_json(said))
 
