@@ -71,7 +71,7 @@ def _made(
         raise InvalidJob(f"{source}: a value contains itself; write it without YAML anchors") from None
     except ValidationError as error:
         raise InvalidJob(_explain(error, named)) from None
-    return _resolve(job, folder).of_folder(str(folder))
+    return _resolve(job, folder)
 
 
 def _plain(value: Any) -> Any:

@@ -256,6 +256,11 @@ def _beside(tick: Tick) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in found if path.is_relative_to(folder)}
 
 
+def _written_in(tick: Tick) -> str:
+    """A tick is the run that the same job and date are here."""
+    return f"{MOUNT}:{tick.file.parent}"
+
+
 def _cronjob(tick: Tick) -> Schedule:
     if tick.image is None or not is_url(tick.address or "") or tick.in_ray:
         raise InvalidJob("cronjob: give --image (one with renderfarm in it) and --address http://RAY-HEAD:8265, to which each tick submits")
@@ -266,7 +271,7 @@ def _cronjob(tick: Tick) -> Schedule:
         "name": "submit",
         "image": tick.image,
         "command": ["sh", "-c", script],
-        **pods.environment({"name": "JOB_NAME", "valueFrom": label}, {"name": WRITTEN_IN, "value": str(tick.file.parent)}, *_TOKEN_ENV),
+        **pods.environment({"name": "JOB_NAME", "valueFrom": label}, {"name": WRITTEN_IN, "value": _written_in(tick)}, *_TOKEN_ENV),
         "volumeMounts": [{"name": "job", "mountPath": MOUNT}],
     }
     never_again = {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2, 3, 4, 5]}}  # as `renderfarm --help` has them
@@ -291,7 +296,7 @@ def _raycronjob(tick: Tick) -> Schedule:
     command = Tick(**{**vars(tick), "address": "auto"}).command(f"{MOUNT}/job.yaml", DAY)
     # a file: whatever is in the command is read by one shell, and not by those between KubeRay and the head
     pods, files = _pods(tick), _files(tick, **{_RUN_FILE: f"{_RUN_OF_TICK}exec {command}\n"})
-    job = ray_job(tick.job, pods, files, f"sh {MOUNT}/{_RUN_FILE}", {WRITTEN_IN: str(tick.file.parent)})
+    job = ray_job(tick.job, pods, files, f"sh {MOUNT}/{_RUN_FILE}", {WRITTEN_IN: _written_in(tick)})
     raycronjob = _when_due(tick, pods, ("ray.io/v1", "RayCronJob"), jobTemplate=job)
     said = (
         "each tick renders on a cluster of its own, under the date, in UTC, that it was due, as KubeRay 1.7 names it; with an older one,\n"

@@ -213,7 +213,9 @@ def test_a_tick_in_a_pod_is_the_run_that_the_same_job_is_where_it_was_written(
         (value,) = set(re.findall(r"'name': 'RENDERFARM_WRITTEN_IN', 'value': ('.*?'|\".*?\")\}", str(manifest)))
         there = load_job(pod / "job.yaml", None, None, "2026-11-28")
         assert there.key != here.key
-        monkeypatch.setenv("RENDERFARM_WRITTEN_IN", ast.literal_eval(value))
+        mounted, _, written = ast.literal_eval(value).partition(":")
+        assert (mounted, written) == ("/jobs", str(nightly.parent))
+        monkeypatch.setenv("RENDERFARM_WRITTEN_IN", f"{pod}:{written}")
         assert there.key == here.key != load_job(pod / "job.yaml", None, None, "2026-11-27").key
         monkeypatch.delenv("RENDERFARM_WRITTEN_IN")
 

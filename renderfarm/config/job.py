@@ -8,7 +8,7 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PrivateAttr, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from renderfarm.config.base import Strict, check_credentials
 from renderfarm.config.model import COMPANIONS, ModelSpec, _by_id
@@ -121,16 +121,17 @@ class Cost(Strict):
 
 
 WRITTEN_IN = "RENDERFARM_WRITTEN_IN"
+"""A variable: the folder of a copy of the job file, a colon, and the folder in which it was written."""
 
 
 def _moved(value: Any, folder: str, to: str) -> Any:
-    """With all paths that lie in a folder in another one."""
+    """With all paths below a folder below another one."""
     if isinstance(value, dict):
         return {name: _moved(of, folder, to) for name, of in value.items()}
     if isinstance(value, list):
         return [_moved(one, folder, to) for one in value]
-    if isinstance(value, str) and (value == folder or value.startswith(folder.rstrip("/") + "/")):
-        return to + value[len(folder.rstrip("/")) :]
+    if isinstance(value, str) and (value == folder or value.startswith(f"{folder}/")):
+        return to + value[len(folder) :]
     return value
 
 
@@ -171,13 +172,6 @@ class Job(Strict):
     """The day that `{{ ds }}` stands for, as `--logical-date` gives it."""
     cost: Cost = Cost()
     """`{per_hour: 2.50}`, for what `plan` says of money."""
-    _folder: str | None = PrivateAttr(None)
-
-    def of_folder(self, folder: str) -> Job:
-        """The same, told where its relative paths began."""
-        job = self.model_copy()
-        job._folder = folder
-        return job
 
     @field_validator("manifest", mode="before", json_schema_input_type=ManifestSpec | str | list[str])
     @classmethod
@@ -216,11 +210,12 @@ class Job(Strict):
     @property
     def key(self) -> str:
         """Of the run that this job is: hash of all that it says, parameters and logical date among it. The same tick has the same. What is
-        as nothing were said is not in it, so that a field that comes later changes no key. A copy of the job file that lies elsewhere, as
-        in a scheduler's pod, has the key of the first one, if the environment says where that lies (WRITTEN_IN)."""
+        as nothing were said is not in it, so that a field that comes later changes no key. A copy of the job file, as in a scheduler's pod,
+        has the key of the first one, if the environment says where both lie (WRITTEN_IN)."""
         said = self.model_dump(mode="json", exclude_defaults=True)
-        if self._folder is not None and (first := os.environ.get(WRITTEN_IN)):
-            said = _moved(said, self._folder, first)
+        folder, _, first = os.environ.get(WRITTEN_IN, "").partition(":")
+        if first:
+            said = _moved(said, folder, first)
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
     def places(self) -> list[tuple[str, str]]:
