@@ -36,8 +36,9 @@ function likelyAxes(axes) {
   const across = may.filter((column) => column.countedWithGaps().length <= 24 && column.name !== 'prompt' && column.name !== 'row_id');
   const x = SWEPT.map((name) => across.find((column) => column.name === name)).find(Boolean) ?? across[0] ?? may[0];
   const y = may.find((column) => column.name === 'prompt' && column !== x) ?? may.find((column) => column !== x);
-  const z = SWEPT.map((name) => across.find((column) => column.name === name)).find((column) => column && column !== x && column !== y);
-  return {x: x?.name ?? '', y: y?.name ?? '', z: z?.name ?? ''};
+  const cells = [x, y].reduce((all, axis) => all * (axis?.countedWithGaps().length ?? 1), 1);
+  const others = SWEPT.map((name) => across.find((column) => column.name === name)).filter((column) => column && column !== x && column !== y);
+  return {x: x?.name ?? '', y: y?.name ?? '', z: (COUNT > cells && others[0]?.name) || ''};
 }
 
 // Those of images that are shown, then those that only failed samples have
