@@ -19,6 +19,8 @@ from renderfarm.storage import Store, open_store
 
 EVERY_S = 5.0
 LAST_S = 10.0
+LOOK_S = 0.5
+QUIET_S = 8.0  # a run that lives has said something by then
 STALE_S = 60.0  # twelve missed ones
 ALIVE = ("STARTING", "REPAIRING", "RUNNING", "PAUSING", "PAUSED", "CANCELLING")
 
@@ -56,6 +58,8 @@ class Heartbeat:
         """When the store was first away, of late."""
         self.other: dict[str, Any] | None = None
         """What another run said here last, if it was at work then."""
+        self.heard, self.moves = 0.0, False
+        """When it was found here, by this process's clock; and whether it had said something else before."""
 
     def is_due(self) -> bool:
         return self.put.done() and time.monotonic() >= self.last + EVERY_S
@@ -75,11 +79,24 @@ class Heartbeat:
         if log is not None:
             self.store.put(log_key(snapshot["run_id"]), log)
 
-    def _see_others(self, own: str) -> dict[str, Any]:
+    def _see_others(self, own: str) -> None:
         there = commit.read_progress(self.store)
         if there.get("run_id") not in (own, None):
-            self.other = there if is_alive(there) else None
-        return there
+            before, self.other = self.other, there if is_alive(there) else None
+            if before is None or before.get("updated") != there.get("updated"):
+                self.heard, self.moves = time.monotonic(), before is not None
+
+    def _living(self, own: str) -> dict[str, Any] | None:
+        """What the other run said, if it is at work. One that was killed a moment ago seems so, too, until it has been quiet for a while."""
+        self._see_others(own)
+        while (other := self.other) is not None and is_alive(other) and not self.store.exists(run_key(other["run_id"])):
+            if time.monotonic() >= self.heard + QUIET_S * (2 if self.moves else 1):
+                return None
+            if self.moves:
+                return other
+            time.sleep(LOOK_S)
+            self._see_others(own)
+        return None
 
     def close(self, snapshot: dict[str, Any], record: dict[str, Any] | None = None) -> None:
         """The last one, whatever came before. A store that is away now neither undoes a run nor keeps it from ending. `record`: for
@@ -95,10 +112,9 @@ class Heartbeat:
             self.store.put(run_key(own), commit.to_json(record))
         if log is not None:  # before it is known that the run has ended: then nobody waits for more of it
             self.store.put(log_key(own), log)
-        there, other = self._see_others(own), self.other
-        if other is None or not is_alive(other) or self.store.exists(run_key(other["run_id"])):
+        if (other := self._living(own)) is None:
             self.store.put(commit.PROGRESS, commit.to_json(snapshot))
-        elif there.get("run_id") in (own, None):
+        elif commit.read_progress(self.store).get("run_id") in (own, None):
             self.store.put(commit.PROGRESS, commit.to_json(other))  # until it says more
 
     def _trouble(self) -> str | None:

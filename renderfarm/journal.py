@@ -35,7 +35,7 @@ def log_key(run_id: str) -> str:
 
 def redacted(text: str) -> str:
     """Without secrets, on one line, and not too long."""
-    text = without_secrets(" ".join(text[:LOOKED_AT].split()))
+    text = " ".join(without_secrets(text[:LOOKED_AT]).split())
     return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 1]}…"
 
 

@@ -34,6 +34,7 @@ from renderfarm.submit import Ended, last_lines, submission_id
 from renderfarm.waiting import Begins, look
 
 KUBECTL_S = 60
+POLLS = 5  # without an answer, one after the other
 ENDED = ("Complete", "Failed", "ValidationFailed")
 
 
@@ -48,7 +49,14 @@ class Manifest:
 
     @property
     def notes(self) -> list[str]:
-        return [note.replace("on every node", f"in the pods (a volume, the image; {MOUNT} is the job's)") for note in self.parcel.notes()]
+        there = {
+            "on every node": f"in the pods (a volume, the image; {MOUNT} is the job's)",
+            "must be set there": "must be set there (--secret)",
+        }
+        notes = self.parcel.notes()
+        for words, here in there.items():
+            notes = [note.replace(words, here) for note in notes]
+        return notes
 
 
 def manifest(job: Job, pods: Pods) -> Manifest:
@@ -91,11 +99,14 @@ def wait_for(job: Job, namespace: str | None, after: str | None, poll_s: float =
     """Wait until KubeRay says that it has ended, with the pods that it makes anew. `after`: the output's run before it. The exit code is
     the one that its run left in the output; 75 where that cannot be read, or says nothing of it."""
     name = name_of(job)
-    try:
-        while (status := _status(name, namespace)) not in (None, *ENDED):
-            time.sleep(poll_s)
-    except Fatal as error:
-        raise Fatal(f"lost sight of {name}; the same command attaches to it again: {error}") from error
+    failed, status = 0, "New"
+    while status is not None and status not in ENDED:
+        try:
+            failed, status = 0, _status(name, namespace)  # type: ignore[assignment]
+        except Fatal as error:  # an API server may be away for a moment
+            if (failed := failed + 1) >= POLLS:
+                raise Fatal(f"lost sight of {name}; the same command attaches to it again: {error}") from error
+        time.sleep(0.0 if status is None or status in ENDED else poll_s)
     if status is None:
         return Ended("DELETED", EXIT_INTERRUPTED, "")
     said = ""

@@ -76,8 +76,8 @@ def pack(job: Job, most_bytes: int) -> Parcel:
     """
     if job.notify is not None and "${" not in job.notify.url:
         raise InvalidJob(
-            "notify.url: who may read the job in the cluster could tell the same hook anything; put it into an environment variable "
-            "there, and write ${NAME} here"
+            "notify.url is written out, so that it would be kept in the cluster for all who may read the job there: put it into an "
+            "environment variable there, and write `url: ${NAME}` here"
         )
     parcel = Parcel(job.model_dump(mode="json"), most_bytes)
     _take_wildcards(parcel, job)

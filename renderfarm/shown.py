@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 MOST_LINES, MOST_SIGNS = 40, 2_000  # of one value
 SHORTEST_SECRET = 8  # a shorter value of such a variable is a switch or a number, and would be found everywhere
-_SECRETS = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|CONNECTION_STRING", re.IGNORECASE)
-_USER_IN_URL, _QUERY = re.compile(r"(?<=://)[^/\s@'\"]+@"), re.compile(r"(?<=[^\s?])\?[^\s'\")\]]*=[^\s'\")\]]*")
+_SECRETS = re.compile(r"(^|_|API|ACCESS)(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|CONNECTION_STRING)S?($|_)", re.IGNORECASE)
+_USER_IN_URL = re.compile(r"(?<!abfs://)(?<!abfss://)(?<!wasb://)(?<!wasbs://)(?<=://)[^/\s@'\"]{1,1000}@")  # in those it is a container
+_ENDS_QUERY = re.compile(r"[\s'\")\]]")
 
 _TABLE = "border-collapse: collapse; font-size: 13px; text-align: left"
 _NAME = "text-align: left; font-weight: 600; vertical-align: top; padding-right: 1em"
@@ -21,11 +22,25 @@ _VALUE = "text-align: left; white-space: pre-wrap; overflow-wrap: anywhere"
 
 
 def without_secrets(text: str) -> str:
-    """For what is kept or told: without what this environment's variables of secrets hold, and without users and queries of URLs."""
-    for name, value in os.environ.items():
-        if _SECRETS.search(name) and len(value) >= SHORTEST_SECRET:
-            text = text.replace(value, f"${{{name}}}")
-    return _QUERY.sub("?…", _USER_IN_URL.sub("…@", text))
+    """For what is kept or told: without what this environment's variables of secrets hold, and without users and queries of URLs. What is a
+    path is none."""
+    secrets = {value: name for name, value in os.environ.items() if _SECRETS.search(name) and len(value) >= SHORTEST_SECRET}
+    for value in sorted(secrets, key=len, reverse=True):  # one may begin with another
+        if value in text and not os.path.exists(value):
+            text = text.replace(value, f"${{{secrets[value]}}}")
+    return _USER_IN_URL.sub("…@", _without_queries(text))
+
+
+def _without_queries(text: str) -> str:
+    """`?…` for what follows a path's question mark and holds an equals sign; `why?` and `a?b=c` are words."""
+    kept, place = list[str](), 0
+    while (mark := text.find("?", place)) >= 0:
+        ends = found.start() if (found := _ENDS_QUERY.search(text, mark)) else len(text)
+        begins = max(text.rfind(sign, place, mark) for sign in " \t\n'\"([") + 1
+        is_query = "=" in text[mark:ends] and "/" in text[max(begins, place) : mark]
+        kept += [text[place : mark + 1], "…" if is_query else text[mark + 1 : ends]]
+        place = ends
+    return "".join([*kept, text[place:]])
 
 
 def shown_value(value: Any) -> str:

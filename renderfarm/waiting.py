@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from renderfarm import commit, control
@@ -74,12 +74,12 @@ class Begins:
 
 
 def last_run(out: str) -> str | None:
-    """The id of an output's last run, if that has ended; None where one is at work, where there was none, and where it cannot be read."""
+    """The id of an output's last run, which may be at work, have ended or be dead; None where there was none, or it cannot be read."""
     try:
         progress = commit.read_progress(open_store(expand_env(out), patience_s=0))
     except RenderfarmError:
         return None
-    return None if is_alive(progress) or "run_id" not in progress else str(progress["run_id"])
+    return str(progress["run_id"]) if "run_id" in progress else None
 
 
 def look(out: str, begins: Begins = Begins()) -> Seen:
@@ -107,6 +107,7 @@ def watch(out: str, every_s: float = POLL_S, begins: Begins = Begins()) -> Itera
         yield seen
         if seen.exit_code is not None:
             return
+        begins = _begun(seen, begins)
         time.sleep(every_s)
 
 
@@ -122,12 +123,13 @@ def wait(out: str, timeout_s: float | None = None, say: Callable[[str], None] = 
         try:
             store = store or open_output(out).store
         except InvalidJob:
-            if begins is None or waited >= begins.within_s or is_late:
+            if begins is None or waited >= begins.within_s:
                 raise
         seen = _look(store, waited, begins or Begins()) if store else Seen("STARTING", {}, "nothing is there yet")
-        if store and (seen.exit_code is not None or is_late):
+        begins = begins and _begun(seen, begins)
+        if seen.exit_code is not None or is_late:
             return Waited(
-                out=store.url,
+                out=store.url if store else out,
                 run_id=seen.progress.get("run_id"),
                 state=seen.state,
                 exit_code=EXIT_TIMED_OUT if seen.exit_code is None else seen.exit_code,
@@ -138,6 +140,11 @@ def wait(out: str, timeout_s: float | None = None, say: Callable[[str], None] = 
         parts = f"part {seen.progress.get('parts_done', 0)} of {seen.progress.get('parts') or '?'}"
         say(seen.trouble or f"{seen.state.lower()}: {parts}")
         time.sleep(POLL_S if timeout_s is None else max(0.0, min(POLL_S, timeout_s - waited)))
+
+
+def _begun(seen: Seen, begins: Begins) -> Begins:
+    """Once the run is there, the one before it is looked at, too: it may share the work, and then both say in turns how far they are."""
+    return replace(begins, after=None) if "run_id" in seen.progress else begins
 
 
 def _look(store: Store, waited_s: float, begins: Begins) -> Seen:

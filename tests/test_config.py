@@ -323,6 +323,8 @@ def test_credentials_are_refused_wherever_a_job_names_a_place(tmp_path: Path, pl
         "token=hunter2",
         "access_token=hunter2",
         "api_key=hunter2",
+        "client-secret=hunter2",
+        "x=1#access_token=hunter2",
     ],
 )
 def test_a_url_that_lets_its_bearer_in_is_refused_where_it_would_be_kept(
@@ -338,7 +340,8 @@ def test_a_url_that_lets_its_bearer_in_is_refused_where_it_would_be_kept(
     with pytest.raises(InvalidJob, match=r"the URL in model\.id holds credentials") as caught:
         prepare(load_job(write(tmp_path, model="${URL}")))
     assert "hunter2" not in str(caught.value)
-    check_credentials("manifest.path", "s3://bucket/what?sigma=1&keys=2/x.parquet")
+    check_credentials("manifest.path", "s3://bucket/what?sigma=1&keys=2&versionId=3&page_token=4")
+    check_credentials("notify.url", "https://hooks.example.org/x?token=${TOKEN}")
 
 
 def test_credentials_in_an_environment_variable_are_refused_before_they_reach_the_output(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from renderfarm import commit, control
+from renderfarm import commit, control, heartbeat
 from renderfarm.heartbeat import STALE_S, Heartbeat, is_alive, run_key
 from renderfarm.storage import Store, open_store
 
@@ -54,6 +54,9 @@ def test_a_run_that_is_alone_says_how_it_ended(store: Store, beating: Callable[.
 def test_whoever_ends_first_leaves_the_file_to_the_other(last: str, store: Store, beating: Callable[..., Heartbeat]) -> None:
     hearts = {"a": beating("a"), "b": beating("b")}
     beat(hearts["a"], "a")  # each has seen the other now
+    beat(hearts["b"], "b")
+    beat(hearts["a"], "a")  # and that it goes on
+    beat(hearts["b"], "b")
     beat(hearts[last], last)
     end(hearts["a"], "a")
     assert commit.read_progress(store)["run_id"] == "b"
@@ -76,3 +79,30 @@ def test_a_run_that_has_ended_or_is_dead_hides_nobodys_end(store: Store, beating
     assert commit.read_progress(store)["run_id"] == "b"
     for heart in (dead, other):
         heart.thread.shutdown()
+
+
+def test_the_end_of_a_run_that_came_right_after_a_death_is_seen(
+    store: Store, beating: Callable[..., Heartbeat], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "QUIET_S", 0.2)
+    monkeypatch.setattr(heartbeat, "LOOK_S", 0.01)
+    killed = beating("killed")  # it seems to be alive for a minute
+    one = beating("a")
+    end(one, "a")
+    assert (commit.read_progress(store)["run_id"], commit.read_progress(store)["state"]) == ("a", "SUCCEEDED")
+    killed.thread.shutdown()
+
+
+def test_who_ends_at_once_waits_to_see_whether_the_other_one_lives(
+    store: Store, beating: Callable[..., Heartbeat], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeat, "QUIET_S", 60.0)
+    other, one = beating("b"), beating("a")
+
+    def sleep(seconds: float) -> None:
+        other.store.put(commit.PROGRESS, commit.to_json(said("b")))
+
+    monkeypatch.setattr(heartbeat.time, "sleep", sleep)
+    end(one, "a")
+    assert commit.read_progress(store)["run_id"] == "b"
+    other.thread.shutdown()

@@ -159,7 +159,7 @@ def test_no_secret_is_in_what_is_printed_and_names_that_are_none_are_refused(
     job = load_job(write_job(write_manifest(), notify={"url": "${HOOK}"}))
     made = manifest(job, PODS)
     assert "canary" not in made.text
-    assert "must be set there: HOOK" in made.text.splitlines()[2]
+    assert "must be in the pods' environment (--secret): HOOK" in made.text.splitlines()[2]
     with pytest.raises(InvalidJob, match=r"--secret 'AKIA/SECRET=' is no name of Kubernetes: .* never a secret's value"):
         manifest(job, Pods("i", None, ("AKIA/SECRET=",)))
     with pytest.raises(InvalidJob, match="--namespace 'A B' is no name"):
@@ -244,6 +244,7 @@ def test_what_is_in_a_file_or_a_path_stays_there(write_job: Write, tmp_path: Pat
 # A cluster of one RayJob, in a file: what it was given, and how far it is
 KUBECTL = """#!/bin/sh
 echo "$@" >> "$CLUSTER.said"
+[ "$1" = get ] && [ -e "$CLUSTER" ] && [ -e "$CLUSTER.fails" ] && rm "$CLUSTER.fails" && exit 1
 case "$1 $2" in
   "get rayjob") [ -e "$CLUSTER" ] && cat "$CLUSTER" || true;;
   "apply --server-side") cat > "$CLUSTER.given"; echo '{"status": {"jobDeploymentStatus": "Running"}}' > "$CLUSTER";;
@@ -325,6 +326,7 @@ def test_who_waits_exits_as_the_run_in_the_pods_did(
             cluster.unlink()
 
     monkeypatch.setattr("renderfarm.kuberay.time.sleep", sleep)
+    cluster.with_suffix(".fails").touch()
     done = CliRunner().invoke(app, ["submit", path, "--to", "kuberay", "--image", "i", "--wait", "--json"], catch_exceptions=False)
     assert done.exit_code == code
     found = json.loads(done.stdout)

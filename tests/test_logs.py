@@ -24,6 +24,7 @@ from renderfarm.errors import InvalidJob, RenderfarmError, Transient
 from renderfarm.heartbeat import Heartbeat
 from renderfarm.journal import EVERY_S, LOGS, MAX_BYTES, MAX_MESSAGE, Journal, log_key, redacted
 from renderfarm.logs import Choice, line_of, read_logs
+from renderfarm.shown import without_secrets
 from renderfarm.storage import Store, open_store
 
 Write = Callable[..., Path]
@@ -101,6 +102,20 @@ def test_secrets_and_users_of_urls_are_left_out(monkeypatch: pytest.MonkeyPatch)
     text = "cannot read\ns3://u:canary5d1f@h/k and https://h/a?X-Sig=canary5d1f&b=1 with canary5d1f/+x; was it 1? yes"
     assert redacted(text) == "cannot read s3://…@h/k and https://h/a?… with ${AWS_SECRET_ACCESS_KEY}; was it 1? yes"
     assert len(redacted("x" * 10_000)) == MAX_MESSAGE
+    monkeypatch.setenv("SIGNING_KEY", "-----BEGIN-----\ncanary5d1f\n-----END-----")
+    assert redacted(f"no key: {os.environ['SIGNING_KEY']}, at line 3") == "no key: ${SIGNING_KEY}, at line 3"
+
+
+def test_innocent_words_stay_and_of_two_secrets_the_longer_one_goes_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("KEYCLOAK_REALM", "portrait")
+    monkeypatch.setenv("CERTIFICATE_KEY", str(tmp_path))
+    monkeypatch.setenv("A_KEY", "canary5d")
+    monkeypatch.setenv("B_TOKEN", "canary5d1f+rest")
+    words = f"a portrait in {tmp_path}/x.png: why?a=b, abfs://container@account/x"
+    assert without_secrets(words) == words
+    assert without_secrets("with url: /a/b?sig=canary1&x=2 (and canary5d1f+rest)") == "with url: /a/b?… (and ${B_TOKEN})"
+    long = "a/?" * 40_000 + "="  # at once, whatever it is
+    assert without_secrets(long).endswith("?…")
 
 
 def test_a_message_that_is_no_unicode_is_kept_as_json_escapes_it() -> None:

@@ -141,9 +141,21 @@ def test_of_an_output_whose_last_run_has_ended_the_next_run_is_meant(store: Stor
     looks.clear()
     assert (renderfarm.open(store.url).wait(after="r0").run_id, len(looks)) == ("r1", 2)
     assert CliRunner().invoke(app, ["wait", store.url, "--after", "r1", "--begins-within", "0s"]).exit_code == 75
-    heart(store, "RUNNING", run_id="r2")
-    assert last_run(store.url) is None, "it is at work"
     assert last_run(f"memory://{uuid.uuid4().hex}") is None
+
+
+def test_where_the_run_before_lives_on_both_are_watched(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    heart(store, "RUNNING", run_id="r0")
+    steps(store, monkeypatch, ("RUNNING", {"run_id": "r0+a"}), ("RUNNING", {"run_id": "r0"}), ("SUCCEEDED", {"run_id": "r0+a"}))
+    states = [(seen.state, seen.progress.get("run_id")) for seen in renderfarm.open(store.url).watch(after="r0", begins_within_s=60.0)]
+    assert states == [("STARTING", None), ("RUNNING", "r0+a"), ("RUNNING", "r0"), ("SUCCEEDED", "r0+a")]
+
+
+def test_who_waits_for_less_time_than_a_run_has_to_begin_is_told_so() -> None:
+    url = f"memory://{uuid.uuid4().hex}"
+    result = CliRunner().invoke(app, ["wait", url, "--timeout", "0s", "--begins-within", "30m"], catch_exceptions=False)
+    assert result.exit_code == 6
+    assert "starting (still; --timeout has passed)" in result.stdout
 
 
 def test_machines_may_take_their_time_to_come(monkeypatch: pytest.MonkeyPatch) -> None:

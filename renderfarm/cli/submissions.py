@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
+import threading
 from enum import StrEnum
 from functools import partial
 from typing import Annotated, Any
@@ -27,6 +29,7 @@ from renderfarm.cli.common import (
 from renderfarm.errors import InvalidJob
 
 command = partial(app.command, rich_help_panel="Jobs")
+LOOK_S = 3.0
 
 
 class ToChoice(StrEnum):
@@ -56,7 +59,6 @@ def submit(
 ) -> None:
     """Run a job on a cluster. The same job, parameters and date are one submission: while it runs it is attached to, then continued."""
     from renderfarm.jobfile import load_job
-    from renderfarm.waiting import last_run
 
     _check_options(to, address, image, wait=wait, asked=[dry_run, status, logs, stop], of_kuberay=bool(namespace or secrets))
     loaded = load_job(job, sets, out, logical_date)
@@ -72,8 +74,9 @@ def submit(
             out_console.out(found["text"], highlight=False, end="")
             _print_notes(found["notes"])
         return
-    before = last_run(loaded.output.path)  # which may be all that is to be seen there for a while
+    before = _last_run(loaded.output.path)  # which may be all that is to be seen there for a while
     id_, new, notes = where.submit(loaded)
+    before = before if new else None
     ended = where.wait(loaded, before) if wait else None
     if as_json:
         how = vars(ended) if ended else {"status": None, "log_tail": None}
@@ -87,10 +90,22 @@ def submit(
                 out_console.print(shown_value(ended.log_tail), markup=False)
         again = shlex.join(["submit", str(job), *where.options(), *typed(sets, logical_date), *(["--out", out] if out else [])])
         folder = shlex.quote(shown_path(loaded.output.path))
-        watch = shlex.join(["watch", shown_path(loaded.output.path), *(["--after", before] if before and new else []), *where.patience])
+        watch = shlex.join(["watch", shown_path(loaded.output.path), *(["--after", before] if before else []), *where.patience])
         print_next(*([f"status {folder}", f"{again} --logs"] if ended else [watch, f"{again} --logs", f"{again} --stop"]))
     if ended:
         raise typer.Exit(ended.exit_code)
+
+
+def _last_run(out: str) -> str | None:
+    """None where it cannot be known soon, and without a word: this machine need not be one that reads the output."""
+    from renderfarm.waiting import last_run
+
+    logging.getLogger("azure").setLevel(logging.CRITICAL)
+    found: list[str | None] = []
+    looking = threading.Thread(target=lambda: found.append(last_run(out)), daemon=True)
+    looking.start()
+    looking.join(LOOK_S)
+    return found[0] if found else None
 
 
 def _check_options(to: ToChoice, address: str | None, image: str | None, *, wait: bool, asked: list[bool], of_kuberay: bool) -> None:

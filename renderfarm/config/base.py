@@ -14,7 +14,10 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-SIGNED = r"sig|signature|x-(?:amz|goog)-[\w-]+|awsaccesskeyid|googleaccessid|(?:[\w-]*_)?token|(?:api_?)?key|secret|password"
+SIGNED = (
+    r"sig|auth|pwd|accesstoken|apikey|awsaccesskeyid|googleaccessid|x-(?:amz|goog)-[\w-]+"
+    r"|(?!page_token)(?:[\w-]*[_-])?(?:token|key|secret|signature|password|passwd)"
+)
 """What URLs that let their bearer in call it, in their queries: S3, Google and Azure sign them so, and hooks are told so."""
 
 
@@ -28,11 +31,13 @@ def check_credentials(place: str, text: str) -> None:
     # the secret may hold slashes, as AWS keys do; `host:9000/…@…` is a port and a path; `abfs://container@account` is a place
     if re.match(r"^([a-z0-9+.-]+://[^/@:]*:(?!\d+/)[^@]*@|https?://[^/@?#]*@)", text, re.IGNORECASE):
         raise InvalidJob(f"the URL in {place} holds credentials; remove them and use the environment's own credential chain")
-    if is_url(text) and (signed := re.search(rf"[?&]({SIGNED})=", text, re.IGNORECASE)):
-        raise InvalidJob(
-            f"the URL in {place} holds credentials (its {signed[1]}), and would be kept in the output; use the environment's own "
-            "credential chain, or, for a URL that is told and not read, an environment variable: ${NAME}"
+    if is_url(text) and (signed := re.search(rf"[?&;#]({SIGNED})=(?!\$\{{)", text, re.IGNORECASE)):
+        instead = (
+            "put it into an environment variable, and write ${NAME} here"
+            if place == "notify.url"
+            else "give the file itself, or a store's URL (s3://…) with credentials from the environment"
         )
+        raise InvalidJob(f"the URL in {place} holds credentials (its {signed[1]}), which would be kept: {instead}")
 
 
 def expand_env(text: str) -> str:
