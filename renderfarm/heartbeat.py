@@ -87,7 +87,7 @@ class Heartbeat:
                 self.heard, self.moves = time.monotonic(), before is not None
 
     def _living(self, own: str) -> dict[str, Any] | None:
-        """What the other run said, if it is at work. One that was killed a moment ago seems so, too, until it has been quiet for a while."""
+        """What the other run said, if it is at work. One that was killed a moment ago seems so, until it has been quiet for a while."""
         self._see_others(own)
         while (other := self.other) is not None and is_alive(other) and not self.store.exists(run_key(other["run_id"])):
             if time.monotonic() >= self.heard + QUIET_S * (2 if self.moves else 1):

@@ -49,12 +49,12 @@ class Manifest:
 
     @property
     def notes(self) -> list[str]:
-        there = {
+        of_pods = {
             "on every node": f"in the pods (a volume, the image; {MOUNT} is the job's)",
-            "must be set there": "must be set there (--secret)",
+            "must be set there": "must be in the pods' environment (--secret)",
         }
         notes = self.parcel.notes()
-        for words, here in there.items():
+        for words, here in of_pods.items():
             notes = [note.replace(words, here) for note in notes]
         return notes
 
@@ -99,14 +99,17 @@ def wait_for(job: Job, namespace: str | None, after: str | None, poll_s: float =
     """Wait until KubeRay says that it has ended, with the pods that it makes anew. `after`: the output's run before it. The exit code is
     the one that its run left in the output; 75 where that cannot be read, or says nothing of it."""
     name = name_of(job)
-    failed, status = 0, "New"
-    while status is not None and status not in ENDED:
+    failed = 0
+    while True:
         try:
-            failed, status = 0, _status(name, namespace)  # type: ignore[assignment]
+            if (status := _status(name, namespace)) is None or status in ENDED:
+                break
+            failed = 0
         except Fatal as error:  # an API server may be away for a moment
-            if (failed := failed + 1) >= POLLS:
+            failed += 1
+            if failed == POLLS:
                 raise Fatal(f"lost sight of {name}; the same command attaches to it again: {error}") from error
-        time.sleep(0.0 if status is None or status in ENDED else poll_s)
+        time.sleep(poll_s)
     if status is None:
         return Ended("DELETED", EXIT_INTERRUPTED, "")
     said = ""

@@ -95,10 +95,9 @@ def _print_summary(summary: dict[str, Any], some_rows: bool) -> None:
     elif not summary["new_images"] and not summary["new_errors"]:
         out_console.print("nothing to do: every part is committed")
     else:
-        failed = f" and {summary['new_errors']:,} errors" if summary["new_errors"] else ""
-        out_console.print(
-            f"{summary['new_images']:,} images{failed} in {summary['seconds']:.0f} s ({summary['images_per_second']:.1f} images/s while rendering)"
-        )
+        new = f"{summary['new_images']:,} images" + (f" and {summary['new_errors']:,} errors" if summary["new_errors"] else "")
+        rate = f"{summary['images_per_second']:.1f} images/s while rendering"
+        out_console.print(f"{new} in {summary['seconds']:.0f} s ({rate})")
     rows = f"of those that `where` selects from {summary['rows']:,} rows" if some_rows else f"{summary['rows']:,} rows"
     counts = f"{summary['images']:,} images, {summary['errors']:,} errors, {rows}"
     out_console.print(f"{state.lower()}: {counts} in {out}")
