@@ -184,6 +184,7 @@ def test_machines_may_take_their_time_to_come(monkeypatch: pytest.MonkeyPatch) -
     result = CliRunner().invoke(app, ["watch", store.url, "--after", "r0", "--begins-within", "10m"], catch_exceptions=False)
     assert result.exit_code == 75
     assert "no run began within 600 s; what was to start it may say why" in result.stdout
+    assert result.stdout.endswith("(`renderfarm submit JOB … --logs`), says why none came\n")
 
 
 def watching(out: Path, **options: Any) -> subprocess.Popen[bytes]:

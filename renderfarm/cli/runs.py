@@ -105,7 +105,10 @@ def watch(
     if not as_json:
         counts = f"{said.get('images', 0):,} images, {said.get('errors', 0):,} errors in {out}"
         out_console.print(f"{seen.state.lower()}: {counts}", markup=False)
-        _print_next(out, seen.state, said.get("errors", 0) - said.get("waived", 0))
+        if begins.after is not None and "run_id" not in said:
+            out_console.print("next: what it was submitted with, and --logs (`renderfarm submit JOB … --logs`), says why none came")
+        else:
+            _print_next(out, seen.state, said.get("errors", 0) - said.get("waived", 0))
     raise typer.Exit(code)
 
 
