@@ -124,7 +124,8 @@ def test_a_download_that_breaks_leaves_nothing_that_looks_whole(url: str, monkey
         ("memory://bucket/nothing", r"there is nothing at memory://bucket/nothing; correct the URL|does not exist, or not any more"),
         ("nosuch://bucket/model", r"model nosuch://bucket/model: Protocol not known: nosuch"),
         ("gs://bucket/model", r"model gs://bucket/model: gs:// needs another package: pip install 'renderfarm\[gcs\]'"),
-        ("https://host/model?token=secret", r"^model https://host/model: a store's URL has no query"),
+        ("https://host/model?version=3", r"^model https://host/model: a store's URL has no query"),
+        ("https://host/model?token=secret", r"the URL in model\.id holds credentials \(its token\)"),
         ("https://me:secret@host/model", "the URL in model.id holds credentials"),
     ],
 )
