@@ -20,7 +20,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -217,8 +216,6 @@ class RayEngine:
             self._kill(worker)
         self._metrics.close()
         if self._own:
-            if self._folder is not None:
-                _end_at_once()
             ray.shutdown()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -270,33 +267,6 @@ def _stops_are_ours() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_at_once() -> None:
-    """Ray's own processes are asked to end by a signal that they do not hear here, and each is waited for, a second long, before it is
-    killed. Without these private names (2.60), or without /proc, it is so again. What the raylet has started would look for a head that
-    is gone, a minute long, so it ends with it."""
-    with contextlib.suppress(AttributeError, LookupError, OSError):
-        node = ray._private.worker._global_node
-        kill, (raylet,) = node.kill_all_processes, node.all_processes["raylet"]
-
-        def at_once(**how: Any) -> None:
-            left = children(raylet.process.pid)
-            kill(**{**how, "allow_graceful": not left and how.get("allow_graceful", False)})
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-
-        node.kill_all_processes = at_once
-
-
-def children(pid: int) -> list[int]:
-    """Processes that this one has started, where /proc tells."""
-    found: list[int] = []
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            found += map(int, (task / "children").read_text(encoding="ascii").split())
-    return found
 
 
 def _uses_gpu(job: Job) -> bool | None:
