@@ -26,7 +26,7 @@ EVERY_S = 15.0
 FIRST_BYTES, LAST_BYTES, ROUTINE_BYTES = 128 << 10, 256 << 10, 256 << 10
 MAX_BYTES = FIRST_BYTES + LAST_BYTES + ROUTINE_BYTES + 1024
 MAX_MESSAGE, MAX_ID = 300, 100  # characters
-LOOKED_AT = 10 * MAX_MESSAGE  # of a message; what is searched grows with the square of it
+LOOKED_AT = 10 * MAX_MESSAGE  # of a message, of which no more than MAX_MESSAGE is kept
 
 
 def log_key(run_id: str) -> str:

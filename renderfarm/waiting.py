@@ -94,20 +94,10 @@ def watch(out: str, every_s: float = POLL_S, begins: Begins = Begins()) -> Itera
     """How far it is, again and again, until no run is at work, or one is paused: the last one has an exit code. A run that says nothing
     for a minute is dead: INTERRUPTED, as is one that does not begin in time. Raises InvalidJob for what is no output then.
     """
-    store, began = None, time.monotonic()
-    while True:
-        waited = time.monotonic() - began
-        try:
-            store = store or open_output(out).store
-        except InvalidJob:
-            if waited >= begins.within_s:
-                raise
-        early = Seen("STARTING", {}, f"nothing is there yet; {begins.within_s:.0f} s are given to it")
-        seen = _look(store, waited, begins) if store else early
+    for seen, _ in _looks(out, begins, begins.within_s):
         yield seen
         if seen.exit_code is not None:
             return
-        begins = _begun(seen, begins)
         time.sleep(every_s)
 
 
@@ -116,30 +106,38 @@ def wait(out: str, timeout_s: float | None = None, say: Callable[[str], None] = 
 
     `say`: is told how far it is. `begins`: None for one that has begun: what is no output then raises InvalidJob at once.
     """
-    store, began = None if begins else open_output(out).store, time.monotonic()
-    while True:
-        waited = time.monotonic() - began
-        is_late = timeout_s is not None and waited >= timeout_s
-        try:
-            store = store or open_output(out).store
-        except InvalidJob:
-            if begins is None or waited >= begins.within_s:
-                raise
-        seen = _look(store, waited, begins or Begins()) if store else Seen("STARTING", {}, "nothing is there yet")
-        begins = begins and _begun(seen, begins)
-        if seen.exit_code is not None or is_late:
-            return Waited(
-                out=store.url if store else out,
-                run_id=seen.progress.get("run_id"),
-                state=seen.state,
-                exit_code=EXIT_TIMED_OUT if seen.exit_code is None else seen.exit_code,
-                images=int(seen.progress.get("images", 0)),
-                errors=int(seen.progress.get("errors", 0)),
-                seconds=round(waited, 1),
-            )
+    for seen, waited in _looks(out, begins or Begins(), begins.within_s if begins else 0.0):
+        if seen.exit_code is not None or (timeout_s is not None and waited >= timeout_s):
+            break
         parts = f"part {seen.progress.get('parts_done', 0)} of {seen.progress.get('parts') or '?'}"
         say(seen.trouble or f"{seen.state.lower()}: {parts}")
         time.sleep(POLL_S if timeout_s is None else max(0.0, min(POLL_S, timeout_s - waited)))
+    return Waited(
+        out=open_store(expand_env(out)).url,
+        run_id=seen.progress.get("run_id"),
+        state=seen.state,
+        exit_code=EXIT_TIMED_OUT if seen.exit_code is None else seen.exit_code,
+        images=int(seen.progress.get("images", 0)),
+        errors=int(seen.progress.get("errors", 0)),
+        seconds=round(waited, 1),
+    )
+
+
+def _looks(out: str, begins: Begins, patience_s: float) -> Iterator[tuple[Seen, float]]:
+    """What is to be seen, each time that somebody asks, and for how long it has been waited. Raises InvalidJob for what is still no output
+    after `patience_s`."""
+    store, began = None, time.monotonic()
+    while True:
+        waited = time.monotonic() - began
+        try:
+            store = store or open_output(out).store
+        except InvalidJob:
+            if waited >= patience_s:
+                raise
+        early = Seen("STARTING", {}, f"nothing is there yet; {patience_s:.0f} s are given to it")
+        seen = _look(store, waited, begins) if store else early
+        yield seen, waited
+        begins = _begun(seen, begins)
 
 
 def _begun(seen: Seen, begins: Begins) -> Begins:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from own_time import own_time
 
 from renderfarm import commit, control, heartbeat
 from renderfarm.heartbeat import STALE_S, Heartbeat, is_alive, run_key
@@ -102,7 +103,7 @@ def test_who_ends_at_once_waits_to_see_whether_the_other_one_lives(
     def sleep(seconds: float) -> None:
         other.store.put(commit.PROGRESS, commit.to_json(said("b")))
 
-    monkeypatch.setattr(heartbeat.time, "sleep", sleep)
+    own_time(monkeypatch, "renderfarm.heartbeat", sleep=sleep)
     end(one, "a")
     assert commit.read_progress(store)["run_id"] == "b"
     other.thread.shutdown()

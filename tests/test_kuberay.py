@@ -18,6 +18,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from own_time import own_time
 from test_schedule import crd
 from test_watch import JOB
 from typer.testing import CliRunner
@@ -325,7 +326,7 @@ def test_who_waits_exits_as_the_run_in_the_pods_did(
         else:
             cluster.unlink()
 
-    monkeypatch.setattr("renderfarm.kuberay.time.sleep", sleep)
+    own_time(monkeypatch, "renderfarm.kuberay", sleep=sleep)
     cluster.with_suffix(".fails").touch()
     done = CliRunner().invoke(app, ["submit", path, "--to", "kuberay", "--image", "i", "--wait", "--json"], catch_exceptions=False)
     assert done.exit_code == code

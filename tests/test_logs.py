@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from own_time import own_time
 from typer.testing import CliRunner
 
 import renderfarm
@@ -57,7 +58,7 @@ def test_an_object_stays_below_its_bound_and_says_how_much_is_gone() -> None:
 
 def test_what_went_wrong_is_put_at_once_and_leases_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
-    monkeypatch.setattr("renderfarm.journal.time.monotonic", lambda: clock[0])
+    own_time(monkeypatch, "renderfarm.journal", monotonic=lambda: clock[0])
     journal = Journal()
     assert journal.due() is None, "nothing was said"
     journal.say("began")
@@ -223,7 +224,7 @@ def test_a_log_is_followed_until_no_run_is_at_work(shared: bool, store: Store, m
     store.put(log_key("r0"), b'{"n": 1, "at": 0, "event": "ended"}')
     journal.say("began")
     heart("RUNNING")
-    monkeypatch.setattr("renderfarm.logs.time.sleep", sleep)
+    own_time(monkeypatch, "renderfarm.waiting", sleep=sleep)
     monkeypatch.setattr(type(store), "read", read)
     chosen = Choice(run="r1") if shared else Choice()
     found = [(event["run"], event["event"]) for event in read_logs(store.url, chosen, follow=True)]

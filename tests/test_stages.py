@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from own_time import own_time
 
 import renderfarm
 from renderfarm import commit
@@ -55,7 +56,7 @@ def test_stages_follow_one_another_also_where_the_last_picture_was_prepared_afte
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = iter([10.0, 12.0, 15.0, 16.0, 18.0])
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    own_time(monkeypatch, "renderfarm.stages", monotonic=lambda: next(clock))
     watch = Stopwatch()
     watch.prepared()
     for entered in (11.0, 14.0):
@@ -63,5 +64,5 @@ def test_stages_follow_one_another_also_where_the_last_picture_was_prepared_afte
         sample.set_result(Rendered(None, Counted(0, None, None), None, entered))  # type: ignore[arg-type]
         watch.rendered(sample)
     watch.encoded()
-    monkeypatch.setattr(time, "monotonic", lambda: 19.5)
+    own_time(monkeypatch, "renderfarm.stages", monotonic=lambda: 19.5)
     assert watch.entry()["seconds"] == {"prepare": 2, "wait": 0, "render": 4, "encode": 2, "put": 1.5}

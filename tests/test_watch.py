@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from own_time import own_time
 from typer.testing import CliRunner
 
 import renderfarm
@@ -50,7 +51,7 @@ def steps(store: Store, monkeypatch: pytest.MonkeyPatch, *states: tuple[str, dic
         state, said = left.pop(0)
         heart(store, state, **said)
 
-    monkeypatch.setattr("renderfarm.waiting.time.sleep", sleep)
+    own_time(monkeypatch, "renderfarm.waiting", sleep=sleep)
 
 
 def test_a_line_for_each_change_and_the_runs_exit_code(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,17 +106,22 @@ def test_a_run_that_has_ended_or_died_is_shown_once(store: Store) -> None:
         CliRunner().invoke(app, ["watch", store.url, "--interval", "2"], catch_exceptions=False)
 
 
-def test_a_run_that_was_submitted_may_come_a_little_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def comes_late(monkeypatch: pytest.MonkeyPatch, step_s: float, begins_s: float) -> tuple[Store, list[float]]:
+    """A store in which a run begins, and has ended, so long after the clock was at 0; each pause takes `step_s`."""
     store, clock = open_store(f"memory://{uuid.uuid4().hex}"), [0.0]
-    monkeypatch.setattr("renderfarm.waiting.time.monotonic", lambda: clock[0])
 
     def sleep(seconds: float) -> None:
-        clock[0] += 31
-        if clock[0] == 31:
+        clock[0] += step_s
+        if clock[0] == begins_s:
             store.put(commit.JOB, commit.to_json(JOB))
             heart(store, "SUCCEEDED")
 
-    monkeypatch.setattr("renderfarm.waiting.time.sleep", sleep)
+    own_time(monkeypatch, "renderfarm.waiting", monotonic=lambda: clock[0], sleep=sleep)
+    return store, clock
+
+
+def test_a_run_that_was_submitted_may_come_a_little_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, clock = comes_late(monkeypatch, 31.0, 31.0)
     result = CliRunner().invoke(app, ["watch", store.url], catch_exceptions=False)
     assert (result.exit_code, len(result.stdout.splitlines())) == (0, 4)
     assert "waiting: nothing is there yet" in result.stdout
@@ -134,7 +140,7 @@ def test_of_an_output_whose_last_run_has_ended_the_next_run_is_meant(store: Stor
         if len(looks) == 2:
             heart(store, "SUCCEEDED", run_id="r1")
 
-    monkeypatch.setattr("renderfarm.waiting.time.sleep", sleep)
+    own_time(monkeypatch, "renderfarm.waiting", sleep=sleep)
     result = CliRunner().invoke(app, ["watch", store.url, "--after", "r0"], catch_exceptions=False)
     assert (result.exit_code, len(looks)) == (0, 2)
     heart(store, "PARTIAL", run_id="r0")
@@ -159,16 +165,7 @@ def test_who_waits_for_less_time_than_a_run_has_to_begin_is_told_so() -> None:
 
 
 def test_machines_may_take_their_time_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    store, clock = open_store(f"memory://{uuid.uuid4().hex}"), [0.0]
-    monkeypatch.setattr("renderfarm.waiting.time.monotonic", lambda: clock[0])
-
-    def sleep(seconds: float) -> None:
-        clock[0] += 300
-        if clock[0] == 1500:
-            store.put(commit.JOB, commit.to_json(JOB))
-            heart(store, "SUCCEEDED")
-
-    monkeypatch.setattr("renderfarm.waiting.time.sleep", sleep)
+    store, clock = comes_late(monkeypatch, 300.0, 1500.0)
     for command in ("watch", "wait"):
         clock[0] = 0.0
         result = CliRunner().invoke(app, [command, store.url, "--begins-within", "30m"], catch_exceptions=False)
