@@ -48,13 +48,17 @@ class Done:
 
 
 def days(first: str, last: str, every: int = 1) -> list[str]:
-    """From one date to another, both of them. Raises InvalidJob."""
+    """From one date to another, both of them, and neither yet to come. Raises InvalidJob."""
     try:
         begin, end = dt.date.fromisoformat(first), dt.date.fromisoformat(last)
     except ValueError:
         raise InvalidJob(f"--from {first} --to {last}: write dates as YYYY-MM-DD") from None
     if end < begin:
         raise InvalidJob(f"--from {first} --to {last}: the first day is behind the last one; exchange them")
+    if end > (today := max(dt.date.today(), dt.datetime.now(dt.UTC).date())):
+        raise InvalidJob(
+            f"--to {last}: that day is yet to come; give {today} at most, or run that day alone: run JOB --logical-date {last}"
+        )
     if (count := (end - begin).days // every + 1) > MAX_DAYS:
         raise InvalidJob(f"--from {first} --to {last}: {count:,} runs; the limit is {MAX_DAYS:,}")
     return [(begin + dt.timedelta(days=every * k)).isoformat() for k in range(count)]

@@ -10,7 +10,7 @@ import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from renderfarm import commit, errors, requests
 from renderfarm.errors import AlreadyExists, Fatal, InvalidJob
@@ -28,7 +28,8 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class Failure:
-    """A sample that has no image. `part`: the rendering that said so last. `waived`: it may stay so, for that `reason`."""
+    """A sample that has no image. `part`: the rendering that said so last. `asked_again`: a run is to render it once more. `waived`: it
+    may stay so, for that `reason`."""
 
     row: int
     row_id: str
@@ -38,6 +39,7 @@ class Failure:
     retryable: bool
     prompt_sha256: str | None
     part: str
+    asked_again: bool
     waived: bool
     reason: str | None
 
@@ -49,14 +51,15 @@ class Failure:
 def failures(output: Output) -> Iterator[tuple[int, list[Failure], list[PartId]]]:
     """By part of the grid, ascending, with the rendering that each comes from."""
     waivers = requests.waivers(output.store)
+    renderings = _renderings(output) if requests.asked(output.store) else {}
     for index, table, by in output.errors_by_part():
-        waived = requests.waived(output.store, waivers.get(index, ()))
+        waived, waiting = requests.waived(output.store, waivers.get(index, ())), _waiting(output, index, renderings)
         found = []
         for row, part in zip(table.to_pylist(), by, strict=True):
             key = SampleKey(row["row"], row["image_index"])
-            found.append(
-                Failure(**{name: row[name] for name in ERROR_COLUMNS.names}, part=part.name, waived=key in waived, reason=waived.get(key))
-            )
+            said: dict[str, Any] = {name: row[name] for name in ERROR_COLUMNS.names}
+            said |= {"part": part.name, "asked_again": key in waiting, "waived": key in waived, "reason": waived.get(key)}
+            found.append(Failure(**said))
         yield index, found, by
 
 
@@ -68,6 +71,7 @@ class Group:
     count: int
     waived: int
     retryable: int
+    asked_again: int
     example: str
 
 
@@ -78,10 +82,11 @@ def groups(output: Output, by: By) -> list[Group]:
     for _, failed, parts in failures(output):
         for failure, part in zip(failed, parts, strict=True):
             value = name_of(part) if name_of else failure.error_class if by == "class" else failure.error_message
-            group = found.setdefault(value, Group(value, 0, 0, 0, failure.error_message))
+            group = found.setdefault(value, Group(value, 0, 0, 0, 0, failure.error_message))
             group.count += 1
             group.waived += failure.waived
             group.retryable += failure.retryable
+            group.asked_again += failure.asked_again
     return sorted(found.values(), key=lambda group: (-group.count, group.value))
 
 
@@ -199,14 +204,19 @@ def _renderings(output: Output) -> Renderings:
     return found
 
 
+def _waiting(output: Output, index: int, renderings: Renderings) -> set[SampleKey]:
+    """What was asked for and is not rendered yet."""
+    asked, committed = renderings.get(index, ([], []))
+    return {sample for part in asked if part not in committed for sample in requests.read(output.store, part).samples}
+
+
 def _ask(output: Output, index: int, wanted: set[SampleKey], found: Asked, renderings: Renderings) -> None:
     """Under the part's next number. Who asks at the same time may have it first."""
     while True:
-        asked, committed = renderings.get(index, ([], []))
-        waiting = {sample for part in asked if part not in committed for sample in requests.read(output.store, part).samples}
-        left = wanted - waiting
+        left = wanted - _waiting(output, index, renderings)
         if not left:
             break
+        asked, committed = renderings.get(index, ([], []))
         number = 1 + max((part.retry for part in (*asked, *committed)), default=0)
         try:
             requests.ask(output.store, Retry(PartId(index, number), frozenset(left)))

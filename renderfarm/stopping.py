@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-SAME_SIGNAL_S = 0.3
+SAME_SIGNAL_S = 1.0
+"""Within which two signals are one stop. Python hears a signal only between two calls, and the driver waits in Ray for half a second."""
 STOPPING = "stopping: parts in flight are being finished (again: stop at once; nothing committed is lost)"
 
 

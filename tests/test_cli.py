@@ -262,16 +262,16 @@ def test_init_preview_schedule_and_backfill_speak_to_people_and_as_json(tmp_path
     assert "wrote here/renderfarm-j.cron" in written_there.stderr
     assert "to install, in that folder: " in written_there.stderr
     assert "to install (with --write FOLDER, then in that folder): " in cli("schedule", "j.yaml", "--kind", "cron").stderr
-    days = ["--from", "2026-11-27", "--to", "2026-11-28", "--engine", "inline"]
+    days = ["--from", "2024-11-27", "--to", "2024-11-28", "--engine", "inline"]
     planned = cli("backfill", "j.yaml", *days, "--every", "2", "--set", "seed=1", "--dry-run")
-    again = "backfill j.yaml --from 2026-11-27 --to 2026-11-28 --reprocess missing --every 2 --set seed=1 --engine inline"
+    again = "backfill j.yaml --from 2024-11-27 --to 2024-11-28 --reprocess missing --every 2 --set seed=1 --engine inline"
     assert planned.stdout.splitlines()[-1].endswith(again), "what was typed, without --dry-run"
     assert not (tmp_path / "out").exists()
     ended = json.loads(cli("backfill", "j.yaml", *days, "--json").stdout)
-    assert [(day["date"], day["action"]) for day in ended["days"]] == [("2026-11-27", "render"), ("2026-11-28", "render")]
-    assert [(run["date"], run["images"]) for run in ended["runs"]] == [("2026-11-27", 27), ("2026-11-28", 27)]
-    done = cli("run", "j.yaml", "--logical-date", "2026-11-28", "--engine", "inline")
-    assert done.stdout.endswith(" export out/2026-11-28 out/2026-11-28-export\n"), "its rows say their steps: the job's change nothing"
+    assert [(day["date"], day["action"]) for day in ended["days"]] == [("2024-11-27", "render"), ("2024-11-28", "render")]
+    assert [(run["date"], run["images"]) for run in ended["runs"]] == [("2024-11-27", 27), ("2024-11-28", 27)]
+    done = cli("run", "j.yaml", "--logical-date", "2024-11-28", "--engine", "inline")
+    assert done.stdout.endswith(" export out/2024-11-28 out/2024-11-28-export\n"), "its rows say their steps: the job's change nothing"
     assert json.loads(cli("backfill", "j.yaml", *days, "--json").stdout)["runs"] == []
 
 

@@ -160,6 +160,7 @@ def test_each_method_says_what_its_command_says(
     assert output.errors().column("waived").to_pylist() == [True, False]
     assert output.retry(rows=[2]).parts == ["part-00000000.r1"]
     assert output.status()["errors to be rendered again"] == 1
+    assert output.errors().column("asked_again").to_pylist() == [False, True]
     verified = output.verify(sample=2)
     assert (verified.ok, [again.result for again in verified.again]) == (True, ["identical", "identical"])
     assert output.render(0, file=tmp_path / "again.png").ok
@@ -179,7 +180,7 @@ def test_of_no_errors_the_columns_are_there_all_the_same(fields: dict[str, Any])
     job.run(engine="inline")
     errors = job.output().errors()
     assert (len(errors), errors.column_names[:2], errors.schema.field("waived").type) == (0, ["row", "row_id"], pa.bool_())
-    assert job.output().errors(group_by="worker").column_names == ["value", "count", "waived", "retryable", "example"]
+    assert job.output().errors(group_by="worker").column_names == [*("value", "count", "waived", "retryable", "asked_again", "example")]
 
 
 def test_progress_is_printed_or_told_where_one_asks(fields: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:

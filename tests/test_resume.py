@@ -17,6 +17,8 @@ from checker import check_complete, pixels, tables
 from covering import only
 
 import renderfarm
+from renderfarm import commit, control
+from renderfarm.storage import open_store
 
 Write = Callable[..., Path]
 
@@ -106,13 +108,33 @@ def test_a_second_sigterm_ends_at_once_with_75(engine: str, write_manifest: Writ
     process.send_signal(signal.SIGTERM)
     time.sleep(0.05)
     process.send_signal(signal.SIGTERM)  # `timeout` signals a process and its group: one stop, not two
-    time.sleep(1)
+    time.sleep(2)
     assert process.poll() is None, "the parts in flight take minutes"
     process.send_signal(signal.SIGTERM)
     text = process.communicate(timeout=150)[0].decode()
     assert process.returncode == 75, text
     assert "Traceback" not in text
     assert '"state": "INTERRUPTED"' in (tmp_path / "out/_renderfarm/progress.json").read_text()
+
+
+@pytest.mark.chaos
+def test_sigterm_is_heard_after_ray_has_been_left(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    """A paused run has let its Ray go; so has one that writes its views. Ray's own end leaves the system's handler of SIGTERM behind."""
+    job = write_job(write_manifest({"prompt": [f"row {k}" for k in range(400)]}))
+    process = start(job, "--engine", "ray", RENDERFARM_FAKE_STEP_S="0.1")
+    wait_for_parts(tmp_path / "out", 1, process)
+    store = open_store(str(tmp_path / "out"))
+    control.ask(store, "pause")
+    deadline = time.monotonic() + 120
+    while commit.read_progress(store).get("state") != "PAUSED":
+        assert process.poll() is None
+        assert time.monotonic() < deadline, commit.read_progress(store)
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=150)[0].decode()
+    assert process.returncode == 75, text
+    assert commit.read_progress(store)["state"] == "INTERRUPTED"
+    assert processes_of(str(tmp_path)) == []
 
 
 def family(pid: int) -> list[int]:

@@ -320,8 +320,8 @@ def test_a_backfill_renders_what_is_missing_and_goes_on_with_what_was_begun(
 ) -> None:
     manifest = write_manifest({"prompt": ["good", "", "good"]})
     job = write_job(manifest, output={"path": str(tmp_path / "out/{{ ds }}"), "part_rows": 1})
-    dates = days("2026-11-27", "2026-12-01", 2)
-    assert dates == ["2026-11-27", "2026-11-29", "2026-12-01"]
+    dates = days("2024-11-27", "2024-12-01", 2)
+    assert dates == ["2024-11-27", "2024-11-29", "2024-12-01"]
     renderfarm.run(load_job(job, None, None, dates[0]), engine="inline")
     renderfarm.run(load_job(job, None, None, dates[1]), engine="inline")
     for lost in ("parts/part-00000002.*", "../data/part-00000002/metadata.parquet"):
@@ -338,7 +338,7 @@ def test_a_backfill_renders_what_is_missing_and_goes_on_with_what_was_begun(
 def test_a_backfill_tries_again_what_failed(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
     manifest = write_manifest({"prompt": ["good", "[error] may succeed", ""]})
     job = write_job(manifest, output={"path": str(tmp_path / "out/{{ ds }}"), "part_rows": 1})
-    dates = days("2026-11-28", "2026-11-28")
+    dates = days("2024-11-28", "2024-11-28")
     renderfarm.run(load_job(job, None, None, dates[0]), engine="inline")
 
     def retried(reprocess: Any) -> list[str]:
@@ -352,7 +352,7 @@ def test_a_backfill_tries_again_what_failed(write_manifest: Write, write_job: Wr
 
 def test_a_backfill_of_all_mends_what_is_damaged_in_days_that_are_done(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
     job = write_job(write_manifest(), output={"path": str(tmp_path / "out/{{ ds }}")})
-    dates = days("2026-11-28", "2026-11-28")
+    dates = days("2024-11-28", "2024-11-28")
     renderfarm.run(load_job(job, None, None, dates[0]), engine="inline")
     picture = next((tmp_path / "out" / dates[0]).glob("data/part-00000000/*.png"))
     before = picture.read_bytes()
@@ -366,10 +366,12 @@ def test_a_backfill_of_all_mends_what_is_damaged_in_days_that_are_done(write_man
 
 def test_days_that_are_no_days_and_days_that_share_an_output_are_refused(write_manifest: Write, write_job: Write) -> None:
     with pytest.raises(InvalidJob, match="write dates as YYYY-MM-DD"):
-        days("2026-11-31", "2026-12-01")
+        days("2024-11-31", "2024-12-01")
     with pytest.raises(InvalidJob, match="the first day is behind the last one"):
-        days("2026-12-02", "2026-12-01")
+        days("2024-12-02", "2024-12-01")
     with pytest.raises(InvalidJob, match="the limit is 10,000"):
-        days("1900-01-01", "2026-12-01")
+        days("1900-01-01", "2024-12-01")
+    with pytest.raises(InvalidJob, match=r"--to 9999-12-01: that day is yet to come; give 20\S+ at most"):
+        days("2024-12-01", "9999-12-01")
     with pytest.raises(InvalidJob, match=r"put \{\{ ds \}\} into output\.path"):
-        survey(write_job(write_manifest()), days("2026-11-27", "2026-11-28"), "missing")
+        survey(write_job(write_manifest()), days("2024-11-27", "2024-11-28"), "missing")

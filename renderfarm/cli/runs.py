@@ -225,13 +225,14 @@ def errors(
         found = groups(output, cast(Any, group_by.value))
         lines, total = [vars(group) for group in found], sum(group.count for group in found)
         lines = lines[: limit or None]
-        shown = {"count": "count", "waived": "waived", "retryable": "retryable", "value": group_by.value, "example": "for example"}
+        shown = {"count": "count", "waived": "waived", "retryable": "retryable", "asked_again": "asked again"}
+        shown |= {"value": group_by.value, "example": "for example"}
     else:
         every = chain.from_iterable(failed for _, failed, _ in failures(output))
         lines = [vars(failure) for failure in islice(every, limit or None)]
         total = len(lines) + sum(1 for _ in every)
         shown = {"row": "row", "image_index": "image", "row_id": "id", "error_class": "class"}
-        shown |= {"retryable": "retryable", "waived": "waived", "error_message": "message"}
+        shown |= {"retryable": "retryable", "asked_again": "asked again", "waived": "waived", "error_message": "message"}
     if as_json:
         print_json({"out": output.store.url, "errors": total, "groups" if group_by else "failures": lines})
         return
@@ -246,7 +247,7 @@ def errors(
     unwaived = [line for line in lines if (line["waived"] < line["count"] if group_by else not line["waived"])]
     if unwaived:
         folder = shlex.quote(shown_path(out))
-        retries = [f"retry {folder}"] if any(line["retryable"] for line in unwaived) else []
+        retries = [f"retry {folder}"] if any(line["retryable"] > line["asked_again"] for line in unwaived) else []
         print_next(*retries, f'waive {folder} --all --reason "as it should be"')
 
 

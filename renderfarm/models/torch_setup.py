@@ -19,6 +19,7 @@ from PIL import features
 
 from renderfarm.config import Workers, several_devices
 from renderfarm.errors import Fatal, OutOfMemory
+from renderfarm.models.allocator import keep_freed_memory
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.fingerprint import companion_hashes, weight_hashes
 
@@ -94,6 +95,7 @@ def _flags(device: str) -> dict[str, Any]:
 def prepare_torch(workers: Workers) -> str:
     """Set every flag that exactness needs, one by one, and return the device ("cuda", "mps" or "cpu")."""
     device = find_device(workers)
+    keep_freed_memory()
     torch.set_num_threads(workers.threads)
     torch.set_default_dtype(torch.float32)  # tables of timesteps and sigmas are made with it
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
