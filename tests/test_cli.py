@@ -184,7 +184,7 @@ def test_failed_rows_exit_3_and_say_where_the_reasons_are(write_manifest: Write,
     done = cli("run", write_job(write_manifest({"prompt": ["good", ""]})), "--engine", "inline")
     assert done.returncode == 3
     assert "InvalidInput: 1" in done.stdout
-    assert "(reasons: renderfarm errors /" in done.stdout
+    assert "renderfarm errors /" in done.stdout
 
 
 def test_validate_names_file_row_and_column(write_manifest: Write, write_job: Write) -> None:

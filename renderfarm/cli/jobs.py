@@ -23,6 +23,7 @@ from renderfarm.cli.common import (
     Out,
     Sets,
     app,
+    as_called,
     console,
     out_console,
     print_json,
@@ -102,7 +103,7 @@ def _print_summary(summary: dict[str, Any], some_rows: bool) -> None:
     counts = f"{summary['images']:,} images, {summary['errors']:,} errors, {rows}"
     out_console.print(f"{state.lower()}: {counts} in {out}")
     for name, count in summary["error_classes"].items():
-        out_console.print(f"  {name}: {count:,}  (reasons: renderfarm errors {shlex.quote(out)})", markup=False)
+        out_console.print(f"  {name}: {count:,}  (reasons: {as_called()} errors {shlex.quote(out)})", markup=False)
     if summary["waived"]:
         out_console.print(f"  of them waived: {summary['waived']:,}")
     for reason, number in summary["workers_left_out"].items():
