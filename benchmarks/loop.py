@@ -7,6 +7,7 @@ job           `renderfarm.run(job, engine="inline")`: reads the table, renders, 
 job on Ray    the same with Ray, one worker
 per prompt    one `pipe(prompt)` for each row, which then saves its PNG, as benchmarks' own generators do
 Ray Data      read_parquet → map_batches on one actor, B rows at a time → write_parquet, the PNGs in a column
+job, glibc's way   (--variants job,glibc) the job with freed memory as glibc treats it by itself
 
 What is timed: images per second from the moment that the model is loaded to the last file. For a job that is from its first worker's
 readiness to the commit of the last part; for Ray Data from the end of the actor's constructor to the last file written. Loading is in
@@ -17,7 +18,8 @@ Each round renders the next rows of the table, so all rounds together are --imag
     --work sweep        20 of these prompts, each with 50 seeds (with --images: as many prompts as fit)
     --work unguided     as parti, with guidance_scale 1: no unconditional pass
 
-`CPU ms/image` is of the whole process within that time, where it is one process: a machine's load moves it less.
+`CPU ms/image` is of the whole process within that time, where it is one process: a machine's load moves it less. `page faults/image`: pages
+of memory that the system handed out meanwhile.
 `texts` and `predictions` are counted by hooks on the text encoder and the denoiser: rows that they were given, with fillers, and with what
 a worker tries before it is ready. At the end the pictures of `bare` and `job` are compared.
 """
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import resource
 import shutil
 import statistics
 import tempfile
@@ -44,6 +47,8 @@ B, SIZE, STEPS = 8, 64, 20
 SEEDS_OF_A_PROMPT = 50
 GUIDANCE = {"parti": 5.0, "sweep": 5.0, "unguided": 1.0}
 VARIANTS = {"bare": "bare", "job": "job", "ray": "job on Ray", "prompts": "per prompt", "data": "Ray Data"}
+FURTHER = {"glibc": "job, glibc's way"}
+ENVIRONMENT = {"glibc": {"GLIBC_TUNABLES": ""}}  # that it is there is enough: the worker changes nothing then
 
 
 def main() -> None:
@@ -65,7 +70,10 @@ def main() -> None:
         write_rows(given, folder)
         report = Report(given)
         arguments = ["--folder", name, "--work", given.work, "--threads", str(given.threads)]
-        children = {VARIANTS[one]: Child("loop.py", "--child", one, *arguments) for one in given.variants.split(",")}
+        names = VARIANTS | FURTHER
+        children = {
+            names[one]: Child("loop.py", "--child", one, *arguments, **ENVIRONMENT.get(one, {})) for one in given.variants.split(",")
+        }
         try:
             found = take_turns({name: child.ask for name, child in children.items()}, given.rounds)
         finally:
@@ -93,12 +101,13 @@ def rows_of(folder: Path, number: str) -> Path:
 
 def show(report: Report, given: argparse.Namespace, found: dict[str, list[Round]], folder: Path) -> None:
     ours = "job" if "job" in found else next(iter(found))
-    titles = ["", "images/s", f"`{ours}` / it", "not below (95 %)", "CPU ms/image", "besides, s", "texts", "predictions"]
+    of_process = ["CPU ms/image", "page faults/image", "besides, s", "texts", "predictions"]
+    titles = ["", "images/s", f"`{ours}` / it", "not below (95 %)", *of_process]
     lines = []
     for line, rounds in zip(compared(found, ours, "images_per_second"), found.values(), strict=True):
         counts = [str(rounds[-1].get(name, "")) for name in ("texts", "predictions")]
-        cpu = spread(column(rounds, "cpu_ms")) if "cpu_ms" in rounds[0] else ""
-        lines.append([*line, cpu, f"{statistics.median(one['besides'] for one in rounds):.1f}", *counts])
+        used = [spread(column(rounds, name)) if name in rounds[0] else "" for name in ("cpu_ms", "faults")]
+        lines.append([*line, *used, f"{statistics.median(one['besides'] for one in rounds):.1f}", *counts])
     images = pq.read_metadata(rows_of(folder, "0")).num_rows
     title = f"{given.work}: {SIZE}², {STEPS} steps, B={B}, guidance {GUIDANCE[given.work]:g}, {given.threads} thread(s)"
     report.show(f"{title}, {given.rounds} rounds of {images} images", titles, lines, rounds=found)
@@ -146,6 +155,17 @@ class Counts:
         return found
 
 
+class Used:
+    """What this process has taken so far."""
+
+    def __init__(self) -> None:
+        self.cpu_s, self.faults = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    def since(self, before: Used, images: int) -> dict[str, float]:
+        """By image: milliseconds of CPU; pages that the system handed out."""
+        return {"cpu_ms": 1e3 * (self.cpu_s - before.cpu_s) / images, "faults": (self.faults - before.faults) / images}
+
+
 def load(threads: int) -> Any:
     """As a user of diffusers does, without its progress bar."""
     import renderfarm
@@ -185,13 +205,13 @@ def plain(given: argparse.Namespace, size: int, name: str) -> Callable[[str], Ro
     def work(number: str) -> Round:
         rows = pq.read_table(rows_of(given.folder, number)).to_pylist()
         counts.taken()
-        began, used = time.perf_counter(), time.process_time()
+        began, used = time.perf_counter(), Used()
         for start in range(0, len(rows), size):
             some = rows[start : start + size]
             for row, picture in zip(some, draw(pipe, given.work, some), strict=True):
                 picture.save(out / f"{row['seed']}.png")
-        seconds, used = time.perf_counter() - began, time.process_time() - used
-        return {"images_per_second": len(rows) / seconds, "cpu_ms": 1e3 * used / len(rows), "besides": 0.0, **counts.taken()}
+        seconds, since = time.perf_counter() - began, Used().since(used, len(rows))
+        return {"images_per_second": len(rows) / seconds, **since, "besides": 0.0, **counts.taken()}
 
     return work
 
@@ -239,19 +259,20 @@ def timed_run(job: Any, engine: Any, address: str | None = None) -> Round:
     """Images per second from the first worker's readiness to the last part's commit, as the driver hears of it."""
     import renderfarm
 
-    seen: list[tuple[float, float]] = []  # this process's time and CPU time, at its beginning and at its end
+    seen: list[tuple[float, Used]] = []  # its beginning and its end
 
     def observe(progress: Any) -> None:
         if progress.first_ready is not None and not seen:
-            seen.append((progress.first_ready, time.process_time()))
+            seen.append((progress.first_ready, Used()))
         if len(seen) == 1 and progress.parts and progress.parts_done == progress.parts:
-            seen.append((time.time(), time.process_time()))
+            seen.append((time.time(), Used()))
 
     began = time.time()
     summary = renderfarm.run(job, engine=engine, address=address, observe=observe)
-    whole, (seconds, used) = time.time() - began, (b - a for a, b in zip(*seen, strict=True))
+    whole, (ready, before), (end, after) = time.time() - began, *seen
+    seconds = end - ready
     assert not summary.errors, summary.error_classes
-    cpu = {"cpu_ms": 1e3 * used / summary.images} if engine == "inline" else {}
+    cpu = after.since(before, summary.images) if engine == "inline" else {}
     return {"images_per_second": summary.images / seconds, **cpu, "besides": whole - seconds, "useful_slots": summary.useful_slots}
 
 
@@ -324,6 +345,7 @@ CHILDREN: dict[str, Callable[[argparse.Namespace], Callable[[str], Round]]] = {
     "prompts": lambda given: plain(given, 1, "prompts"),
     "job": lambda given: job(given, "job", "inline"),
     "ray": lambda given: job(given, "job-ray", "ray"),
+    "glibc": lambda given: job(given, "job-glibc", "inline"),
     "data": data,
 }
 
