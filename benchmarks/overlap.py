@@ -4,7 +4,8 @@
 
 The fake model, at a time per picture that is measured first: what the encoder takes for one picture, alone. Its `step` sleeps, as a
 process does whose device computes; its `decode` gives pictures with grain, drawn before the clock starts: PNGs of 2 MB, as of photographs.
-The device counts as busy in `step` alone; idle is the rest of the time from its first call to the end of its last. Two variants take turns:
+The device counts as busy for what is asked of it in `step`; idle is the rest of the time from its first call to the end of its last. Two
+variants take turns:
 
 overlapped   the job as it is: encoding, hashing and writing beside the next steps
 in turn      the same calls as a plain loop makes them: render B pictures, encode and write them, go on
@@ -120,10 +121,11 @@ class Busy:
 
         return inner
 
-    def idle(self) -> float:
-        """Of the time from its first call to its last one's end."""
+    def idle(self, call_s: float) -> float:
+        """Of the time from its first call to its last one's end, where each call takes the device so long. How long the call itself took
+        says more: it may have waited for its thread's turn."""
         whole = max(end for _, end in self.spans) - min(begin for begin, _ in self.spans)
-        return 1 - sum(end - begin for begin, end in self.spans) / whole
+        return 1 - call_s * len(self.spans) / whole
 
 
 def watched() -> Busy:
@@ -166,7 +168,7 @@ def overlapped(given: argparse.Namespace) -> Callable[[str], Round]:
 
         renderfarm.run(job, engine="inline", observe=observe)
         seconds = ended[0] - min(begin for begin, _ in busy.spans)
-        return {"images_per_second": given.images / seconds, "idle": busy.idle(), "seconds": seconds}
+        return {"images_per_second": given.images / seconds, "idle": busy.idle(B * given.picture_s / STEPS), "seconds": seconds}
 
     return work
 
@@ -187,7 +189,7 @@ def in_turn(given: argparse.Namespace) -> Callable[[str], Round]:
             for row in range(start, start + B):
                 (out / f"{row}.png").write_bytes(encode(picture(row % DIFFERENT)).data)
         seconds = time.perf_counter() - began
-        return {"images_per_second": given.images / seconds, "idle": busy.idle(), "seconds": seconds}
+        return {"images_per_second": given.images / seconds, "idle": busy.idle(B * given.picture_s / STEPS), "seconds": seconds}
 
     return work
 

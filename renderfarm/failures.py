@@ -6,6 +6,7 @@ other parts are done, else the next.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -47,11 +48,16 @@ class Failure:
     def key(self) -> SampleKey:
         return SampleKey(self.row, self.image_index)
 
+    @property
+    def retry_takes(self) -> bool:
+        return self.retryable and not self.asked_again and not self.waived
 
-def failures(output: Output) -> Iterator[tuple[int, list[Failure], list[PartId]]]:
-    """By part of the grid, ascending, with the rendering that each comes from."""
+
+def failures(output: Output, *, look_for_requests: bool = False) -> Iterator[tuple[int, list[Failure], list[PartId]]]:
+    """By part of the grid, ascending, with the rendering that each comes from. `look_for_requests`: else none is `asked_again`; it takes
+    a request of the store for each that waits."""
     waivers = requests.waivers(output.store)
-    renderings = _renderings(output) if requests.asked(output.store) else {}
+    renderings = _renderings(output) if look_for_requests and requests.asked(output.store) else {}
     for index, table, by in output.errors_by_part():
         waived, waiting = requests.waived(output.store, waivers.get(index, ())), _waiting(output, index, renderings)
         found = []
@@ -65,13 +71,14 @@ def failures(output: Output) -> Iterator[tuple[int, list[Failure], list[PartId]]
 
 @dataclass
 class Group:
-    """Failures that have something in common. `example`: the first one's message."""
+    """Failures that have something in common. `retry_takes`: what a plain `retry` would ask for. `example`: the first one's message."""
 
     value: str
     count: int
     waived: int
     retryable: int
     asked_again: int
+    retry_takes: int
     example: str
 
 
@@ -79,14 +86,15 @@ def groups(output: Output, by: By) -> list[Group]:
     """The largest first. By `worker`: which process on which machine said so, as far as the index knows."""
     found: dict[str, Group] = {}
     name_of = _worker_of(output) if by == "worker" else None
-    for _, failed, parts in failures(output):
+    for _, failed, parts in failures(output, look_for_requests=True):
         for failure, part in zip(failed, parts, strict=True):
             value = name_of(part) if name_of else failure.error_class if by == "class" else failure.error_message
-            group = found.setdefault(value, Group(value, 0, 0, 0, 0, failure.error_message))
+            group = found.setdefault(value, Group(value, 0, 0, 0, 0, 0, failure.error_message))
             group.count += 1
             group.waived += failure.waived
             group.retryable += failure.retryable
             group.asked_again += failure.asked_again
+            group.retry_takes += failure.retry_takes
     return sorted(found.values(), key=lambda group: (-group.count, group.value))
 
 
@@ -207,7 +215,11 @@ def _renderings(output: Output) -> Renderings:
 def _waiting(output: Output, index: int, renderings: Renderings) -> set[SampleKey]:
     """What was asked for and is not rendered yet."""
     asked, committed = renderings.get(index, ([], []))
-    return {sample for part in asked if part not in committed for sample in requests.read(output.store, part).samples}
+    found: set[SampleKey] = set()
+    for part in asked:
+        with contextlib.suppress(KeyError):  # somebody has removed it meanwhile
+            found |= set() if part in committed else requests.read(output.store, part).samples
+    return found
 
 
 def _ask(output: Output, index: int, wanted: set[SampleKey], found: Asked, renderings: Renderings) -> None:

@@ -99,7 +99,7 @@ class Output(reading.Output):
 
         if group_by is not None:
             return _table_of(groups(self, group_by), Group)
-        return _table_of([failure for _, failed, _ in failures(self) for failure in failed], Failure)
+        return _table_of([failure for _, failed, _ in failures(self, look_for_requests=True) for failure in failed], Failure)
 
     def retry(self, *, classes: Sequence[str] = (), rows: Rows | None = None, all: bool = False) -> Asked:
         """Ask for failed samples to be rendered again by the next run, or the one at work: those that may succeed, or those named."""

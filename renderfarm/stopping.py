@@ -14,7 +14,7 @@ from typing import Any
 
 SAME_SIGNAL_S = 1.0
 """Within which two signals are one stop. Python hears a signal only between two calls, and the driver waits in Ray for half a second."""
-STOPPING = "stopping: parts in flight are being finished (again: stop at once; nothing committed is lost)"
+STOPPING = "stopping: parts in flight are being finished (again, in a second or later: stop at once; nothing committed is lost)"
 
 
 class Stop:

@@ -32,6 +32,7 @@ from renderfarm.layouts import LAYOUTS
 from renderfarm.layouts.base import PartWriter, name_of, original_key
 from renderfarm.manifest import EXTRA, ROW
 from renderfarm.marks import Marks, marks
+from renderfarm.models.allocator import give_back_memory
 from renderfarm.models.base import SlotModel
 from renderfarm.models.catalog import ModelInfo
 from renderfarm.models.load import load_model
@@ -117,6 +118,7 @@ class Worker:
         if self.job.output.part_rows == "auto" and not self.store.exists(commit.GRID):
             self.seconds_per_image = seconds_per_image(model, self.spec.usual.sample, self.chain.in_render_thread)
         check_places(model, self.spec.usual.sample)
+        give_back_memory()  # what loading and trying took and does not need any more
         return model
 
     def _choose_batch_size(self, model: SlotModel) -> None:
@@ -144,6 +146,7 @@ class Worker:
     def close(self) -> None:
         self.slots.close()
         self.encoders.shutdown()
+        give_back_memory()  # a notebook's process goes on
 
     def _render_part(self, part: Part, lease: Lease) -> PartReceipt:
         if found := commit.find_commit(self.store, self.layout, part):

@@ -180,7 +180,9 @@ def test_of_no_errors_the_columns_are_there_all_the_same(fields: dict[str, Any])
     job.run(engine="inline")
     errors = job.output().errors()
     assert (len(errors), errors.column_names[:2], errors.schema.field("waived").type) == (0, ["row", "row_id"], pa.bool_())
-    assert job.output().errors(group_by="worker").column_names == [*("value", "count", "waived", "retryable", "asked_again", "example")]
+    assert job.output().errors(group_by="worker").column_names == [
+        *("value", "count", "waived", "retryable", "asked_again", "retry_takes", "example")
+    ]
 
 
 def test_progress_is_printed_or_told_where_one_asks(fields: dict[str, Any], capfd: pytest.CaptureFixture[str]) -> None:

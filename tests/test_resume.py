@@ -137,6 +137,54 @@ def test_sigterm_is_heard_after_ray_has_been_left(write_manifest: Write, write_j
     assert processes_of(str(tmp_path)) == []
 
 
+@pytest.mark.chaos
+def test_sigterm_is_heard_while_ray_starts(write_manifest: Write, write_job: Write, tmp_path: Path) -> None:
+    job = write_job(write_manifest({"prompt": [f"row {k}" for k in range(400)]}))
+    process = start(job, "--engine", "ray", RENDERFARM_FAKE_STEP_S="0.1")
+    deadline = time.monotonic() + 120
+    while len(family(process.pid)) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate(timeout=150)[0].decode()
+    assert process.returncode == 75, text
+    assert commit.read_progress(open_store(str(tmp_path / "out")))["state"] == "INTERRUPTED"
+
+
+EMBEDDED = """
+import os, signal, sys, threading, time
+import ray, renderfarm
+from renderfarm.errors import Fatal
+
+heard = []
+signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+try:
+    renderfarm.run(renderfarm.Job.load(sys.argv[1], set={"workers.device": "cuda"}).spec, engine="ray")
+except Fatal as error:
+    print(error)
+assert not ray.is_initialized(), "the next run would take it for its user's"
+thread = threading.Thread(target=lambda: print(renderfarm.run(sys.argv[1], engine="ray").state))
+thread.start()
+thread.join()
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(0.1)
+print(heard)
+"""
+
+
+@pytest.mark.chaos
+def test_a_process_that_renders_in_a_thread_keeps_its_own_handlers_and_no_ray_of_a_refused_job(
+    write_manifest: Write, write_job: Write
+) -> None:
+    job = write_job(write_manifest())
+    done = subprocess.run([sys.executable, "-c", EMBEDDED, str(job)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    refused, state, heard = done.stdout.splitlines()
+    assert "no node of this Ray has a GPU" in refused
+    assert (state, heard) == ("SUCCEEDED", "[15]")
+
+
 def family(pid: int) -> list[int]:
     """A process and all that descend from it."""
     lines = [line.split() for line in subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout.splitlines()[1:]]

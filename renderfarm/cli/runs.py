@@ -16,6 +16,7 @@ from renderfarm.cli.common import (
     AsJson,
     OutputFolder,
     app,
+    as_called,
     console,
     out_console,
     print_json,
@@ -221,18 +222,19 @@ def errors(
     from renderfarm.reading import open as open_output
 
     output = open_output(out)
+    found: list[Any]
     if group_by is not None:
-        found = groups(output, cast(Any, group_by.value))
-        lines, total = [vars(group) for group in found], sum(group.count for group in found)
-        lines = lines[: limit or None]
+        counted = groups(output, cast(Any, group_by.value))
+        found, total = [*counted[: limit or None]], sum(group.count for group in counted)
         shown = {"count": "count", "waived": "waived", "retryable": "retryable", "asked_again": "asked again"}
         shown |= {"value": group_by.value, "example": "for example"}
     else:
-        every = chain.from_iterable(failed for _, failed, _ in failures(output))
-        lines = [vars(failure) for failure in islice(every, limit or None)]
-        total = len(lines) + sum(1 for _ in every)
+        every = chain.from_iterable(failed for _, failed, _ in failures(output, look_for_requests=True))
+        found = [*islice(every, limit or None)]
+        total = len(found) + sum(1 for _ in every)
         shown = {"row": "row", "image_index": "image", "row_id": "id", "error_class": "class"}
         shown |= {"retryable": "retryable", "asked_again": "asked again", "waived": "waived", "error_message": "message"}
+    lines = [vars(one) for one in found]
     if as_json:
         print_json({"out": output.store.url, "errors": total, "groups" if group_by else "failures": lines})
         return
@@ -244,11 +246,12 @@ def errors(
     out_console.print(table if lines else "no errors: every sample that was rendered has its image")
     if not group_by and total > len(lines):
         out_console.print(f"… {total:,} in all (--limit 0 prints them)")
-    unwaived = [line for line in lines if (line["waived"] < line["count"] if group_by else not line["waived"])]
-    if unwaived:
-        folder = shlex.quote(shown_path(out))
-        retries = [f"retry {folder}"] if any(line["retryable"] > line["asked_again"] for line in unwaived) else []
-        print_next(*retries, f'waive {folder} --all --reason "as it should be"')
+    folder = shlex.quote(shown_path(out))
+    if any(line["asked_again"] for line in lines):
+        out_console.print(f"what is asked for again, a run renders: {as_called()} run JOB", markup=False)
+    advice = [f"retry {folder}"] if any(one.retry_takes for one in found) else []
+    if any(line["waived"] + line["asked_again"] < line.get("count", 1) for line in lines):
+        print_next(*advice, f'waive {folder} --all --reason "as it should be"')
 
 
 def _cell(value: Any) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import os
 import re
 import shutil
@@ -72,20 +73,25 @@ class RayEngine:
         self._own = not ray.is_initialized()
         self._fixed = address is None
         """Whether the nodes are what they are; a cluster that was joined may get others."""
-        if self._own:
-            with _signals_kept():
-                self._connect(address)
+        try:
+            if self._own:
+                with _signals_kept():
+                    self._connect(address)
+            self._options = self._options_of_a_worker()
+            if self._fixed:
+                self._check_room()
+            self._metrics = RayMetrics(self.job.name, spec.usual.images_per_row)
+        except BaseException:  # else the process's next run would take this Ray for its user's
+            self._leave()
+            raise
+
+    def _options_of_a_worker(self) -> dict[str, float]:
         gpu = _uses_gpu(self.job)
         if gpu is None and self._fixed:
             raise Fatal("workers.device is cuda, but no node of this Ray has a GPU; use device: auto or cpu")
-        self._options: dict[str, float] = (
-            {"num_gpus": self.job.workers.devices_per_worker, "num_cpus": 1}
-            if gpu is not False
-            else {"num_gpus": 0, "num_cpus": self.job.workers.threads}
-        )
-        if self._fixed:
-            self._check_room()
-        self._metrics = RayMetrics(self.job.name, spec.usual.images_per_row)
+        if gpu is False:
+            return {"num_gpus": 0, "num_cpus": self.job.workers.threads}
+        return {"num_gpus": self.job.workers.devices_per_worker, "num_cpus": 1}
 
     def _connect(self, address: str | None) -> None:
         common: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
@@ -148,7 +154,9 @@ class RayEngine:
         if not self._calls:
             time.sleep(timeout_s)
             return []
-        done, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
+        done, waiting = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
+        if done and waiting:  # one look costs as much as there are calls, so all that is known is taken with it
+            done += ray.wait(waiting, num_returns=len(waiting), timeout=0)[0]
         events = [self._event(ref) for ref in done]
         late = [event.worker for event in events if isinstance(event, Ready) and event.info.node in self._leaving]
         return [*events, *(Leaving(worker) for worker in late)]  # it was on its way when its node's end was said
@@ -216,6 +224,9 @@ class RayEngine:
         for worker in list(self._actors):
             self._kill(worker)
         self._metrics.close()
+        self._leave()
+
+    def _leave(self) -> None:
         if self._own:
             with _signals_kept() as hear_again:
                 if self._folder is not None:
@@ -236,21 +247,50 @@ def _draining() -> set[str]:
 
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[Callable[[], None]]:
-    """ray.init puts its own handlers in place, and ray.shutdown the system's: with either, a SIGTERM would end the driver without
-    finishing what it is at. Gives what puts ours back before the end."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield lambda: None
-        return
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """ray.init puts its own handlers in place, and ray.shutdown the system's: with either, a SIGTERM would end this process without
+    finishing what it is at, be it ours or a server's that renders in one of its threads. Gives what puts the right ones back earlier.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    # only the main thread may set Python's; None is one that was set from C
+    in_main = threading.current_thread() is threading.main_thread()
+    kept = {number: handler for number in numbers if in_main and (handler := signal.getsignal(number)) is not None}
+    below = {number: _system_handler(number) for number in numbers}
 
     def hear_again() -> None:
         for number, handler in kept.items():
             signal.signal(number, handler)
+        for number, found in below.items():
+            _system_handler(number, found)
 
     try:
-        yield hear_again
+        with _ray_sets_none():
+            yield hear_again
     finally:
         hear_again()
+
+
+def _system_handler(number: int, wanted: Any = None) -> Any:
+    """What lies under Python's handler of a signal (sigaction(2)), after setting it to `wanted` if given; None where nobody can say."""
+    found = ctypes.create_string_buffer(256)  # struct sigaction has 152 bytes, or fewer
+    try:
+        ctypes.CDLL(None).sigaction(number, wanted, found)
+    except (AttributeError, OSError, TypeError):
+        return None
+    return found
+
+
+@contextlib.contextmanager
+def _ray_sets_none() -> Iterator[None]:
+    """A SIGTERM while Ray starts would be its handler's: sys.exit(15). Without this private name (2.60) it is so again."""
+    place: Any = getattr(ray._private, "utils", None)
+    if (setter := getattr(place, "set_sigterm_handler", None)) is None:
+        yield
+        return
+    place.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        place.set_sigterm_handler = setter
 
 
 def _reach(address: str) -> None:
@@ -288,7 +328,7 @@ def _end_at_once(first: Callable[[], None]) -> None:
 
         def at_once(**how: Any) -> None:
             first()
-            left = _children(raylet.process.pid)
+            left = _children(raylet.process.pid) if raylet.process.poll() is None else []
             kill(**{**how, "allow_graceful": not left and how.get("allow_graceful", False)})
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):

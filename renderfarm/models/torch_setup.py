@@ -95,7 +95,8 @@ def _flags(device: str) -> dict[str, Any]:
 def prepare_torch(workers: Workers) -> str:
     """Set every flag that exactness needs, one by one, and return the device ("cuda", "mps" or "cpu")."""
     device = find_device(workers)
-    keep_freed_memory()
+    if device == "cpu":
+        keep_freed_memory()
     torch.set_num_threads(workers.threads)
     torch.set_default_dtype(torch.float32)  # tables of timesteps and sigmas are made with it
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
