@@ -7,9 +7,13 @@ No engine appears here: `engines.inline` calls it in this process, `engines.ray`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 import platform
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -47,6 +51,7 @@ from renderfarm.stages import Stopwatch
 from renderfarm.storage import open_store
 
 ENCODERS = 2
+ENCODERS_STEP_BACK = 5  # in nice's units: a third of the others' share
 LEASES_IN_FLIGHT = 3
 MOST_LEASES = 64  # of small parts
 MOST_GROUPS = 8  # that leases are held for: what is in flight is what a crash costs
@@ -88,7 +93,7 @@ class Worker:
         self.sign: Sign | None = None
         self.seconds_per_image: float | None = None
         self.slots = SlotLoop(self._load, self.job.render.on_truncation, self.chain.in_render_thread)
-        self.encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
+        self.encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode", initializer=_step_back)
         self.profile_sha256 = ""
 
     def ready(self) -> WorkerReady:
@@ -295,6 +300,13 @@ class Worker:
             if name.startswith(EXTRA):
                 table = table.append_column(output_name(name.removeprefix(EXTRA)), source.column(name))
         return table.combine_chunks()
+
+
+def _step_back() -> None:
+    """An encoder's thread: where cores are few, the thread that feeds the device comes first. Only Linux has priorities of threads."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # else the pool would take no work
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + ENCODERS_STEP_BACK)
 
 
 def _import_what_leases_need() -> None:

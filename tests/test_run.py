@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -17,10 +18,12 @@ import pytest
 from checker import check_complete, error_rows, image_rows, pixels, tables
 
 import renderfarm
+from renderfarm import worker
 from renderfarm.errors import Fatal, InvalidJob
 from renderfarm.estimate import estimate
 from renderfarm.jobfile import load_job
 from renderfarm.logs import read_logs
+from renderfarm.models.fake import Fake
 from renderfarm.preparation import prepare
 from renderfarm.schema import ERROR_COLUMNS, IMAGE_COLUMNS
 
@@ -385,3 +388,24 @@ def test_a_run_that_has_nothing_to_do_leaves_the_rate_for_plan(write_manifest: W
     assert before
     assert renderfarm.run(path, engine="inline").new_images == 0
     assert estimate(prepare(load_job(path)))["images/s of the last run"] == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no priorities of their own")
+def test_encoders_step_back_behind_the_thread_that_renders(
+    write_manifest: Callable[..., Path], write_job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, set[int]] = {}
+
+    def looked_at(name: str, function: Any) -> Any:
+        def inner(*arguments: Any, **named: Any) -> Any:
+            found.setdefault(name, set()).add(os.getpriority(os.PRIO_PROCESS, 0))
+            return function(*arguments, **named)
+
+        return inner
+
+    monkeypatch.setattr(worker, "encode", looked_at("encode", worker.encode))
+    monkeypatch.setattr(Fake, "step", looked_at("step", Fake.step))
+    renderfarm.run(write_job(write_manifest()), engine="inline")
+    ((encoding,), (rendering,)) = found["encode"], found["step"]
+    assert min(19, rendering + worker.ENCODERS_STEP_BACK) == encoding
+    assert rendering == os.getpriority(os.PRIO_PROCESS, 0)
