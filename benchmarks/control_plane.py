@@ -289,7 +289,7 @@ def first_row(job: Path, engine: str, log: Path) -> float:
         raise SystemExit(f"{' '.join(command)}: no row was rendered")
     for _ in range(2):  # the second one says: at once
         process.send_signal(signal.SIGINT)
-        time.sleep(1.2)
+        time.sleep(2)
     process.wait()
     return seconds
 

@@ -59,8 +59,9 @@ def failures(output: Output, *, look_for_requests: bool = False) -> Iterator[tup
     waivers = requests.waivers(output.store)
     renderings = _renderings(output) if look_for_requests and requests.asked(output.store) else {}
     for index, table, by in output.errors_by_part():
-        waived, waiting = requests.waived(output.store, waivers.get(index, ())), _waiting(output, index, renderings)
-        found = []
+        waived, waiting, found = requests.waived(output.store, waivers.get(index, ())), set[SampleKey](), []
+        with contextlib.suppress(Fatal):  # a damaged request: the run that comes to it says so
+            waiting = _waiting(output, index, renderings)
         for row, part in zip(table.to_pylist(), by, strict=True):
             key = SampleKey(row["row"], row["image_index"])
             said: dict[str, Any] = {name: row[name] for name in ERROR_COLUMNS.names}

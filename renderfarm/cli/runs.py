@@ -250,7 +250,7 @@ def errors(
     if any(line["asked_again"] for line in lines):
         out_console.print(f"what is asked for again, a run renders: {as_called()} run JOB", markup=False)
     advice = [f"retry {folder}"] if any(one.retry_takes for one in found) else []
-    if any(line["waived"] + line["asked_again"] < line.get("count", 1) for line in lines):
+    if advice or any(line["waived"] + line["asked_again"] < line.get("count", 1) for line in lines):
         print_next(*advice, f'waive {folder} --all --reason "as it should be"')
 
 

@@ -39,6 +39,7 @@ DRAIN_POLL_S = 2.0
 HEAD_AWAY_S = 45.0  # Ray itself ends this process without a word when it has not reached the head for 60 s
 CONNECT_S = 2.0
 REACH_S = 30.0  # of a cluster that is to be joined, which may lie behind a slow network
+_ONE_AT_A_TIME = threading.Lock()  # joins Ray or leaves it: a process has one
 NODE_DIED = "node has died"  # in Ray's words for an actor that went with its node
 
 
@@ -70,12 +71,13 @@ class RayEngine:
         self._asked = 0.0
         self._head_away: float | None = None
         """Since when a cluster's head has not answered."""
-        self._own = not ray.is_initialized()
+        self._own = False
         self._fixed = address is None
         """Whether the nodes are what they are; a cluster that was joined may get others."""
         try:
-            if self._own:
-                with _signals_kept():
+            with _ONE_AT_A_TIME:
+                self._own = not ray.is_initialized()
+                if self._own:
                     self._connect(address)
             self._options = self._options_of_a_worker()
             if self._fixed:
@@ -98,10 +100,11 @@ class RayEngine:
         try:
             if address is not None:
                 _reach(address)
-                ray.init(address=address, **common)
+                with _signals_kept():
+                    ray.init(address=address, **common)
                 return
             self._folder = tempfile.mkdtemp(prefix="rf-")
-            with _stops_are_ours():
+            with _stops_are_ours(), _signals_kept():  # so what came meanwhile is heard by the right handler
                 ray.init(
                     address="local",
                     _temp_dir=self._folder,
@@ -228,7 +231,7 @@ class RayEngine:
 
     def _leave(self) -> None:
         if self._own:
-            with _signals_kept() as hear_again:
+            with _ONE_AT_A_TIME, _signals_kept() as hear_again:
                 if self._folder is not None:
                     _end_at_once(hear_again)
                 ray.shutdown()
@@ -251,16 +254,15 @@ def _signals_kept() -> Iterator[Callable[[], None]]:
     finishing what it is at, be it ours or a server's that renders in one of its threads. Gives what puts the right ones back earlier.
     """
     numbers = (signal.SIGINT, signal.SIGTERM)
-    # only the main thread may set Python's; None is one that was set from C
-    in_main = threading.current_thread() is threading.main_thread()
-    kept = {number: handler for number in numbers if in_main and (handler := signal.getsignal(number)) is not None}
-    below = {number: _system_handler(number) for number in numbers}
+    in_main = threading.current_thread() is threading.main_thread()  # which alone may set Python's, and is here meanwhile
+    python, system = ({number: look(number) for number in numbers} for look in (signal.getsignal, _system_handler))
 
     def hear_again() -> None:
-        for number, handler in kept.items():
-            signal.signal(number, handler)
-        for number, found in below.items():
-            _system_handler(number, found)
+        for number in numbers:
+            if in_main and python[number] is not None:  # None is one that was set from C
+                signal.signal(number, python[number])
+            if signal.getsignal(number) is python[number]:  # else the main thread has set another one meanwhile
+                _system_handler(number, system[number])
 
     try:
         with _ray_sets_none():
@@ -331,7 +333,7 @@ def _end_at_once(first: Callable[[], None]) -> None:
             left = _children(raylet.process.pid) if raylet.process.poll() is None else []
             kill(**{**how, "allow_graceful": not left and how.get("allow_graceful", False)})
             for pid in left:
-                with contextlib.suppress(ProcessLookupError):
+                with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
 
         node.kill_all_processes = at_once
@@ -340,9 +342,9 @@ def _end_at_once(first: Callable[[], None]) -> None:
 def _children(pid: int) -> list[int]:
     """Processes that this one has started, where /proc tells."""
     found: list[int] = []
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            found += map(int, (task / "children").read_text(encoding="ascii").split())
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # of a thread that has ended meanwhile
+            found += map(int, task.read_text(encoding="ascii").split())
     return found
 
 

@@ -16,9 +16,10 @@ OF_THE_USER = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHO
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what tensors free, until `give_back_memory`. By default it gives much of it back, and the system hands it out again
-    page by page, each one cleared first: on a CPU up to a tenth of the time, and as much as the order of a process's first allocations
-    decides. Whoever has said otherwise in the environment, or has another allocator or C library, keeps what they have.
+    """Have glibc keep what tensors free, until `give_back_memory`; the setting is the process's until it ends. By default it gives much of
+    it back, and the system hands it out again page by page, each one cleared first: on a CPU up to a tenth of the time, and as much as the
+    order of a process's first allocations decides. Whoever has said otherwise in the environment, or has another allocator or C library,
+    keeps what they have.
     """
     if any(name in os.environ for name in OF_THE_USER) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return
