@@ -187,7 +187,8 @@ def test_machines_may_take_their_time_to_come(monkeypatch: pytest.MonkeyPatch) -
 def watching(out: Path, **options: Any) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "110"}
     command = [sys.executable, "-m", "renderfarm", "watch", str(out), "--interval", "0.2s"]
-    return subprocess.Popen(command, env=environment, **options)
+    # whoever began these tests in the background of a shell has Ctrl-C ignored by all that they start
+    return subprocess.Popen(command, env=environment, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
 
 
 def test_ctrl_c_ends_the_watching_quietly_and_touches_nothing(tmp_path: Path) -> None:
