@@ -39,18 +39,18 @@ def wait_for_parts(out: Path, count: int, process: subprocess.Popen[bytes]) -> N
         time.sleep(0.02)
 
 
+def command_line(pid: str | int) -> str:
+    """Of a process that lives, else nothing."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
+
+
 def processes_of(run_marker: str) -> list[str]:
     """Command lines of living processes that mention the marker."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue
-            if run_marker in line:
-                found.append(line)
-    return found
+    lines = [command_line(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [line for line in lines if run_marker in line]
 
 
 @pytest.mark.chaos
@@ -143,7 +143,7 @@ def test_sigterm_is_heard_while_ray_starts(write_manifest: Write, write_job: Wri
     job = write_job(write_manifest({"prompt": [f"row {k}" for k in range(400)]}))
     process = start(job, "--engine", "ray", RENDERFARM_FAKE_STEP_S="0.1")
     deadline = time.monotonic() + 120
-    while not any("gcs_server" in line for line in processes_of_ids(family(process.pid))):
+    while not any("gcs_server" in command_line(pid) for pid in family(process.pid)):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -192,15 +192,6 @@ def family(pid: int) -> list[int]:
     lines = [line.split() for line in subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout.splitlines()[1:]]
     children = [int(child) for child, parent in lines if int(parent) == pid]
     return [pid, *(below for child in children for below in family(child))]
-
-
-def processes_of_ids(pids: list[int]) -> list[str]:
-    """The command lines of those that live."""
-    found = []
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            found.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-    return found
 
 
 def is_blocked(pid: int, number: signal.Signals) -> bool:
